@@ -1,0 +1,5 @@
+"""The recorder: knows Lightning and how to see each step; knows no method, no Ray, no W&B."""
+
+from lightning_acc.recorder.recorder import RecordingRefused, TrajectoryRecorder
+
+__all__ = ["RecordingRefused", "TrajectoryRecorder"]

@@ -1,0 +1,116 @@
+"""The decomposition of the training loss into per-sample losses is checked, not believed.
+
+Compared are numbers of the training itself (its gradient, its parameters one step later) with what F makes of the record.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RunError
+from lightning_acc.objective import Objective
+from lightning_acc.step import Step
+from lightning_acc.trajectory import batches
+from lightning_acc.trajectory.batches import Leaves
+
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Largest relative difference, in norm, that counts as round-off."""
+
+REMEDY = (
+    "Define per_sample_loss(self, batch) on the module: one loss a sample, shape (B,), whose mean is what training_step "
+    "returns. A penalty on the weights belongs into the optimizer's weight_decay; losses that couple the samples of a batch "
+    "(contrastive losses, batch statistics) cannot be attributed to single samples."
+)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| in the 2-norm."""
+    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+
+
+def find_weight(step: Step, theta: Tensor, gradient: Tensor) -> float:
+    """The loss weight of every sample, 1/B (mean loss) or 1 (summed loss), that fits the training's own gradient better.
+
+    Args:
+        step: the step with weights 1/B.
+        theta: parameters (p,) before the step.
+        gradient: what the training's backward pass left in ``.grad``, flat (p,).
+    """
+    size = len(step.sample_ids)
+    found = _gradient(step, theta)
+    return min((1 / size, 1.0), key=lambda weight: relative_difference(found * (weight * size), gradient))
+
+
+def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int) -> None:
+    """Compare the gradient of the weighted per-sample losses of a step with that of the training.
+
+    Args:
+        step: the step with its final weights.
+        theta: parameters (p,) before the step.
+        gradient: what the training's backward pass left in ``.grad``, flat (p,).
+        number: index of the step, for the message.
+
+    Raises:
+        RunError: they differ; gives the difference and the remedy.
+    """
+    tolerance = GRADIENT_TOLERANCE[theta.dtype]
+    difference = relative_difference(_gradient(step, theta), gradient)
+    if not difference <= tolerance:
+        raise RunError(
+            f"The training loss is not the weighted sum of per-sample losses: in step {number}, a batch of "
+            f"{len(step.sample_ids)} samples, their gradients differ by {100 * difference:.2g} % "
+            f"(allowed {100 * tolerance:.2g} %). {REMEDY}"
+        )
+
+
+def _gradient(step: Step, theta: Tensor) -> Tensor:
+    try:
+        return step.gradients(theta[None], step.weights[None])[0]
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(f"The loss of single samples cannot be computed ({type(error).__name__}: {error}). {REMEDY}") from error
+
+
+def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, random: bool) -> bool:
+    """Whether a sample alone has the loss it has within its batch.
+
+    Losses that differ by a factor only (a mean over the tokens of a batch) are allowed and answered with False.
+
+    Args:
+        objective: the per-sample losses.
+        theta: parameters (p,).
+        leaves: a batch.
+        random: whether the forward pass draws random numbers; it is then looked at in evaluation mode.
+
+    Raises:
+        RunError: the samples of a batch change each other's gradient.
+    """
+    leaves = batches.cast(leaves, objective.dtype)
+    size = batches.batch_size(leaves)
+    leaf = theta.detach().requires_grad_()
+
+    def look() -> bool:
+        same = True
+        for row in range(min(size, 4)):
+            (within,) = torch.autograd.grad(objective.losses(leaf, leaves)[row], leaf, materialize_grads=True)
+            single = batches.rows(leaves, torch.tensor([row]))
+            (alone,) = torch.autograd.grad(objective.losses(leaf, single)[0], leaf, materialize_grads=True)
+            norms = within.norm() * alone.norm()
+            if norms == 0:
+                same = same and bool(within.norm() == alone.norm())
+                continue
+            if not 1 - float(within @ alone / norms) <= GRADIENT_TOLERANCE[theta.dtype]:
+                raise RunError(
+                    f"The samples of a batch are coupled: alone, sample {row} of the first batch has a gradient that points "
+                    f"elsewhere than within the batch (cosine {float(within @ alone / norms):.4f}). {REMEDY}"
+                )
+            same = same and relative_difference(alone, within) <= GRADIENT_TOLERANCE[theta.dtype]
+        return same
+
+    if not random:
+        return look()
+    with objective.evaluating():
+        look()
+    return False

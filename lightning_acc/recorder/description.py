@@ -1,0 +1,130 @@
+"""What is recorded beside the steps: frozen tensors, the validation data, what is known about the samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_acc import queries
+from lightning_acc.errors import InfluenceError, RunError
+from lightning_acc.trajectory.store import Store
+from lightning_acc.trajectory.writer import RunWriter
+
+
+def data(trainer: Any) -> dict[str, Any]:
+    """Identity of the training data: the data module's class and plain hyper-parameters, or the data set's class."""
+    module = trainer.datamodule
+    if module is None:
+        return {"class": type(trainer.train_dataloader.dataset).__qualname__}
+    plain = {}
+    for key, value in dict(getattr(module, "hparams", {})).items():
+        try:
+            plain[key] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            continue
+    return {"class": f"{type(module).__module__}:{type(module).__qualname__}", "hyper_parameters": plain}
+
+
+def logger(trainer: Any) -> dict[str, Any] | None:
+    """Project, group and id of the training's W&B run, so that later runs can join it; None without one."""
+    for candidate in trainer.loggers:
+        if type(candidate).__name__ == "WandbLogger":
+            run = candidate.experiment
+            return {"project": run.project, "group": run.group or None, "id": run.id}
+    return None
+
+
+def write_frozen(writer: RunWriter, tensors: dict[str, Any]) -> None:
+    """Buffers and untrained parameters, which the losses depend on too."""
+    values = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
+    if values:
+        writer.write_file("module.safetensors", safetensors.torch.save(values))
+
+
+def write_sample_info(writer: RunWriter, trainer: Any) -> None:
+    """What ``describe_samples()`` of the data module tells: columns with one value per training sample."""
+    describe = getattr(trainer.datamodule, "describe_samples", None)
+    if describe is None:
+        return
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = describe()
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    if len(table) != writer.header["n_samples"]:
+        raise RunError(
+            f"describe_samples() gives {len(table)} rows for {writer.header['n_samples']} training samples: "
+            "it must give one row a sample, in the order of the dataset."
+        )
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    writer.write_file("samples/info.parquet", buffer.getvalue())
+
+
+def write_queries(store: Store, trainer: Any) -> None:
+    """Store the validation batches as the query ``val`` (further loaders as ``val-1``, ``val-2`` ...)."""
+    loaders = _validation_loaders(trainer)
+    if not loaders:
+        warnings.warn(
+            "Training has no validation data, so no query is recorded: scoring will ask for a Query, or add one with "
+            "run.add_query(name, loader).",
+            UserWarning,
+            stacklevel=2,
+        )
+    for i, loader in enumerate(loaders):
+        name = "val" if i == 0 else f"val-{i}"
+        with _random_state_kept(loader):
+            try:
+                queries.write(store, name, (trainer.strategy.batch_to_device(b) for b in _limited(loader, trainer, i)))
+            except InfluenceError as error:
+                warnings.warn(f"The validation data is not recorded as a query: {error}", UserWarning, stacklevel=2)
+
+
+def _validation_loaders(trainer: Any) -> list[Any]:
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        if not source.is_defined():
+            return []
+        with _random_state_kept(None):
+            loaders = source.dataloader()
+    if loaders is None:
+        return []
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
+def _limited(loader: Any, trainer: Any, index: int) -> Iterator[Any]:
+    """The batches Lightning would validate on; all of them where validation is switched off."""
+    limit = trainer.limit_val_batches
+    limit = limit if isinstance(limit, int) and limit > 0 else float("inf")
+    for i, batch in enumerate(loader):
+        if i >= limit:
+            return
+        yield batch
+
+
+@contextmanager
+def _random_state_kept(loader: Any) -> Iterator[None]:
+    """Reading data draws random numbers (torch, NumPy, Python, the loader's own); training must not notice."""
+    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    generators = [g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None]
+    states = [generator.get_state() for generator in generators]
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy_state)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

@@ -1,0 +1,335 @@
+"""``TrajectoryRecorder``: the callback that writes a run directory while Lightning trains."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import warnings
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from pytorch_lightning import Callback
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+except ModuleNotFoundError:  # the same library under its other name; its Callback has the same hooks
+    from lightning.pytorch import Callback  # type: ignore[no-redef]
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
+
+from lightning_acc.errors import RunError
+from lightning_acc.objective import Objective, ParameterLayout
+from lightning_acc.optimizers import RULES, State, Update
+from lightning_acc.recorder import decomposition, description, refusals
+from lightning_acc.recorder.loader import SampleTap
+from lightning_acc.step import Step
+from lightning_acc.trajectory import batches, rebuild
+from lightning_acc.trajectory import manifest as manifests
+from lightning_acc.trajectory.store import Store
+from lightning_acc.trajectory.writer import RunWriter
+
+CHECKED_STEPS = 3
+"""Steps at the start whose gradient and update are compared with F before anything later is believed."""
+CHECKED_BATCH_SIZES = 3
+
+
+class RecordingRefused(RunError, MisconfigurationException):
+    """The training cannot be recorded exactly; says why and what to do."""
+
+
+class TrajectoryRecorder(Callback):
+    """Records what every optimizer step saw, so that influence can be computed afterwards.
+
+    Training itself is not changed: the final weights are bitwise those of a run without the callback. What cannot be
+    recorded exactly is refused before training starts.
+
+    Supported: one process, automatic optimisation, ``torch.optim.SGD`` (momentum, Nesterov, weight decay) under any
+    learning-rate scheduler, map-style datasets under any sampler, dropout in modules with ``per_sample_loss``.
+
+    Example::
+
+        recorder = TrajectoryRecorder("runs/adult")
+        Trainer(callbacks=[recorder], ...).fit(model, datamodule=dm)
+
+    Args:
+        directory: where the run directory is written, a local path or an fsspec URL.
+        overwrite: replace a run that is already there; by default it is refused.
+
+    Raises:
+        RecordingRefused: in ``setup`` or before the first step, naming the cause and the remedy.
+        RunError: while training, when the parameters are not finite any more or the disk is full.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
+        self.directory = os.fspath(directory)
+        self.overwrite = overwrite
+
+    # ---- before training
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot be recorded; tap the training loader."""
+        if stage != "fit":
+            return
+        self._refuse_if(refusals.trainer_refusal(trainer, pl_module))
+        store = Store(self.directory)
+        if store.exists(manifests.NAME):
+            if not self.overwrite:
+                raise RecordingRefused(
+                    f"{store} already holds a run: choose another directory, delete it, or pass overwrite=True."
+                )
+            store.remove()
+        elif store.exists() and store.names("parameters"):
+            raise RecordingRefused(f"{store} holds files of another kind: choose another directory.")
+        self._writer = RunWriter(store)
+        self._begun = False
+        self._pending: dict[str, Any] | None = None
+        self._checked_sizes: set[int] = set()
+        self._random = False
+        self._tap = SampleTap()
+        self._tap.install(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the trainer its own methods back."""
+        if stage == "fit" and hasattr(self, "_tap"):
+            self._tap.remove()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at what exists only now: optimizers, loaders, parameters."""
+        self._refuse_if(refusals.optimizer_refusal(trainer))
+        if self._tap.loaders != 1:
+            self._refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
+        optimizer = trainer.optimizers[0]
+        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in group_of]
+        dtypes = {p.dtype for _, p in trained}
+        if len(dtypes) != 1 or not dtypes <= decomposition.GRADIENT_TOLERANCE.keys():
+            self._refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use all float32 or all float64")
+        self._parameters = [p for _, p in trained]
+        self._layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
+        self._group_of = [group_of[id(p)] for p in self._parameters]
+        self._rule = RULES[type(optimizer).__name__]
+        self._update = Update(
+            type(optimizer).__name__,
+            self._layout,
+            self._group_of,
+            max(len(self._rule.slots(group)) for group in optimizer.param_groups),
+        )
+        self._expect_room(trainer)
+        reason = rebuild.why_not_rebuildable(pl_module)
+        if reason:
+            warnings.warn(reason, UserWarning, stacklevel=2)
+
+    # ---- while training
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep what the step will see."""
+        self._ids = self._tap.next_ids()
+        try:
+            self._leaves, structure = batches.flatten(batch)
+            size = batches.batch_size(self._leaves)
+        except RunError as error:
+            raise RecordingRefused(str(error)) from error
+        if size != len(self._ids):
+            raise RecordingRefused(
+                f"The sampler gave {len(self._ids)} samples but the batch has {size} rows: the collate_fn must make one row "
+                "a sample, in order."
+            )
+        if self._begun and structure != self._structure:
+            raise RunError(
+                f"The batch of step {self._writer.n_steps} is built otherwise than the first one: the loader must yield "
+                "batches of one structure."
+            )
+        self._structure = structure
+        self._contents = self._writer.content_ids(self._leaves)
+        self._rng = torch.get_rng_state()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Keep the parameters and hyper-parameters of the step; check the first ones against F."""
+        missing = [p for p in self._parameters if p.grad is None]
+        if len(missing) == len(self._parameters):
+            return  # training_step returned None: torch.optim leaves everything as it is
+        groups = [
+            {key: _plain(group[key]) for key in self._rule.hyperparameters} for group in optimizer.param_groups
+        ]
+        self._refuse_missing_gradients(pl_module, groups, missing)
+        theta = self._theta()
+        rng = None if torch.equal(self._rng, torch.get_rng_state()) else self._rng
+        if not self._begun:
+            self._begin(trainer, pl_module, theta, groups, rng)
+        size = len(self._ids)
+        weight = 1.0 if self._summed else 1 / size
+        step = self._step(groups, rng, weight)
+        self._check(step, theta, pl_module)
+        self._writer.add_state(theta)
+        self._pending = {
+            "sample_ids": self._ids,
+            "contents": self._contents,
+            "weights": [weight] * size,
+            "groups": groups,
+            "rng": rng,
+        }
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The step is done."""
+        if self._pending is not None:
+            self._writer.add_step(**self._pending)
+            self._pending = None
+
+    # ---- after training
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the final parameters and the manifest."""
+        if not self._begun:
+            warnings.warn("No optimizer step was taken, so no run was recorded.", UserWarning, stacklevel=2)
+            return
+        self._finish(stopped=None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """After Ctrl-C the run up to the last whole step is kept; after an error it stays unfinished."""
+        if getattr(self, "_begun", False) and isinstance(exception, KeyboardInterrupt) and self._writer.n_steps:
+            self._finish(stopped="interrupted")
+
+    # ---- parts of the above
+
+    def _refuse_if(self, reason: str | None) -> None:
+        if reason:
+            raise RecordingRefused(f"TrajectoryRecorder cannot record this training: {reason}.")
+
+    def _theta(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu()
+
+    def _gradient(self) -> Tensor:
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
+        if not torch.isfinite(gradient).all():
+            raise RunError(
+                f"The loss or its gradient is not finite in step {self._writer.n_steps} of the training, so there is nothing to "
+                "attribute: look for NaN or infinite values in the data, or lower the learning rate."
+            )
+        return gradient
+
+    def _step(self, groups: list[dict[str, Any]], rng: Tensor | None, weight: float) -> Step:
+        weights = torch.full((len(self._ids),), weight, dtype=torch.float64)
+        leaves = {name: leaf.detach().cpu() for name, leaf in self._leaves.items()}
+        return Step(self._objective, self._update, leaves, torch.tensor(self._ids), weights, groups, rng)
+
+    def _begin(
+        self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]], rng: Tensor | None
+    ) -> None:
+        self._refuse_if(refusals.module_refusal(pl_module))
+        evaluation_modules = [name for name, part in pl_module.named_modules() if name and not part.training]
+        self._objective = Objective(
+            pl_module, self._layout, self._structure, evaluation_modules=evaluation_modules, dtype=theta.dtype
+        )
+        try:
+            gradient = self._gradient()
+            step = self._step(groups, rng, 1 / len(self._ids))
+            self._summed = len(self._ids) > 1 and decomposition.find_weight(step, theta, gradient) == 1.0
+            decomposition.compare_gradients(self._step(groups, rng, 1.0 if self._summed else 1 / len(self._ids)), theta, gradient, 0)
+            independent = decomposition.rows_are_independent(self._objective, theta, step.leaves, rng is not None)
+        except RunError as error:
+            raise RecordingRefused(str(error)) from error
+        self._buffers = {name: value.detach().clone() for name, value in pl_module.named_buffers()}
+        trained = {name for name, _ in self._layout.shapes}
+        frozen = {name: value for name, value in pl_module.state_dict().items() if name not in trained}
+        versions = {name: importlib.metadata.version(name) for name in ("lightning-acc", "torch")}
+        optimizer = trainer.optimizers[0]
+        self._writer.begin(
+            {
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "packages": {**versions, "python": platform.python_version()},
+                "world_size": trainer.world_size,
+                "dtype": str(theta.dtype).removeprefix("torch."),
+                "n_samples": self._tap.n_samples,
+                "layout": [[name, list(shape)] for name, shape in self._layout.shapes],
+                "module": rebuild.describe(pl_module),
+                "evaluation_modules": evaluation_modules,
+                "loss": {
+                    "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
+                    "reduction": "sum" if self._summed else "mean",
+                    "independent_rows": independent,
+                },
+                "optimizer": {
+                    "name": type(optimizer).__name__,
+                    "group_of": self._group_of,
+                    "slots": self._update.slots,
+                },
+                "batch_structure": self._structure,
+                "data": description.data(trainer),
+                "logger": description.logger(trainer),
+            }
+        )
+        self._begun = True
+        description.write_frozen(self._writer, frozen)
+        description.write_sample_info(self._writer, trainer)
+        description.write_queries(self._writer.store, trainer)
+
+    def _check(self, step: Step, theta: Tensor, module: Any) -> None:
+        """Compare this step's gradient, and these parameters, with what F makes of the record so far."""
+        number, size = self._writer.n_steps, len(step.sample_ids)
+        if number == 0:
+            self._replayed: State = self._update.initial(theta)
+        elif number <= CHECKED_STEPS:
+            tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype]
+            moved = theta - self._checked_theta
+            difference = decomposition.relative_difference(self._replayed[0] - self._checked_theta, moved)
+            rounding = 8 * torch.finfo(theta.dtype).eps * float(theta.norm() / moved.norm().clamp_min(1e-30))
+            if not difference <= tolerance + rounding:
+                raise RecordingRefused(
+                    f"Step {number - 1} moved the parameters otherwise than {type(self).__name__} understands the training: "
+                    f"the recorded step gives a change that differs by {100 * difference:.2g} %. Something outside the "
+                    "loss and the optimizer changes parameters or gradients (a hook, another callback): leave it out."
+                )
+            self._replayed = (theta, *self._replayed[1:])
+        if number == 1:
+            changed = [
+                name for name, value in module.named_buffers() if not torch.equal(value, self._buffers.get(name, value))
+            ]
+            self._refuse_if(f"the buffer {changed[0]!r} changes while training, and it is not known how" if changed else None)
+        new_size = size not in self._checked_sizes and len(self._checked_sizes) < CHECKED_BATCH_SIZES
+        if number < CHECKED_STEPS or new_size:
+            self._checked_sizes.add(size)
+            try:
+                decomposition.compare_gradients(step, theta, self._gradient(), number)
+            except RunError as error:
+                raise RecordingRefused(str(error)) from error
+        if number < CHECKED_STEPS:
+            self._checked_theta = theta
+            self._replayed = step(self._replayed)
+
+    def _refuse_missing_gradients(self, module: Any, groups: list[dict[str, Any]], missing: list[Tensor]) -> None:
+        # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the
+        # parameter would still move, by weight decay or by momentum it has gathered.
+        for parameter, group in zip(self._parameters, self._group_of, strict=True):
+            if any(parameter is other for other in missing) and (groups[group]["weight_decay"] or groups[group]["momentum"]):
+                name = next(name for name, other in module.named_parameters() if other is parameter)
+                raise RecordingRefused(
+                    f"The parameter {name!r} gets no gradient in step {self._writer.n_steps}, but its optimizer has weight "
+                    "decay or momentum: freeze it with requires_grad_(False), or use it in every step."
+                )
+
+    def _expect_room(self, trainer: Any) -> None:
+        free = self._writer.store.free_bytes()
+        steps = trainer.estimated_stepping_batches
+        if free is None or steps == float("inf"):
+            return
+        size = sum(p.numel() * p.element_size() for p in self._parameters)
+        needed = size * (int(steps) + 1)
+        if needed > free:
+            self._refuse_if(
+                f"the parameters of {int(steps)} steps take {needed / 2**30:.2f} GB, but {self._writer.store} has only "
+                f"{free / 2**30:.2f} GB free: choose another disk, fewer steps or a smaller model"
+            )
+
+    def _finish(self, stopped: str | None) -> None:
+        if self._writer.n_states == self._writer.n_steps:
+            self._writer.add_state(self._theta())
+        self._writer.finish(stopped=stopped)
+        self._begun = False
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+

@@ -1,0 +1,84 @@
+"""What the recorder cannot describe exactly, refused before training starts with the cause and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_acc.optimizers import RULES
+
+ALTERING_CALLBACKS = {
+    "StochasticWeightAveraging",
+    "WeightAveraging",
+    "EMAWeightAveraging",
+    "GradientAccumulationScheduler",
+    "BaseFinetuning",
+    "BackboneFinetuning",
+    "ModelPruning",
+    "LambdaCallback",
+}
+"""Lightning callbacks that change the parameters, or how they are trained, outside the optimizer's step."""
+
+ALTERING_HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "on_after_backward", "optimizer_zero_grad")
+"""LightningModule methods that, overridden, may change gradients or parameters unseen."""
+
+
+def trainer_refusal(trainer: Any, module: Any) -> str | None:
+    """Why this trainer and module cannot be recorded; None where they can."""
+    strategy = type(trainer.strategy).__name__
+    if trainer.world_size != 1 or strategy != "SingleDeviceStrategy":
+        return f"strategy {strategy} on {trainer.world_size} processes is not supported yet: use one device, devices=1"
+    if not module.automatic_optimization:
+        return "automatic_optimization=False hides the optimizer's steps: use automatic optimisation"
+    if trainer.accumulate_grad_batches != 1:
+        return f"accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported yet: use 1 and larger batches"
+    if trainer.gradient_clip_val:
+        return f"gradient_clip_val={trainer.gradient_clip_val} is not supported yet: leave it out"
+    if str(trainer.precision) not in ("32-true", "64-true"):
+        return f'precision={trainer.precision!r} is not supported yet: use "32-true" or "64-true"'
+    if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
+        return "a compiled module is not supported yet: give trainer.fit the module itself"
+    names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
+    altering = sorted(names & ALTERING_CALLBACKS)
+    if altering:
+        return f"the callback {altering[0]} changes the parameters outside the optimizer's step: leave it out"
+    base = next(kind for kind in type(module).__mro__ if kind.__name__ == "LightningModule")
+    overridden = [name for name in ALTERING_HOOKS if getattr(type(module), name) is not getattr(base, name)]
+    if overridden:
+        return (
+            f"{type(module).__name__} overrides {overridden[0]}, which may change gradients or parameters unseen: "
+            "leave it to Lightning"
+        )
+    return None
+
+
+def optimizer_refusal(trainer: Any) -> str | None:
+    """Why the configured optimizers cannot be recorded; None where they can."""
+    if len(trainer.optimizers) != 1:
+        return f"there are {len(trainer.optimizers)} optimizers: configure exactly one"
+    optimizer = trainer.optimizers[0]
+    name = type(optimizer).__name__
+    if name not in RULES or not type(optimizer).__module__.startswith("torch.optim"):
+        return f"the optimizer {name} is not supported yet: use torch.optim.{' or torch.optim.'.join(sorted(RULES))}"
+    for group in optimizer.param_groups:
+        reason = RULES[name].refusal(group)
+        if reason:
+            return f"the optimizer {name} has {reason}"
+    if optimizer.state or trainer.global_step:
+        return (
+            f"training goes on from an earlier state (global_step={trainer.global_step}), whose record is not here: "
+            "record from the start, without ckpt_path and with a fresh optimizer"
+        )
+    return None
+
+
+def module_refusal(module: nn.Module) -> str | None:
+    """Why the module's layers, in the modes they are in now, couple the samples of a batch; None where they do not."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+            return (
+                f"the layer {name!r} is a {type(part).__name__} in training mode, whose statistics couple the samples of a "
+                "batch: freeze it in evaluation mode (.eval()), or use GroupNorm or LayerNorm"
+            )
+    return None

@@ -1,0 +1,104 @@
+"""The recorded run as a sequence of training steps that can be taken again, in either direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RequestError
+from lightning_acc.objective import Objective, ParameterLayout
+from lightning_acc.optimizers import State, Update
+from lightning_acc.step import Step
+from lightning_acc.trajectory.run import Run
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Replay:
+    """The steps of ``run`` as functions, in ``dtype`` (None: as recorded).
+
+    Raises:
+        RequestError: the dtype is not known.
+        RunError: the module cannot be rebuilt here.
+    """
+
+    def __init__(self, run: Run, dtype: str | None = None) -> None:
+        self.run = run
+        name = dtype or run.dtype
+        if name not in DTYPES:
+            raise RequestError(f"There is no dtype {name!r} to replay in; choose {' or '.join(DTYPES)}.")
+        self.dtype = DTYPES[name]
+        manifest = run.manifest
+        self.layout = ParameterLayout(manifest["layout"])
+        self.objective = Objective(
+            run.module(),
+            self.layout,
+            run.structure(),
+            evaluation_modules=manifest["evaluation_modules"],
+            tensors=run.frozen_tensors(),
+            dtype=self.dtype,
+            independent_rows=manifest["loss"]["independent_rows"],
+        )
+        optimizer = manifest["optimizer"]
+        self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])
+
+    def __len__(self) -> int:
+        return self.run.n_steps
+
+    @cached_property
+    def initial(self) -> State:
+        """The state before the first step."""
+        return self.state(self.run.parameters(0))
+
+    def state(self, theta: Tensor) -> State:
+        """The state with parameters ``theta`` and empty slots."""
+        return self.update.initial(theta.to(self.dtype))
+
+    def step(self, t: int) -> Step:
+        """The recorded step ``t``."""
+        record = self.run.steps[t]
+        return Step(
+            self.objective,
+            self.update,
+            self.run.contents(record.contents),
+            record.sample_ids,
+            record.weights,
+            record.groups,
+            record.rng,
+        )
+
+
+class Tape:
+    """The states of a replay, kept so that its steps can be visited from the last to the first.
+
+    Where the T states do not fit into ``memory`` bytes, about sqrt(T) of them are kept, evenly spaced, and the others are
+    computed again, a segment at a time.
+
+    Attributes:
+        final: the state after the last step.
+    """
+
+    def __init__(self, replay: Replay, memory: int) -> None:
+        self._replay = replay
+        total, size = len(replay), sum(part.nbytes for part in replay.initial)
+        self._segment = 1 if total * size <= memory else math.ceil(math.sqrt(total))
+        self._kept: list[State] = []
+        self.final = replay.initial
+        for t in range(total):
+            if t % self._segment == 0:
+                self._kept.append(self.final)
+            self.final = replay.step(t)(self.final)
+
+    def backwards(self) -> Iterator[tuple[Step, State]]:
+        """The steps from the last to the first, each with the state before it; can be gone through once."""
+        for first in reversed(range(0, len(self._replay), self._segment)):
+            states = [self._kept.pop()]
+            last = min(first + self._segment, len(self._replay))
+            for t in range(first, last - 1):
+                states.append(self._replay.step(t)(states[-1]))
+            for t in reversed(range(first, last)):
+                yield self._replay.step(t), states.pop()

@@ -1,0 +1,118 @@
+"""``Scores``: one table of scores with the conditions it was computed under."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from lightning_acc.errors import RunError
+from lightning_acc.removals import Removal
+from lightning_acc.trajectory.store import Store
+
+if TYPE_CHECKING:
+    import pandas
+    from torch import Tensor
+
+SIGN = "query(without) - query(with): positive helps, negative harms; rank 1 is the most harmful"
+_KEY = b"lightning_acc"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one method on one run.
+
+    Attributes:
+        table: columns ``removal`` (list of sample ids), ``score`` (float64; positive: the removal would raise the query,
+            the samples help) and ``rank`` (1 is the most harmful), in the order of the removals asked for.
+        conditions: method, query, readout, dtype, convention, manifest hash, version, seconds, peak memory and so on;
+            also in the table's Arrow metadata.
+        shifts: final parameter shifts (n_removals, p), where they were asked for.
+    """
+
+    table: pa.Table
+    conditions: dict[str, Any]
+    shifts: Tensor | None = None
+
+    @classmethod
+    def build(
+        cls, removals: list[Removal], scores: np.ndarray, conditions: dict[str, Any], shifts: Tensor | None = None
+    ) -> Scores:
+        """Rank the scores and join them with their conditions."""
+        scores = np.asarray(scores, dtype=np.float64)
+        ranks = np.empty(len(scores), dtype=np.int64)
+        ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
+        conditions = {**conditions, "sign": SIGN}
+        table = pa.table(
+            {"removal": pa.array(removals, pa.list_(pa.int64())), "score": scores, "rank": ranks},
+            metadata={_KEY: json.dumps(conditions)},
+        )
+        return cls(table, conditions, shifts)
+
+    def __repr__(self) -> str:
+        c = self.conditions
+        return f"Scores({c['method']}: {len(self)} removals, query {c['query']}, {c['readout']} readout, {c['dtype']})"
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table as a DataFrame."""
+        return self.table.to_pandas()
+
+    @property
+    def values(self) -> np.ndarray:
+        """The scores, shape (n_removals,), float64."""
+        return self.table["score"].to_numpy()
+
+    @property
+    def removals(self) -> list[Removal]:
+        """The removals, in the order of the table."""
+        return [tuple(ids) for ids in self.table["removal"].to_pylist()]
+
+    def by_removal(self) -> dict[Removal, float]:
+        """Score of each removal."""
+        return dict(zip(self.removals, self.values.tolist(), strict=True))
+
+    def merged(self, older: Scores) -> Scores:
+        """These scores with those of ``older`` for removals that are not in here; the seconds add up."""
+        mine = self.by_removal()
+        rest = {removal: score for removal, score in older.by_removal().items() if removal not in mine}
+        both = {**mine, **rest}
+        share = len(rest) / max(1, len(older))
+        seconds = self.conditions["seconds"] + share * older.conditions["seconds"]
+        conditions = {**self.conditions, "seconds": seconds, "n": len(both)}
+        return Scores.build(list(both), np.array(list(both.values())), conditions)
+
+
+def write(store: Store, name: str, scores: Scores) -> None:
+    """Store a table in a run directory, as ``scores/<name>.parquet``."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(scores.table, buffer)
+    store.write(f"scores/{name}.parquet", buffer.getvalue())
+
+
+def read(store: Store, name: str) -> Scores:
+    """The table stored as ``scores/<name>.parquet``.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    file = f"scores/{name}.parquet"
+    try:
+        table = pyarrow.parquet.read_table(pa.BufferReader(store.read(file)))
+        conditions = json.loads(table.schema.metadata[_KEY])
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{store.locate(file)} is damaged: delete it and score again.") from error
+    return Scores(table, conditions)
+
+
+def names(store: Store) -> list[str]:
+    """Names of the stored tables."""
+    files = [name.split("/")[1] for name in store.names("scores")]
+    return [file.removesuffix(".parquet") for file in files if file.endswith(".parquet")]

@@ -1,0 +1,91 @@
+"""A batch taken apart into named tensors and put together again.
+
+A batch is a tensor, or tuples, lists and dicts of tensors whose first dimension counts the samples. Its *structure* is
+plain JSON; its *leaves* are a flat dict from a name such as ``"0"`` or ``"tokens/ids"`` to the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RunError
+
+Structure = dict[str, Any]
+Leaves = dict[str, Tensor]
+
+
+def flatten(batch: Any) -> tuple[Leaves, Structure]:
+    """Take a batch apart; ``unflatten`` is the inverse.
+
+    Raises:
+        RunError: the batch holds something other than tensors, numbers, strings and None in tuples, lists and dicts.
+    """
+    leaves: Leaves = {}
+    return leaves, _flatten(batch, "", leaves)
+
+
+def _flatten(part: Any, name: str, leaves: Leaves) -> Structure:
+    if isinstance(part, Tensor):
+        name = name or "batch"
+        leaves[name] = part
+        return {"leaf": name}
+    inner = f"{name}/" if name else ""
+    if isinstance(part, Mapping):
+        for key in part:
+            if not isinstance(key, str):
+                raise RunError(f"A batch has the key {key!r}; use strings as the keys of a dict batch.")
+        return {"dict": {key: _flatten(value, inner + key, leaves) for key, value in part.items()}}
+    if isinstance(part, (tuple, list)) and not hasattr(part, "_fields"):
+        kind = "tuple" if isinstance(part, tuple) else "list"
+        return {kind: [_flatten(value, f"{inner}{i}", leaves) for i, value in enumerate(part)]}
+    if part is None or isinstance(part, (bool, int, float, str)):
+        return {"constant": part}
+    raise RunError(
+        f"A batch holds {name or 'at its top'} a {type(part).__name__}, which cannot be recorded; "
+        "let the loader's collate_fn return tensors in tuples, lists or dicts."
+    )
+
+
+def unflatten(structure: Structure, leaves: Mapping[str, Any]) -> Any:
+    """Put a batch together from its structure and its leaves."""
+    (kind, content), *_ = structure.items()
+    if kind == "leaf":
+        return leaves[content]
+    if kind == "dict":
+        return {key: unflatten(value, leaves) for key, value in content.items()}
+    if kind == "constant":
+        return content
+    parts = [unflatten(value, leaves) for value in content]
+    return tuple(parts) if kind == "tuple" else parts
+
+
+def batch_size(leaves: Leaves) -> int:
+    """The number of samples: the common first dimension of all leaves.
+
+    Raises:
+        RunError: there is no tensor, or the first dimensions differ.
+    """
+    sizes = {name: (leaf.shape[0] if leaf.ndim else 0) for name, leaf in leaves.items()}
+    if not sizes:
+        raise RunError("A batch holds no tensor; let the loader's collate_fn return tensors.")
+    if len(set(sizes.values())) > 1:
+        raise RunError(
+            "The tensors of a batch disagree on the number of samples: "
+            + ", ".join(f"{name!r} has {size}" for name, size in sizes.items())
+            + ". The first dimension of every tensor must count the samples of the batch."
+        )
+    return next(iter(sizes.values()))
+
+
+def rows(leaves: Leaves, index: Tensor) -> Leaves:
+    """The samples at ``index``, whose shape replaces the first dimension of every leaf."""
+    return {name: leaf[index] for name, leaf in leaves.items()}
+
+
+def cast(leaves: Leaves, dtype: torch.dtype) -> Leaves:
+    """Floating-point leaves in ``dtype``; others as they are."""
+    return {name: leaf.to(dtype) if leaf.is_floating_point() else leaf for name, leaf in leaves.items()}

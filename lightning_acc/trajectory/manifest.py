@@ -1,0 +1,89 @@
+"""``manifest.json``: what a run directory holds, with the size and hash of every file, and a hash over all of it.
+
+Opening a run trusts nothing: the schema, the status, the hash of the manifest and the size of each file are checked
+when the run is opened, and the hash of a file when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lightning_acc.errors import RunError
+from lightning_acc.trajectory.store import Store, digest
+
+NAME = "manifest.json"
+FORMAT = "lightning_acc run"
+SCHEMA = 1
+CONVENTION = "fixed-denominator"
+"""A removed sample's loss weight becomes 0 and no other weight changes (DESIGN of both papers; see the README)."""
+
+Manifest = dict[str, Any]
+
+
+def content_hash(manifest: Manifest) -> str:
+    """Hash over everything in the manifest but the hash itself."""
+    body = {key: value for key, value in manifest.items() if key != "hash"}
+    return digest(json.dumps(body, sort_keys=True).encode())
+
+
+def write(store: Store, manifest: Manifest) -> Manifest:
+    """Seal the manifest with its hash and write it."""
+    manifest = {**manifest, "format": FORMAT, "schema": SCHEMA, "convention": CONVENTION}
+    manifest["hash"] = content_hash(manifest)
+    store.write(NAME, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def read(store: Store) -> Manifest:
+    """Read and check the manifest of a finished run.
+
+    Raises:
+        RunError: there is no run, it is unfinished, damaged, or written by a newer version; names the file and the remedy.
+    """
+    where = store.locate(NAME)
+    if not store.exists():
+        raise RunError(f"There is no run directory at {store}: check the path, or record a run with TrajectoryRecorder.")
+    if not store.exists(NAME):
+        raise RunError(
+            f"{store} is not a run directory: it has no {NAME}. Name the directory that was given to TrajectoryRecorder."
+        )
+    try:
+        manifest = json.loads(store.read(NAME))
+        known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    except ValueError:
+        known = False
+    if not known:
+        raise RunError(f"{where} is damaged: it is not the manifest of a run. Restore it, or record the run again.")
+    if manifest["schema"] > SCHEMA:
+        raise RunError(
+            f"{where} has schema {manifest['schema']}, but this version reads up to {SCHEMA}: upgrade lightning_acc."
+        )
+    if manifest["hash"] != content_hash(manifest):
+        raise RunError(f"{where} is damaged: its content does not match its hash. Restore it, or record the run again.")
+    if manifest["status"] != "complete":
+        raise RunError(
+            f"{store} is half written: the training that recorded it has not finished, or was killed. "
+            "Wait for it, or delete the directory and record the run again."
+        )
+    for name, file in manifest["files"].items():
+        size = store.size(name)
+        if size != file["bytes"]:
+            state = "is missing" if size < 0 else f"is truncated: {size:,} bytes instead of {file['bytes']:,}"
+            raise RunError(f"{store.locate(name)} {state}. Restore it, or record the run again.")
+    return dict(manifest)
+
+
+def read_file(store: Store, name: str, sha256: str) -> bytes:
+    """Read a file the manifest names and check its hash.
+
+    Raises:
+        RunError: the content is not what was written.
+    """
+    data = store.read(name)
+    if digest(data) != sha256:
+        raise RunError(
+            f"{store.locate(name)} is damaged: its content does not match its hash in the manifest. "
+            "Restore it, or record the run again."
+        )
+    return data

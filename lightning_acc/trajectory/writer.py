@@ -1,0 +1,143 @@
+"""Writing a run directory while training goes on.
+
+Steps, parameters and samples are collected in memory and written as numbered files; the manifest says ``recording``
+until ``finish`` has listed them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections import defaultdict
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RunError
+from lightning_acc.trajectory import manifest as manifests
+from lightning_acc.trajectory.batches import Leaves
+from lightning_acc.trajectory.store import Store, digest
+
+FLUSH_BYTES = 64 * 2**20
+FLUSH_STEPS = 1000
+
+
+class RunWriter:
+    """Collects one run and writes it to ``store``; nothing is visible as a run before ``finish``."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.header: dict[str, Any] = {}
+        self.files: dict[str, dict[str, Any]] = {}
+        self.n_steps = 0
+        self.n_states = 0
+        self._contents: dict[bytes, int] = {}
+        self._new_contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]] = defaultdict(list)
+        self._steps: list[dict[str, Any]] = []
+        self._states: list[Tensor] = []
+        self._pending_bytes = 0
+        self._counters: dict[str, int] = defaultdict(int)
+
+    def begin(self, header: dict[str, Any]) -> None:
+        """Mark the directory as a run in the making; ``header`` is the part of the manifest known by now."""
+        self.header = {"run_id": uuid.uuid4().hex, **header}
+        manifests.write(self.store, {**self.header, "status": "recording", "files": {}})
+
+    def content_ids(self, leaves: Leaves) -> list[int]:
+        """Numbers of the samples of a batch, by content: equal contents get the same number and are stored once."""
+        flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}
+        signature = tuple((name, leaf.dtype, tuple(leaf.shape[1:])) for name, leaf in flat.items())
+        n = next(iter(flat.values())).shape[0]
+        prefix = repr(signature).encode()
+        buffers = [leaf.reshape(n, -1).view(torch.uint8).numpy() if leaf.numel() else None for leaf in flat.values()]
+        numbers = []
+        for row in range(n):
+            hasher = hashlib.blake2b(prefix, digest_size=16)
+            for buffer in buffers:
+                if buffer is not None:
+                    hasher.update(buffer[row])
+            key = hasher.digest()
+            if key not in self._contents:
+                self._contents[key] = len(self._contents)
+                content = {name: leaf[row].clone() for name, leaf in flat.items()}
+                self._new_contents[signature].append((self._contents[key], content))
+                self._pending_bytes += sum(leaf.nbytes for leaf in content.values())
+            numbers.append(self._contents[key])
+        return numbers
+
+    def add_state(self, theta: Tensor) -> None:
+        """The flat parameters before the next step (after the last step: the final ones).
+
+        Raises:
+            RunError: they are not finite.
+        """
+        if not torch.isfinite(theta).all():
+            raise RunError(
+                f"The training has diverged: after step {self.n_states - 1} the parameters are not finite "
+                f"({int((~torch.isfinite(theta)).sum())} of {theta.numel()}). There is nothing to attribute in such a "
+                "run; lower the learning rate or look for a NaN in the data."
+            )
+        self._states.append(theta)
+        self.n_states += 1
+        self._pending_bytes += theta.nbytes
+
+    def add_step(
+        self,
+        sample_ids: list[int],
+        contents: list[int],
+        weights: list[float],
+        groups: list[dict[str, Any]],
+        rng: Tensor | None,
+    ) -> None:
+        """One optimizer step: its occurrences in order, their loss weights, hyper-parameters, RNG state if it was used."""
+        self._steps.append(
+            {"sample_ids": sample_ids, "contents": contents, "weights": weights, "groups": groups, "rng": rng}
+        )
+        self.n_steps += 1
+        if self._pending_bytes >= FLUSH_BYTES or len(self._steps) >= FLUSH_STEPS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected so far."""
+        for signature in sorted(self._new_contents, key=repr):
+            collected = self._new_contents.pop(signature)
+            tensors = {name: torch.stack([content[name] for _, content in collected]) for name in collected[0][1]}
+            tensors["#"] = torch.tensor([number for number, _ in collected])
+            self._write("samples", tensors)
+        if self._states:
+            self._write("parameters", {"theta": torch.stack(self._states)})
+            self._states.clear()
+        if self._steps:
+            steps, self._steps = self._steps, []
+            tensors = {
+                "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in steps]).cumsum(0),
+                "sample_ids": torch.tensor([i for step in steps for i in step["sample_ids"]], dtype=torch.int64),
+                "contents": torch.tensor([i for step in steps for i in step["contents"]], dtype=torch.int64),
+                "weights": torch.tensor([w for step in steps for w in step["weights"]], dtype=torch.float64),
+            }
+            random = [(i, step["rng"]) for i, step in enumerate(steps) if step["rng"] is not None]
+            if random:
+                tensors["rng_steps"] = torch.tensor([i for i, _ in random])
+                tensors["rng"] = torch.stack([state for _, state in random])
+            self._write("steps", tensors, {"groups": json.dumps([step["groups"] for step in steps])})
+        self._pending_bytes = 0
+
+    def _write(self, folder: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        name = f"{folder}/{self._counters[folder]:06d}.safetensors"
+        count = len(next(iter(tensors.values()))) - (folder == "steps")
+        self.write_file(name, safetensors.torch.save(tensors, metadata), count=count)
+        self._counters[folder] += 1
+
+    def write_file(self, name: str, data: bytes, **facts: Any) -> None:
+        """Write one file and remember its size and hash for the manifest."""
+        self.store.write(name, data)
+        self.files[name] = {"bytes": len(data), "sha256": digest(data), **facts}
+
+    def finish(self, **facts: Any) -> None:
+        """Write the rest and the manifest; from here on the directory is a run."""
+        self.flush()
+        complete = {**self.header, **facts, "status": "complete", "n_steps": self.n_steps, "files": self.files}
+        manifests.write(self.store, complete)
