@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_acc.errors import InfluenceError, RequestError, RunError
     from lightning_acc.queries import Query
     from lightning_acc.recorder import TrajectoryRecorder
-    from lightning_acc.report import report
+    from lightning_acc.report import write_report
     from lightning_acc.scores import Scores
     from lightning_acc.scoring import score
     from lightning_acc.trajectory.run import Run
@@ -30,8 +30,8 @@ __all__ = [
     "Scores",
     "TrajectoryRecorder",
     "evaluate",
-    "report",
     "score",
+    "write_report",
 ]
 
 # Imported when first used: Lightning takes seconds to import, and the mathematics runs where it is not installed.
@@ -45,7 +45,7 @@ _HOMES = {
     "Scores": "scores",
     "TrajectoryRecorder": "recorder",
     "evaluate": "agreement",
-    "report": "report",
+    "write_report": "report",
     "score": "scoring",
 }
 

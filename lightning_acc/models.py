@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -39,10 +40,10 @@ class Classifier(pl.LightningModule):
         self.save_hyperparameters()
         widths = [n_features, *hidden]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
         self.net = nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
-        self.sgd = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.sgd: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, n_classes) of inputs (B, ...)."""

@@ -94,7 +94,8 @@ class Objective:
     def call(self, theta: Tensor, function: LossFunction, batch: Any) -> Tensor:
         """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,)."""
         named = {f"module.{name}": value for name, value in self.layout.named(theta).items()}
-        return torch.func.functional_call(self._call, named, (function, batch))
+        values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
+        return values
 
     def losses(self, theta: Tensor, leaves: Leaves) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode."""

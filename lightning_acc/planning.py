@@ -5,6 +5,7 @@ The figures are measured on the run itself: the tensors autograd keeps for one f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -79,7 +80,7 @@ def chunks(removals: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[in
     if n >= 64:
         count += count % 2
     edges = [n * i // count for i in range(count + 1)] if count else []
-    return [list(removals[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [list(removals[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def query_rows(replay: Replay, query: Query, memory: int) -> int:

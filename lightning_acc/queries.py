@@ -77,7 +77,9 @@ class Query:
         with objective.evaluating():
             for leaves, structure in self.batches:
                 leaves = batches.cast(leaves, objective.dtype)
-                total += objective.each(lambda theta, batch, s=structure: self.batch_sum(objective, theta, batch, s), thetas, leaves)
+                total += objective.each(
+                    lambda theta, batch, s=structure: self.batch_sum(objective, theta, batch, s), thetas, leaves
+                )
         return total / self.n_examples
 
     def gradient(self, objective: Objective, theta: Tensor) -> Tensor:

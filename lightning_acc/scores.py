@@ -63,12 +63,13 @@ class Scores:
 
     def to_pandas(self) -> pandas.DataFrame:
         """The table as a DataFrame."""
-        return self.table.to_pandas()
+        frame: pandas.DataFrame = self.table.to_pandas()
+        return frame
 
     @property
     def values(self) -> np.ndarray:
         """The scores, shape (n_removals,), float64."""
-        return self.table["score"].to_numpy()
+        return np.asarray(self.table["score"].to_numpy())
 
     @property
     def removals(self) -> list[Removal]:

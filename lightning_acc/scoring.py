@@ -112,7 +112,7 @@ def score(
     if isinstance(query, str):
         query = run.query(query)
     job = Job(run, method, query, readout, dtype, keep_shifts, int(memory_gb * 2**30))
-    replay = Replay(run, dtype)
+    replay = Replay(run, dtype)  # refuses what cannot be replayed before any worker starts
     distinct = list(dict.fromkeys(wanted))
     if job.reversed:
         parts = [distinct]
@@ -121,7 +121,8 @@ def score(
 
     started = time.perf_counter()
     with Progress(f"{method} · {len(distinct)} removals", len(parts), progress) as bar:
-        if ray_address is None:
+        # A single chunk gains nothing from workers that would have to be started first.
+        if ray_address is None or (ray_address == "local" and len(parts) < 2):
             results = [compute(job, part, bar.of(i), replay) for i, part in enumerate(parts)]
         else:
             from lightning_acc import cluster
@@ -157,7 +158,21 @@ def score(
 
 
 def compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay | None = None) -> Result:
-    """Score one chunk of removals, in this process."""
+    """Score one chunk of removals, in this process and on one thread.
+
+    One thread, whoever calls: the workers of a machine then share its cores, small products do not wait for each other,
+    and the bits of the scores do not depend on where they were computed.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.enable_grad():
+            return _compute(job, removals, progress, replay)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay | None) -> Result:
     started = time.perf_counter()
     replay = replay or Replay(job.run, job.dtype)
     shifts = None

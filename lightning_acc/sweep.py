@@ -39,9 +39,7 @@ def forward(
     return theta, shifts
 
 
-def reverse(
-    replay: Replay, method: AdjointSgdIe, query: Query, memory: int, progress: Progress = lambda _: None
-) -> Tensor:
+def reverse(replay: Replay, method: AdjointSgdIe, query: Query, memory: int, progress: Progress = lambda _: None) -> Tensor:
     """Scores (n_samples,) of removing each sample by itself, for one query, in one sweep back through the run."""
     tape = Tape(replay, memory)
     progress(0.25)

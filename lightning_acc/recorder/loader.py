@@ -69,7 +69,8 @@ class SampleTap:
             def __iter__(self) -> Iterator[Any]:
                 batches = super().__iter__()  # calls iter() on the recording sampler
                 pending = recording.pending
-                delivered = tap._delivered = deque()
+                delivered: deque[list[int]] = deque()
+                tap._delivered = delivered
                 for batch in batches:
                     delivered.append(pending.popleft())
                     yield batch
@@ -89,7 +90,8 @@ class _RecordingSampler:
         self.pending: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        self.pending = pending = deque()
+        pending: deque[list[int]] = deque()
+        self.pending = pending
         return self._note(iter(self._sampler), pending)
 
     @staticmethod
@@ -127,7 +129,8 @@ def refuse_loader(loader: Any) -> None:
     """
     if not isinstance(loader, DataLoader):
         raise RunError(
-            f"The training data comes from a {type(loader).__name__}: use a torch.utils.data.DataLoader, whose samples have ids."
+            f"The training data comes from a {type(loader).__name__}: use a torch.utils.data.DataLoader, "
+            "whose samples have ids."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise RunError(

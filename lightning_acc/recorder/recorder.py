@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 try:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 except ModuleNotFoundError:  # the same library under its other name; its Callback has the same hooks
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
     from lightning.pytorch import Callback  # type: ignore[no-redef]
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
 from lightning_acc.errors import RunError
 from lightning_acc.objective import Objective, ParameterLayout
@@ -86,7 +86,8 @@ class TrajectoryRecorder(Callback):
         self._begun = False
         self._pending: dict[str, Any] | None = None
         self._checked_sizes: set[int] = set()
-        self._random = False
+        self._structure: batches.Structure = {}
+        self._checked_theta = torch.empty(0)
         self._tap = SampleTap()
         self._tap.install(trainer)
 
@@ -150,9 +151,7 @@ class TrajectoryRecorder(Callback):
         missing = [p for p in self._parameters if p.grad is None]
         if len(missing) == len(self._parameters):
             return  # training_step returned None: torch.optim leaves everything as it is
-        groups = [
-            {key: _plain(group[key]) for key in self._rule.hyperparameters} for group in optimizer.param_groups
-        ]
+        groups = [{key: _plain(group[key]) for key in self._rule.hyperparameters} for group in optimizer.param_groups]
         self._refuse_missing_gradients(pl_module, groups, missing)
         theta = self._theta()
         rng = None if torch.equal(self._rng, torch.get_rng_state()) else self._rng
@@ -205,8 +204,8 @@ class TrajectoryRecorder(Callback):
         gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
         if not torch.isfinite(gradient).all():
             raise RunError(
-                f"The loss or its gradient is not finite in step {self._writer.n_steps} of the training, so there is nothing to "
-                "attribute: look for NaN or infinite values in the data, or lower the learning rate."
+                f"The loss or its gradient is not finite in step {self._writer.n_steps} of the training, so there is "
+                "nothing to attribute: look for NaN or infinite values in the data, or lower the learning rate."
             )
         return gradient
 
@@ -215,9 +214,7 @@ class TrajectoryRecorder(Callback):
         leaves = {name: leaf.detach().cpu() for name, leaf in self._leaves.items()}
         return Step(self._objective, self._update, leaves, torch.tensor(self._ids), weights, groups, rng)
 
-    def _begin(
-        self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]], rng: Tensor | None
-    ) -> None:
+    def _begin(self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]], rng: Tensor | None) -> None:
         self._refuse_if(refusals.module_refusal(pl_module))
         evaluation_modules = [name for name, part in pl_module.named_modules() if name and not part.training]
         self._objective = Objective(
@@ -227,7 +224,9 @@ class TrajectoryRecorder(Callback):
             gradient = self._gradient()
             step = self._step(groups, rng, 1 / len(self._ids))
             self._summed = len(self._ids) > 1 and decomposition.find_weight(step, theta, gradient) == 1.0
-            decomposition.compare_gradients(self._step(groups, rng, 1.0 if self._summed else 1 / len(self._ids)), theta, gradient, 0)
+            decomposition.compare_gradients(
+                self._step(groups, rng, 1.0 if self._summed else 1 / len(self._ids)), theta, gradient, 0
+            )
             independent = decomposition.rows_are_independent(self._objective, theta, step.leaves, rng is not None)
         except RunError as error:
             raise RecordingRefused(str(error)) from error
@@ -284,9 +283,7 @@ class TrajectoryRecorder(Callback):
                 )
             self._replayed = (theta, *self._replayed[1:])
         if number == 1:
-            changed = [
-                name for name, value in module.named_buffers() if not torch.equal(value, self._buffers.get(name, value))
-            ]
+            changed = [name for name, value in module.named_buffers() if not torch.equal(value, self._buffers.get(name, value))]
             self._refuse_if(f"the buffer {changed[0]!r} changes while training, and it is not known how" if changed else None)
         new_size = size not in self._checked_sizes and len(self._checked_sizes) < CHECKED_BATCH_SIZES
         if number < CHECKED_STEPS or new_size:
@@ -332,4 +329,3 @@ class TrajectoryRecorder(Callback):
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
-

@@ -1,0 +1,1 @@
+"""The run directory: manifest, steps, parameters, samples. Knows no Lightning and no method."""

@@ -11,7 +11,9 @@ import torch
 
 from lightning_acc.errors import RunError
 
-REMEDY = "call self.save_hyperparameters() in its __init__, with arguments JSON can hold, or open the run as Run(path, module=...)"
+REMEDY = (
+    "call self.save_hyperparameters() in its __init__, with arguments JSON can hold, or open the run as Run(path, module=...)"
+)
 
 
 def describe(module: torch.nn.Module) -> dict[str, Any]:

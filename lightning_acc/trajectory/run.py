@@ -231,9 +231,7 @@ class Run:
 
     def _names(self, folder: str) -> list[str]:
         return sorted(
-            name
-            for name in self.manifest["files"]
-            if name.startswith(f"{folder}/") and name.endswith(".safetensors")
+            name for name in self.manifest["files"] if name.startswith(f"{folder}/") and name.endswith(".safetensors")
         )
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -93,9 +93,7 @@ class RunWriter:
         rng: Tensor | None,
     ) -> None:
         """One optimizer step: its occurrences in order, their loss weights, hyper-parameters, RNG state if it was used."""
-        self._steps.append(
-            {"sample_ids": sample_ids, "contents": contents, "weights": weights, "groups": groups, "rng": rng}
-        )
+        self._steps.append({"sample_ids": sample_ids, "contents": contents, "weights": weights, "groups": groups, "rng": rng})
         self.n_steps += 1
         if self._pending_bytes >= FLUSH_BYTES or len(self._steps) >= FLUSH_STEPS:
             self.flush()

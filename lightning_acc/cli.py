@@ -1,0 +1,178 @@
+"""``lightning-acc``: words to functions."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, Literal
+
+from lightning_acc.errors import InfluenceError, RunError
+
+Method = Literal["loo", "acc-sgd-ie", "sgd-ie", "tracin"]
+
+
+def fit() -> None:
+    """Train with a LightningCLI configuration (trainer, model, data) and record the run.
+
+    The directory is ``recorder.directory``. See ``lightning-acc fit --help`` for every option.
+    """
+
+
+def run() -> None:
+    """Everything in order: fit, audit, score with every method, evaluate, report, W&B.
+
+    See ``lightning-acc run --help`` for every option.
+    """
+
+
+def audit(run: str) -> None:
+    """Replay the training over the record and compare with the recorded parameters.
+
+    Args:
+        run: the run directory.
+    """
+    from lightning_acc.trajectory.run import Run
+
+    report = Run(run).audit()
+    print(report)
+    if not report:
+        raise RunError(f"{run} did not pass its audit.")
+
+
+def score(
+    run: str,
+    method: Method = "acc-sgd-ie",
+    removals: str = "all",
+    query: str = "val",
+    readout: Literal["exact", "linear"] | None = None,
+    dtype: Literal["float32", "float64"] | None = None,
+    ray_address: str | None = "local",
+    memory_gb: float = 2.0,
+    top: int = 10,
+) -> None:
+    """Estimate, for each removal, what the run would have ended with without it.
+
+    Positive scores: the samples help. Negative: the model would be better without them.
+
+    Args:
+        run: the run directory.
+        method: loo retrains and is the truth; acc-sgd-ie follows it closely at about the same cost; sgd-ie and tracin
+            answer for all samples in one sweep.
+        removals: all, random:N, top:N@METHOD, or a file with the sample ids of one removal on each line.
+        query: a query recorded with the run, such as val.
+        readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
+            default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin.
+        dtype: precision of the replay; by default as recorded.
+        ray_address: local, auto, ray://host:port, or null for this process.
+        memory_gb: budget of each process.
+        top: how many of the most harmful to print.
+    """
+    from lightning_acc.scoring import score as compute
+    from lightning_acc.selection import select
+    from lightning_acc.trajectory.run import Run
+
+    opened = Run(run)
+    scores = compute(opened, method, select(opened, removals), query, readout, dtype, ray_address, memory_gb=memory_gb)
+    c = scores.conditions
+    print(f"{scores}, {c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
+    rows = sorted(zip(scores.table["rank"].to_pylist(), scores.removals, scores.values.tolist(), strict=True))
+    print("most harmful first:" if rows else "no removals")
+    for rank, removal, value in rows[:top]:
+        print(f"{rank:6d}  {value:+.3e}  {' '.join(map(str, removal))}")
+
+
+def retrain(
+    run: str,
+    removals: str = "all",
+    query: str = "val",
+    dtype: Literal["float32", "float64"] | None = None,
+    ray_address: str | None = "local",
+    memory_gb: float = 2.0,
+) -> None:
+    """Retrain without each removal: the truth the estimates are compared with (score --method loo).
+
+    Args:
+        run: the run directory.
+        removals: all, random:N, top:N@METHOD, or a file with the sample ids of one removal on each line.
+        query: a query recorded with the run, such as val.
+        dtype: precision of the replay; by default as recorded.
+        ray_address: local, auto, ray://host:port, or null for this process.
+        memory_gb: budget of each process.
+    """
+    score(run, "loo", removals, query, None, dtype, ray_address, memory_gb)
+
+
+def evaluate(run: str) -> None:
+    """Compare all stored scores with leave-one-out retraining.
+
+    Args:
+        run: the run directory.
+    """
+    from lightning_acc.agreement import as_text
+    from lightning_acc.agreement import evaluate as compare
+
+    print(as_text(compare(run)))
+
+
+def report(run: str) -> None:
+    """Write the page report/index.html in the run directory.
+
+    Args:
+        run: the run directory.
+    """
+    from lightning_acc.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+def track(run: str, project: str | None = None) -> None:
+    """Log rankings, agreement and cost to W&B; offline where there is no key.
+
+    Args:
+        run: the run directory.
+        project: by default that of the training's own logger, else lightning-acc.
+    """
+    import json
+
+    from lightning_acc.tracking import mode
+    from lightning_acc.tracking import track as log
+    from lightning_acc.trajectory.run import Run
+
+    opened = Run(run)
+    rows = json.loads(opened.store.read("evaluation.json"))["rows"] if opened.store.exists("evaluation.json") else None
+    print(f"W&B ({mode()}): {log(opened, rows, project)}")
+
+
+DESCRIPTION = "Which training samples made your PyTorch Lightning model better or worse?"
+VERBS: dict[str, Any] = {
+    "run": run,
+    "fit": fit,
+    "audit": audit,
+    "score": score,
+    "retrain": retrain,
+    "evaluate": evaluate,
+    "report": report,
+    "track": track,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: one line on stderr and exit status 1 for what cannot be done, 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        if args and args[0] in ("fit", "run"):
+            from lightning_acc import training
+
+            getattr(training, args[0])(args[1:])
+        else:
+            from jsonargparse import auto_cli
+
+            # Options may be written with dashes, as users of other commands expect.
+            dashed = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+            auto_cli(VERBS, args=dashed, prog="lightning-acc", description=DESCRIPTION)
+    except InfluenceError as error:
+        print(f"lightning-acc: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("lightning-acc: interrupted; what was finished before is kept", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,51 @@
+"""Removals in words, as the command line and configurations give them."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+
+from lightning_acc import scores
+from lightning_acc.errors import RequestError
+from lightning_acc.removals import Removal, parse
+from lightning_acc.trajectory.run import Run
+
+
+def select(run: Run, words: str) -> list[Removal] | None:
+    """The removals ``words`` names.
+
+    ``all``: every sample by itself. ``random:64``: 64 samples drawn at random, the same ones every time. ``top:50@sgd-ie``:
+    the 50 most harmful by the stored scores of a method. Anything else is a file with one removal on each line, its
+    sample ids separated by blanks or commas; empty lines and what follows a ``#`` are passed over.
+
+    Raises:
+        RequestError: the words mean nothing, or there is no such file, method or sample.
+    """
+    if words == "all":
+        return None
+    if match := re.fullmatch(r"random:(\d+)", words):
+        count = int(match[1])
+        if not 0 < count <= run.n_samples:
+            raise RequestError(f"{words} asks for {count} samples, but this run has {run.n_samples}.")
+        return [(i,) for i in sorted(random.Random(0).sample(range(run.n_samples), count))]
+    if match := re.fullmatch(r"top:(\d+)@(.+)", words):
+        known = scores.names(run.store)
+        if match[2] not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none yet"
+            raise RequestError(
+                f"{words} needs the scores of {match[2]}, but this run has none of them: {has}. Score them first."
+            )
+        table = scores.read(run.store, match[2])
+        order = sorted(zip(table.values.tolist(), table.removals, strict=True))
+        return [removal for _, removal in order[: int(match[1])]]
+    if not os.path.isfile(words):
+        raise RequestError(
+            f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, or a file with a removal on each line."
+        )
+    with open(words, encoding="utf-8") as file:
+        lines = [line.partition("#")[0].replace(",", " ").split() for line in file]
+    try:
+        return parse([[int(word) for word in line] for line in lines if line], run.n_samples)
+    except ValueError as error:
+        raise RequestError(f"The file {words} names no removals: {error}") from error

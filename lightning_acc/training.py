@@ -1,0 +1,139 @@
+"""``fit`` and ``run`` of the command line: a LightningCLI whose training is recorded, and everything that follows it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from lightning_acc import cluster, tracking
+from lightning_acc.agreement import as_text, evaluate
+from lightning_acc.errors import RunError
+from lightning_acc.recorder import TrajectoryRecorder
+from lightning_acc.report import write_report
+from lightning_acc.scoring import DEFAULT_MEMORY_GB, score
+from lightning_acc.selection import select
+from lightning_acc.trajectory.run import Run
+
+
+@dataclass
+class Influence:
+    """What ``run`` does after training.
+
+    Args:
+        methods: estimators and truth to compute, in order.
+        removals: all, random:N, top:N@METHOD or a file, as for the verb score.
+        query: name of the recorded query.
+        dtype: None as recorded, or float64.
+        ray_address: local, auto, ray://..., or None for this process.
+        memory_gb: budget of each process.
+        project: W&B project.
+        wandb: whether the training and the results are logged to W&B, offline where there is no key.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["loo", "acc-sgd-ie", "sgd-ie", "tracin"])
+    removals: str = "all"
+    query: str = "val"
+    dtype: str | None = None
+    ray_address: str | None = "local"
+    memory_gb: float = DEFAULT_MEMORY_GB
+    project: str = "lightning-acc"
+    wandb: bool = True
+
+
+class RecordingCLI(LightningCLI):
+    """LightningCLI with the recorder as a callback of its own and the options of ``run``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the groups ``recorder`` and ``influence``."""
+        parser.add_lightning_class_args(TrajectoryRecorder, "recorder")
+        parser.add_class_arguments(Influence, "influence")
+
+
+def _build(verb: str, args: list[str]) -> RecordingCLI:
+    # LightningCLI reads sys.argv, and warns where it is given arguments beside it.
+    before, sys.argv = sys.argv, [f"lightning-acc {verb}", *args]
+    try:
+        return RecordingCLI(
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            parser_kwargs={"prog": f"lightning-acc {verb}"},
+        )
+    finally:
+        sys.argv = before
+
+
+def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
+    """Train as the configuration says, recorded."""
+    cli = _build(verb, args)
+    options = cli.config.influence
+    if options.wandb and cli.config.trainer.logger is None:
+        cli.trainer.logger = _wandb_logger(cli)
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    finally:
+        if options.wandb:
+            tracking.finish()
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+    print(f"recorded in {cli.config.recorder.directory}")
+    return cli
+
+
+def _wandb_logger(cli: RecordingCLI) -> Any:
+    from pytorch_lightning.loggers import WandbLogger
+
+    directory = cli.config.recorder.directory
+    name = directory.rstrip("/").rsplit("/", 1)[-1]
+    return WandbLogger(
+        project=cli.config.influence.project,
+        group=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        job_type="training",
+        **tracking.logger_options(),
+    )
+
+
+def run(args: list[str]) -> None:
+    """Train, audit, score with every method, compare, report and log."""
+    cli = fit(args, "run")
+    options = cli.config.influence
+    recorded = Run(cli.config.recorder.directory)
+    report = recorded.audit()
+    print(report)
+    if not report:
+        raise RunError(f"The record in {recorded.path} does not reproduce the training, so it is not scored.")
+    address = options.ray_address
+    if address is None:
+        _score_all(recorded, options)
+    else:
+        with cluster.connect(address):
+            _score_all(recorded, options)
+    if "loo" in options.methods:
+        evaluation = evaluate(recorded)
+        print(as_text(evaluation))
+    else:
+        evaluation = None
+    if options.wandb:
+        rows = None if evaluation is None else evaluation.to_pylist()
+        print(f"W&B ({tracking.mode()}): {tracking.track(recorded, rows, options.project)}")
+    print(f"report: {write_report(recorded)}")
+
+
+def _score_all(recorded: Run, options: Any) -> None:
+    removals = select(recorded, options.removals)
+    for method in options.methods:
+        scores = score(
+            recorded,
+            method,
+            removals,
+            options.query,
+            dtype=options.dtype,
+            ray_address=options.ray_address,
+            memory_gb=options.memory_gb,
+        )
+        print(f"{scores}: {scores.conditions['seconds']:.1f} s of work")
