@@ -150,12 +150,10 @@ def per_sample_loss(module: nn.Module, batch: Any) -> Tensor:
 def losses_of_training_step(module: nn.Module, batch: Any) -> Tensor:
     """Per-sample losses (B,) by ``training_step`` on batches of one sample: slower than ``per_sample_loss``, and as good."""
     leaves, structure = batches.flatten(batch)
-    step: Any = module.training_step
-    extra = (0,) if "batch_idx" in inspect.signature(step).parameters else ()
 
     def alone(row: Leaves) -> Tensor:
         single = {name: leaf.unsqueeze(0) for name, leaf in row.items()}
-        return loss_of(step(batches.unflatten(structure, single), *extra))
+        return whole_loss_of_training_step(module, batches.unflatten(structure, single))
 
     if not module.__dict__.get("_rows_resist_vmap"):
         try:
@@ -163,6 +161,13 @@ def losses_of_training_step(module: nn.Module, batch: Any) -> Tensor:
         except RuntimeError:
             module.__dict__["_rows_resist_vmap"] = True
     return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])
+
+
+def whole_loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
+    """What ``training_step`` returns for the batch, a scalar."""
+    step: Any = module.training_step
+    extra = (0,) if "batch_idx" in inspect.signature(step).parameters else ()
+    return loss_of(step(batch, *extra))
 
 
 def loss_of(output: Any) -> Tensor:

@@ -21,6 +21,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Final parameters of the run (p,) and their shifts (n, p) under n removals."""
     visited = _visited(replay, removals)
+    if not visited:
+        theta = Tape(replay, memory=0).final[0]
+        return theta, theta.new_zeros(len(removals), len(theta))
     chunk = Removals([removals[i] for i in visited])
     state = replay.initial
     carry = method.init(state, chunk)

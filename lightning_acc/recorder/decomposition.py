@@ -5,11 +5,14 @@ Compared are numbers of the training itself (its gradient, its parameters one st
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
-from lightning_acc.objective import Objective
+from lightning_acc.objective import Objective, whole_loss_of_training_step
+from lightning_acc.recorder.refusals import RecordingRefused
 from lightning_acc.step import Step
 from lightning_acc.trajectory import batches
 from lightning_acc.trajectory.batches import Leaves
@@ -52,12 +55,12 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int) 
         number: index of the step, for the message.
 
     Raises:
-        RunError: they differ; gives the difference and the remedy.
+        RecordingRefused: they differ; gives the difference and the remedy.
     """
     tolerance = GRADIENT_TOLERANCE[theta.dtype]
     difference = relative_difference(_gradient(step, theta), gradient)
     if not difference <= tolerance:
-        raise RunError(
+        raise RecordingRefused(
             f"The training loss is not the weighted sum of per-sample losses: in step {number}, a batch of "
             f"{len(step.sample_ids)} samples, their gradients differ by {100 * difference:.2g} % "
             f"(allowed {100 * tolerance:.2g} %). {REMEDY}"
@@ -67,10 +70,59 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int) 
 def _gradient(step: Step, theta: Tensor) -> Tensor:
     try:
         return step.gradients(theta[None], step.weights[None])[0]
-    except RunError:
-        raise
+    except RunError as error:
+        raise RecordingRefused(str(error)) from error
     except Exception as error:
-        raise RunError(f"The loss of single samples cannot be computed ({type(error).__name__}: {error}). {REMEDY}") from error
+        raise RecordingRefused(
+            f"The loss of single samples cannot be computed ({type(error).__name__}: {error}). {REMEDY}"
+        ) from error
+
+
+PASSED_THROUGH = ("ViewBackward0", "ReshapeAliasBackward0", "MulBackward0", "DivBackward0", "NegBackward0", "CloneBackward0")
+"""Nodes of the autograd graph between a loss and the sum it is a multiple of."""
+
+
+def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves) -> None:
+    """Refuse a ``training_step`` that adds a term which no sample is in, such as a penalty on the weights.
+
+    On batches of one sample it would be taken for a part of every sample's loss, and vanish with it. The term is found in
+    the autograd graph: a summand of the loss from which no input can be reached. Needs an input of floating point.
+
+    Raises:
+        RecordingRefused: there is such a term.
+    """
+    inputs = {
+        name: leaf.detach().requires_grad_(leaf.is_floating_point())
+        for name, leaf in batches.cast(leaves, objective.dtype).items()
+    }
+    wanted = {id(leaf) for leaf in inputs.values() if leaf.requires_grad}
+    loss = objective.call(
+        theta.detach().requires_grad_(), whole_loss_of_training_step, batches.unflatten(objective.structure, inputs)
+    )
+    terms: list[Any] = [loss.grad_fn]
+    summands: list[bool] = []
+    while terms:
+        node = terms.pop()
+        kind, inner = type(node).__name__, [below for below, _ in getattr(node, "next_functions", ()) if below is not None]
+        if kind in ("AddBackward0", "SubBackward0") or (kind in PASSED_THROUGH and len(inner) == 1):
+            terms += inner
+        elif node is not None:
+            summands.append(_reaches(node, wanted))
+    if any(summands) and not all(summands):
+        raise RecordingRefused(f"training_step adds a term to the loss that no sample is in. {REMEDY}")
+
+
+def _reaches(node: Any, wanted: set[int]) -> bool:
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        todo += [inner for inner, _ in node.next_functions if inner is not None]
+    return False
 
 
 def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, random: bool) -> bool:
@@ -85,7 +137,7 @@ def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, ra
         random: whether the forward pass draws random numbers; it is then looked at in evaluation mode.
 
     Raises:
-        RunError: the samples of a batch change each other's gradient.
+        RecordingRefused: the samples of a batch change each other's gradient.
     """
     leaves = batches.cast(leaves, objective.dtype)
     size = batches.batch_size(leaves)
@@ -97,14 +149,14 @@ def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, ra
             (within,) = torch.autograd.grad(objective.losses(leaf, leaves)[row], leaf, materialize_grads=True)
             single = batches.rows(leaves, torch.tensor([row]))
             (alone,) = torch.autograd.grad(objective.losses(leaf, single)[0], leaf, materialize_grads=True)
-            norms = within.norm() * alone.norm()
-            if norms == 0:
-                same = same and bool(within.norm() == alone.norm())
+            if within.norm() == 0:  # of no weight in this batch, or fitted perfectly
+                same = same and bool(alone.norm() == 0)
                 continue
-            if not 1 - float(within @ alone / norms) <= GRADIENT_TOLERANCE[theta.dtype]:
-                raise RunError(
+            cosine = float(within @ alone / (within.norm() * alone.norm()).clamp_min(torch.finfo(theta.dtype).tiny))
+            if not 1 - cosine <= GRADIENT_TOLERANCE[theta.dtype]:
+                raise RecordingRefused(
                     f"The samples of a batch are coupled: alone, sample {row} of the first batch has a gradient that points "
-                    f"elsewhere than within the batch (cosine {float(within @ alone / norms):.4f}). {REMEDY}"
+                    f"elsewhere than within the batch (cosine {cosine:.4f}). {REMEDY}"
                 )
             same = same and relative_difference(alone, within) <= GRADIENT_TOLERANCE[theta.dtype]
         return same

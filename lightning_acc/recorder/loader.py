@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_acc.errors import RunError
+from lightning_acc.recorder.refusals import RecordingRefused
 
 
 class SampleTap:
@@ -51,7 +51,7 @@ class SampleTap:
     def next_ids(self) -> list[int]:
         """Ids of the samples in the oldest batch that was delivered and not asked about yet, in order."""
         if not self._delivered:
-            raise RunError(
+            raise RecordingRefused(
                 "A training batch came from somewhere else than a DataLoader, so its samples are not known: train from a "
                 "torch DataLoader over a map-style dataset."
             )
@@ -67,19 +67,26 @@ class SampleTap:
 
         class Tapped(type(loader)):  # type: ignore[misc]
             def __iter__(self) -> Iterator[Any]:
-                batches = super().__iter__()  # calls iter() on the recording sampler
-                pending = recording.pending
-                delivered: deque[list[int]] = deque()
-                tap._delivered = delivered
-                for batch in batches:
-                    delivered.append(pending.popleft())
-                    yield batch
+                # At once, not in a generator: the loader draws its random seed here, and must do so when it always did.
+                batches = super().__iter__()
+                tap._delivered = deque()
+                return _deliver(batches, recording, tap._delivered)
 
         Tapped.__name__ = Tapped.__qualname__ = type(loader).__name__
         tapped = copy.copy(loader)
         object.__setattr__(tapped, attribute, recording)  # DataLoader forbids the plain assignment
         object.__setattr__(tapped, "__class__", Tapped)
         return tapped
+
+
+def _deliver(batches: Iterator[Any], sampler: _RecordingSampler, delivered: deque[list[int]]) -> Iterator[Any]:
+    pending: deque[list[int]] | None = None
+    for batch in batches:
+        if pending is None:
+            # Now the sampler has been asked for an iterator, also by a loader whose own __iter__ is a generator.
+            pending = sampler.pending
+        delivered.append(pending.popleft())
+        yield batch
 
 
 class _RecordingSampler:
@@ -115,7 +122,7 @@ def _ids(index: Any) -> list[int]:
     try:
         return [int(i) for i in index] if hasattr(index, "__iter__") else [int(index)]
     except (TypeError, ValueError):
-        raise RunError(
+        raise RecordingRefused(
             f"The sampler yields {index!r}, but samples are recorded by their integer index in the dataset: "
             "use a sampler that yields integers."
         ) from None
@@ -125,19 +132,19 @@ def refuse_loader(loader: Any) -> None:
     """Refuse a training loader whose samples cannot be told from its indices.
 
     Raises:
-        RunError: names the cause and the remedy.
+        RecordingRefused: names the cause and the remedy.
     """
     if not isinstance(loader, DataLoader):
-        raise RunError(
+        raise RecordingRefused(
             f"The training data comes from a {type(loader).__name__}: use a torch.utils.data.DataLoader, "
             "whose samples have ids."
         )
     if isinstance(loader.dataset, IterableDataset):
-        raise RunError(
+        raise RecordingRefused(
             f"The training data is an iterable dataset ({type(loader.dataset).__name__}), whose samples have no ids: "
             "use a map-style dataset (for Hugging Face datasets: load without streaming)."
         )
     if not getattr(loader, "in_order", True):
-        raise RunError("The training DataLoader has in_order=False, so its batches lose their ids: use in_order=True.")
+        raise RecordingRefused("The training DataLoader has in_order=False, so its batches lose their ids: use in_order=True.")
     if not hasattr(loader.dataset, "__len__"):
-        raise RunError("The training dataset has no length: define __len__, so that its samples can be counted.")
+        raise RecordingRefused("The training dataset has no length: define __len__, so that its samples can be counted.")

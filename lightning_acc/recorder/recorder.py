@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 try:
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback
 except ModuleNotFoundError:  # the same library under its other name; its Callback has the same hooks
-    from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
 from lightning_acc.errors import RunError
@@ -24,6 +22,7 @@ from lightning_acc.objective import Objective, ParameterLayout
 from lightning_acc.optimizers import RULES, State, Update
 from lightning_acc.recorder import decomposition, description, refusals
 from lightning_acc.recorder.loader import SampleTap
+from lightning_acc.recorder.refusals import RecordingRefused
 from lightning_acc.step import Step
 from lightning_acc.trajectory import batches, rebuild
 from lightning_acc.trajectory import manifest as manifests
@@ -33,10 +32,6 @@ from lightning_acc.trajectory.writer import RunWriter
 CHECKED_STEPS = 3
 """Steps at the start whose gradient and update are compared with F before anything later is believed."""
 CHECKED_BATCH_SIZES = 3
-
-
-class RecordingRefused(RunError, MisconfigurationException):
-    """The training cannot be recorded exactly; says why and what to do."""
 
 
 class TrajectoryRecorder(Callback):
@@ -227,6 +222,8 @@ class TrajectoryRecorder(Callback):
             decomposition.compare_gradients(
                 self._step(groups, rng, 1.0 if self._summed else 1 / len(self._ids)), theta, gradient, 0
             )
+            if not hasattr(pl_module, "per_sample_loss"):
+                decomposition.refuse_penalty(self._objective, theta, step.leaves)
             independent = decomposition.rows_are_independent(self._objective, theta, step.leaves, rng is not None)
         except RunError as error:
             raise RecordingRefused(str(error)) from error
@@ -288,10 +285,7 @@ class TrajectoryRecorder(Callback):
         new_size = size not in self._checked_sizes and len(self._checked_sizes) < CHECKED_BATCH_SIZES
         if number < CHECKED_STEPS or new_size:
             self._checked_sizes.add(size)
-            try:
-                decomposition.compare_gradients(step, theta, self._gradient(), number)
-            except RunError as error:
-                raise RecordingRefused(str(error)) from error
+            decomposition.compare_gradients(step, theta, self._gradient(), number)
         if number < CHECKED_STEPS:
             self._checked_theta = theta
             self._replayed = step(self._replayed)

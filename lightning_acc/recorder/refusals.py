@@ -6,7 +6,18 @@ from typing import Any
 
 from torch import nn
 
+try:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+except ModuleNotFoundError:  # the same library under its other name
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
+
+from lightning_acc.errors import RunError
 from lightning_acc.optimizers import RULES
+
+
+class RecordingRefused(RunError, MisconfigurationException):
+    """The training cannot be recorded exactly; says why and what to do."""
+
 
 ALTERING_CALLBACKS = {
     "StochasticWeightAveraging",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from typing import Any
@@ -20,13 +21,17 @@ def describe(module: torch.nn.Module) -> dict[str, Any]:
     """Class and hyper-parameters of a LightningModule, as the manifest keeps them; values JSON cannot hold are left out."""
     kind = type(module)
     saved = {}
+    # A subclass with an __init__ of its own inherits hyper-parameters it does not take.
+    taken = inspect.signature(kind.__init__).parameters.values()
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
     for key, value in dict(getattr(module, "hparams", {})).items():
         try:
             saved[key] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             continue
-    # LightningCLI saves where the module came from beside its arguments.
-    saved = {key: value for key, value in saved.items() if not key.startswith("_")}
+    names = {parameter.name for parameter in taken}
+    # LightningCLI saves where the module came from beside its arguments, under names with an underscore.
+    saved = {key: value for key, value in saved.items() if not key.startswith("_") and (anything or key in names)}
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "hyper_parameters": saved}
 
 

@@ -72,7 +72,8 @@ class Steps(Sequence[StepRecord]):
         rng = None
         if "rng" in tensors:
             (found,) = torch.nonzero(tensors["rng_steps"] == i, as_tuple=True)
-            rng = tensors["rng"][found[0]] if len(found) else None
+            # A copy: set_rng_state crashes on memory that is not aligned, as inside a file.
+            rng = tensors["rng"][found[0]].clone() if len(found) else None
         return StepRecord(
             sample_ids=tensors["sample_ids"][first:last],
             weights=tensors["weights"][first:last],

@@ -1,0 +1,464 @@
+"""The recorder sees what the training sees, changes nothing, and refuses what it cannot describe."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from problems import CLASSES, FEATURES, N, Net, data, fit, flat, make, record, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+
+import lightning_acc as la
+from lightning_acc.recorder import RecordingRefused
+
+
+class Indexed(Dataset[Any]):
+    """Samples that carry their own index, as a tuple or as a nested dict."""
+
+    def __init__(self, nested: bool = False) -> None:
+        self.x, self.y = data(dtype=torch.float32).tensors
+        self.nested = nested
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> Any:
+        if self.nested:
+            return {"x": self.x[i], "y": self.y[i], "extra": {"index": torch.tensor(i)}}
+        return self.x[i], self.y[i], torch.tensor(i)
+
+
+class Watching(Net):
+    """Notes the indices of every batch it trains on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        index = batch["extra"]["index"] if isinstance(batch, dict) else batch[2]
+        self.__dict__.setdefault("seen", []).append(index.tolist())
+        return super().training_step(batch, batch_idx)
+
+
+class OddBatches:
+    """A batch sampler of uneven batches, in another order every epoch."""
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(N).tolist()
+        yield from (order[:3], order[3:11], order[11:12], order[12:20])
+
+    def __len__(self) -> int:
+        return 4
+
+
+class OddLoader(DataLoader[Any]):
+    """A DataLoader subclass with an iterator of its own."""
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+
+
+LOADERS: dict[str, Any] = {
+    "plain": lambda: DataLoader(Indexed(), 7, shuffle=True),
+    "dict": lambda: DataLoader(Indexed(nested=True), 7, shuffle=True),
+    "ragged": lambda: DataLoader(Indexed(), 10, shuffle=True),
+    "drop-last": lambda: DataLoader(Indexed(), 10, shuffle=True, drop_last=True),
+    "workers": lambda: DataLoader(Indexed(), 5, shuffle=True, num_workers=2, prefetch_factor=3),
+    "persistent-workers": lambda: DataLoader(Indexed(), 5, shuffle=True, num_workers=2, persistent_workers=True),
+    "weighted": lambda: DataLoader(Indexed(), 7, sampler=WeightedRandomSampler(torch.arange(1.0, N + 1), 20)),
+    "own-generator": lambda: DataLoader(Indexed(), 7, shuffle=True, generator=torch.Generator().manual_seed(3)),
+    "batch-sampler": lambda: DataLoader(Indexed(), batch_sampler=OddBatches()),
+    "batch-as-sampler": lambda: DataLoader(_Whole(), batch_size=None, sampler=_lists()),
+    "subclass": lambda: OddLoader(Indexed(), 7, shuffle=True),
+}
+
+
+class _Whole(Indexed):
+    """A dataset that is asked for whole batches."""
+
+    def __getitem__(self, indices: Any) -> Any:
+        return self.x[indices], self.y[indices], torch.tensor(indices)
+
+
+def _lists() -> Any:
+    return torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(N)), 5, drop_last=False)
+
+
+SETUPS = [(name, {}) for name in LOADERS] + [
+    ("plain", {"limit_train_batches": 2}),
+    ("workers", {"limit_train_batches": 3}),
+    ("persistent-workers", {"limit_train_batches": 3}),
+    ("ragged", {"val_check_interval": 2}),
+    ("ragged", {"reload_dataloaders_every_n_epochs": 1}),
+    ("plain", {"num_sanity_val_steps": 2, "max_steps": 7, "max_epochs": -1}),
+    ("plain", {"limit_val_batches": 0}),
+]
+
+
+@pytest.mark.parametrize(("loader", "options"), SETUPS, ids=str)
+def test_ids_are_those_of_the_batches_and_training_is_not_changed(tmp_path: Path, loader: str, options: Any) -> None:
+    def module() -> Watching:
+        torch.manual_seed(0)
+        return Watching(hidden=4, optimizer={"momentum": 0.9}, decay_lr=0.9)
+
+    plain, recorded = module(), module()
+    without = fit(plain, LOADERS[loader](), precision="32-true", **options)
+    run = record(tmp_path / "run", recorded, LOADERS[loader](), precision="32-true", **options)
+    assert torch.equal(flat(recorded), without)
+    assert torch.equal(run.parameters(run.n_steps), without)
+    assert [step.sample_ids.tolist() for step in run.steps] == recorded.seen == plain.seen
+    assert run.n_samples == N
+    x, _ = data(dtype=torch.float32).tensors
+    for t in (0, run.n_steps - 1):
+        leaves = run.batch(t)
+        assert torch.equal(leaves["x" if loader == "dict" else "0"], x[run.steps[t].sample_ids])
+        assert run.steps[t].weights.tolist() == [1 / len(leaves["x" if loader == "dict" else "0"])] * len(recorded.seen[t])
+    assert run.audit().max_abs_error == 0
+    assert run.query_names() == ["val"]
+
+
+def test_the_learning_rate_is_the_one_that_was_used(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(decay_lr=0.5), batch_size=12)
+    assert [step.hyperparameters["lr"] for step in run.steps] == [0.2, 0.2, 0.1, 0.1, 0.05, 0.05]
+
+
+class TwoRates(Net):
+    def configure_optimizers(self) -> Any:
+        weight, bias = self.net[0].weight, self.net[0].bias
+        return torch.optim.SGD([{"params": [bias], "lr": 0.5}, {"params": [weight], "weight_decay": 0.1}], lr=0.1)
+
+
+def test_parameter_groups_keep_their_own_hyperparameters(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", TwoRates().double())
+    assert run.steps[0].hyperparameters["lr"] == (0.5, 0.1)
+    assert run.steps[0].hyperparameters["weight_decay"] == (0.0, 0.1)
+    assert run.audit().max_abs_error == 0
+
+
+class Frozen(Net):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.save_hyperparameters()
+        self.net[0].requires_grad_(False)
+
+
+def test_frozen_parameters_count_as_given(tmp_path: Path) -> None:
+    module = Frozen(hidden=4).double()
+    run = record(tmp_path / "run", module)
+    assert run.n_parameters == 4 * CLASSES + CLASSES
+    assert run.audit().max_abs_error == 0
+    assert la.score(run, "loo", [1], ray_address=None).values[0] != 0
+
+
+class StepOnly(pl.LightningModule):
+    """Only a ``training_step``, with no arguments beyond the batch, returning a dict."""
+
+    def __init__(self, reduction: str = "mean", penalty: float = 0.0, contrast: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.options = {"reduction": reduction, "penalty": penalty, "contrast": contrast}
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        x, y = batch
+        logits = self.layer(x)
+        if self.options["contrast"]:
+            logits = logits - logits.mean(0)
+        loss = nn.functional.cross_entropy(logits, y, reduction=self.options["reduction"])
+        loss = loss + self.options["penalty"] * self.layer.weight.square().sum()
+        self.log("train", loss)
+        return {"loss": loss}
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val", nn.functional.cross_entropy(self.layer(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_module_without_per_sample_loss_gives_the_same_scores(tmp_path: Path, reduction: str) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", StepOnly(reduction).double())
+    assert run.manifest["loss"]["source"] == "training_step"
+    assert run.manifest["loss"]["reduction"] == reduction
+    assert run.audit().ok
+    torch.manual_seed(0)
+    twin = Net(optimizer={"lr": 0.01}).double()
+    twin.load_state_dict({"net.0.weight": run.parameters(0)[:15].view(3, 5), "net.0.bias": run.parameters(0)[15:]})
+    if reduction == "mean":
+        same = record(tmp_path / "twin", twin)
+        for method in ("loo", "acc-sgd-ie", "sgd-ie"):
+            ours, theirs = (la.score(r, method, ray_address=None, save=False).values for r in (run, same))
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-8, atol=1e-14)
+    else:
+        assert run.steps[0].weights.tolist() == [1.0] * 7
+
+
+class Metric(StepOnly):
+    """Keeps a torchmetrics metric in its step, as many modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchmetrics.classification import MulticlassAccuracy
+
+        self.accuracy = MulticlassAccuracy(CLASSES)
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        self.accuracy(self.layer(batch[0]), batch[1])
+        return super().training_step(batch)
+
+
+def test_metrics_in_the_step_do_no_harm(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", Metric().double())
+    assert run.audit().ok
+    assert la.score(run, "acc-sgd-ie", [0, 1], ray_address=None).values.all()
+
+
+class TokenMean(Net):
+    """A mean over the "tokens" of the batch: longer samples weigh more."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        lengths = 1.0 + batch[1]
+        return super().per_sample_loss(batch) * lengths * len(lengths) / lengths.sum()
+
+
+def test_a_loss_averaged_over_tokens_is_fine(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", TokenMean().double())
+    assert not run.manifest["loss"]["independent_rows"]
+    assert run.audit().max_abs_error == 0
+    truth, estimate = (la.score(run, method, ray_address=None).values for method in ("loo", "acc-sgd-ie"))
+    assert la.evaluate(run).to_pylist()[1]["kendall"] > 0.9
+    assert abs(truth - estimate).max() < 0.3 * abs(truth).max()
+
+
+class Normalised(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(0, nn.BatchNorm1d(FEATURES))
+
+
+class Contrastive(Net):
+    """Per-sample losses that add up to the training loss, but see the other samples."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        out = self.net(batch[0])
+        return nn.functional.cross_entropy(out @ out.T, torch.arange(len(out)), reduction="none")
+
+
+class WrongSum(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * 1.01
+
+
+class Penalised(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 1e-3 * sum(p.square().sum() for p in self.parameters())
+
+
+class Peeking(StepOnly):
+    """A step that needs more than a batch."""
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        return {"loss": super().training_step(batch)["loss"] * (1 + 0 * self.trainer.current_epoch)}
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Unknown(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters())
+
+
+class Clipping(Net):
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            p.grad.clamp_(-0.01, 0.01)
+
+
+class Moving(pl.Callback):
+    """Moves a weight behind everybody's back, from the first step on."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            next(pl_module.parameters()).mul_(0.999)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from zip(*data().tensors, strict=True)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "penalty": (
+        lambda: StepOnly(penalty=0.01),
+        {},
+        r"term to the loss that no sample is in.*weight_decay",
+    ),
+    "coupled step": (lambda: StepOnly(contrast=True), {}, r"gradients differ by .* %.*per_sample_loss"),
+    "coupled losses": (Contrastive, {}, r"samples of a batch are coupled.*cosine"),
+    "batch norm": (Normalised, {}, r"'net.0' is a BatchNorm1d in training mode.*GroupNorm"),
+    "penalty beside per_sample_loss": (Penalised, {}, r"gradients differ by .* %.*weight_decay"),
+    "wrong sum": (WrongSum, {}, r"differ by 0?\.?\d.* %"),
+    "neither": (Peeking, {}, r"loss of single samples cannot be computed.*per_sample_loss"),
+    "manual": (Manual, {}, r"automatic_optimization=False"),
+    "optimizer": (Unknown, {}, r"Adagrad is not supported"),
+    "hook": (Clipping, {}, r"overrides on_after_backward"),
+    "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
+    "accumulation": (Net, {"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2"),
+    "clipping": (Net, {"gradient_clip_val": 0.5}, r"gradient_clip_val=0.5"),
+    "precision": (Net, {"precision": "bf16-mixed"}, r"precision='bf16-mixed'"),
+    "iterable": (Net, {"train": DataLoader(Stream(), 5)}, r"iterable dataset .*map-style"),
+    "out of order": (Net, {"train": DataLoader(data(), 5, num_workers=2, in_order=False)}, r"in_order=False"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exact_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
+    make_module, options, message = REFUSED[case]
+    module = make_module().double()
+    start = flat(module)
+    with pytest.raises(RecordingRefused, match=f"(?s){message}") as refusal:
+        record(tmp_path / "run", module, **options)
+    assert "\n" not in str(refusal.value)
+    if case != "callback":
+        assert torch.equal(flat(module), start)
+    with pytest.raises(la.RunError):
+        la.Run(tmp_path / "run")
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="strategy DDPStrategy on 2 processes is not supported yet"):
+        record(tmp_path / "run", make(), strategy="ddp_fork", devices=2)
+
+
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    loaders = [DataLoader(data(), 6), DataLoader(data(), 6)]
+    with pytest.raises(RecordingRefused, match="2 training loaders"):
+        trainer(la.TrajectoryRecorder(tmp_path / "run")).fit(make(), loaders)
+
+
+def test_a_run_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make())
+    with pytest.raises(RecordingRefused, match=r"already holds a run.*overwrite=True"):
+        record(tmp_path / "run", make(seed=5))
+    assert la.Run(tmp_path / "run").hash == run.hash
+    fit(make(seed=5), None, la.TrajectoryRecorder(tmp_path / "run", overwrite=True))
+    assert la.Run(tmp_path / "run").hash != run.hash
+
+
+def test_fitting_twice_with_one_recorder_is_refused(tmp_path: Path) -> None:
+    recorder = la.TrajectoryRecorder(tmp_path / "run")
+    fit(make(), None, recorder)
+    with pytest.raises(RecordingRefused, match="already holds a run"):
+        fit(make(), None, recorder)
+
+
+@pytest.mark.filterwarnings("ignore:.*Skipping val loop")
+def test_without_validation_data_recording_goes_on_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"no validation data.*add_query"):
+        run = record(tmp_path / "run", make(), validation=False)
+    with pytest.raises(la.RequestError, match=r"no query 'val'.*add_query"):
+        la.score(run, "sgd-ie", ray_address=None)
+    run.add_query("val", DataLoader(data(n=16, seed=9), 5))
+    assert len(la.score(run, "sgd-ie", ray_address=None)) == N
+
+
+class Unsaved(Net):
+    def __init__(self, width: Any) -> None:
+        super().__init__(hidden=width.size)
+        self.hparams.clear()
+
+
+class Width:
+    size = 4
+
+
+def test_a_module_that_cannot_be_rebuilt_is_said_at_the_start_and_can_be_given(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Unsaved cannot be rebuilt.*save_hyperparameters.*module="):
+        run = record(tmp_path / "run", Unsaved(Width()).double())
+    with pytest.raises(la.RunError, match="save_hyperparameters"):
+        la.score(run, "sgd-ie", ray_address=None)
+    given = la.Run(tmp_path / "run", module=Unsaved(Width()))
+    assert given.audit().max_abs_error == 0
+
+
+class Poisoned(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        factor = float("nan") if self.trainer.global_step == 5 else 1.0
+        return super().training_step(batch, batch_idx) * factor
+
+
+@pytest.mark.parametrize("at", ["first", "later"])
+def test_a_loss_that_is_not_finite_stops_with_one_sentence(tmp_path: Path, at: str) -> None:
+    bad = data()
+    if at == "first":
+        bad.tensors[0][:] = float("nan")
+    module = make() if at == "first" else Poisoned().double()
+    with pytest.raises(la.RunError, match="not finite") as error:
+        record(tmp_path / "run", module, bad)
+    assert "\n" not in str(error.value)
+    with pytest.raises(la.RunError):
+        la.Run(tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_stops_with_one_sentence_and_leaves_older_runs(tmp_path: Path) -> None:
+    older = record(tmp_path / "older", make())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))  # any larger file fails like on a full disk
+    try:
+        with pytest.raises(la.RunError, match=r"could not be written: the disk is full.*Free some space"):
+            record(tmp_path / "run", make(hidden=32), max_epochs=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert la.Run(tmp_path / "older").audit().ok
+    assert la.Run(tmp_path / "older").hash == older.hash
+    with pytest.raises(la.RunError, match="half written"):
+        la.Run(tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+class Interrupting(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_training_keeps_the_whole_steps(tmp_path: Path) -> None:
+    module = make(hidden=4)
+    with pytest.raises(SystemExit):
+        fit(module, None, la.TrajectoryRecorder(tmp_path / "run"), Interrupting())
+    run = la.Run(tmp_path / "run")
+    assert run.manifest["stopped"] == "interrupted"
+    assert run.n_steps == 5
+    assert run.audit().max_abs_error == 0
+    assert torch.equal(run.parameters(5), flat(module))
+
+
+class Image(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.head = nn.Linear(2 * 36, CLASSES)
+        self.net = nn.Sequential(self.conv, nn.GELU(), nn.Flatten(), self.head)
+        self.options = {"lr": 0.05}
+
+
+def test_a_convolutional_network_on_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.rand(N, 1, 6, 6), data().tensors[1]
+    loader = DataLoader(torch.utils.data.TensorDataset(images, labels), 6, shuffle=True)
+    with pytest.warns(UserWarning, match="no validation data"):
+        run = record(tmp_path / "run", Image(), loader, validation=False, precision="32-true")
+    run.add_query("val", [(images[:8], labels[:8])])
+    assert run.audit().ok
+    truth = la.score(run, "loo", ray_address=None, dtype="float64", save=False).values
+    estimate = la.score(run, "acc-sgd-ie", ray_address=None, dtype="float64", save=False).values
+    assert abs(truth - estimate).max() < 0.1 * abs(truth).max()
