@@ -96,20 +96,30 @@ def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves) -> None:
         for name, leaf in batches.cast(leaves, objective.dtype).items()
     }
     wanted = {id(leaf) for leaf in inputs.values() if leaf.requires_grad}
-    loss = objective.call(
-        theta.detach().requires_grad_(), whole_loss_of_training_step, batches.unflatten(objective.structure, inputs)
-    )
+    leaf = theta.detach().requires_grad_()
+    loss = objective.call(leaf, whole_loss_of_training_step, batches.unflatten(objective.structure, inputs))
     terms: list[Any] = [loss.grad_fn]
-    summands: list[bool] = []
+    summands: dict[Any, bool] = {}
     while terms:
         node = terms.pop()
         kind, inner = type(node).__name__, [below for below, _ in getattr(node, "next_functions", ()) if below is not None]
         if kind in ("AddBackward0", "SubBackward0") or (kind in PASSED_THROUGH and len(inner) == 1):
             terms += inner
         elif node is not None:
-            summands.append(_reaches(node, wanted))
-    if any(summands) and not all(summands):
-        raise RecordingRefused(f"training_step adds a term to the loss that no sample is in. {REMEDY}")
+            summands[node] = _reaches(node, wanted)
+    if not any(summands.values()) or all(summands.values()):
+        return
+    (whole,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    for node, has_samples in summands.items():
+        if not has_samples:
+            node.register_prehook(lambda gradients: tuple(torch.zeros_like(gradient) for gradient in gradients))
+    (of_samples,) = torch.autograd.grad(loss, leaf)
+    difference = relative_difference(of_samples, whole)
+    if difference > GRADIENT_TOLERANCE[theta.dtype]:
+        raise RecordingRefused(
+            f"training_step adds a term to the loss that no sample is in; it makes {100 * difference:.2g} % of the gradient "
+            f"of the first batch. {REMEDY}"
+        )
 
 
 def _reaches(node: Any, wanted: set[int]) -> bool:
