@@ -97,6 +97,10 @@ class Objective:
         values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
         return values
 
+    def tensors(self) -> list[Tensor]:
+        """The module's own tensors, which all parameter vectors share."""
+        return [*self._call.module.parameters(), *self._call.module.buffers()]
+
     def losses(self, theta: Tensor, leaves: Leaves) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode."""
         return self.call(theta, self._loss, batches.unflatten(self.structure, leaves))

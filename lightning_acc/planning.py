@@ -8,12 +8,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from lightning_acc.errors import RequestError
 from lightning_acc.queries import Query
-from lightning_acc.replay import Replay
+from lightning_acc.replay import Replay, saved_bytes
 from lightning_acc.trajectory import batches
 
 # Copies of (a parameter-sized vector, the activations of the batch) that one removal needs at the peak of a step.
@@ -23,34 +20,11 @@ LARGEST_CHUNK = 512
 """More removals at a time gain no speed; smaller chunks stay in the processor's caches."""
 
 
-def activation_bytes(replay: Replay) -> int:
-    """Bytes autograd keeps for one forward pass over the run's largest batch."""
-    largest = max(range(len(replay)), key=lambda t: len(replay.run.steps[t].sample_ids))
-    step = replay.step(largest)
-    return _saved_bytes(lambda theta: replay.objective.losses(theta, step.leaves), replay.initial[0])
-
-
-def _saved_bytes(function: object, theta: Tensor) -> int:
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    leaf = theta.detach().requires_grad_()
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function(leaf)  # type: ignore[operator]
-    del output
-    kept.pop(leaf.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
-
-
 def bytes_per_removal(replay: Replay, method: str) -> int:
     """Bytes that one more removal in a chunk adds to the peak."""
     vectors, activations = COPIES[method]
     vector = replay.initial[0].nbytes
-    return int(vectors * vector * len(replay.initial) + activations * activation_bytes(replay))
+    return int(vectors * vector * len(replay.initial) + activations * replay.activation_bytes)
 
 
 def chunk_size(replay: Replay, method: str, memory: int) -> int:
@@ -89,5 +63,5 @@ def query_rows(replay: Replay, query: Query, memory: int) -> int:
     leaves = batches.cast(leaves, replay.dtype)
     objective = replay.objective
     with objective.evaluating():
-        saved = _saved_bytes(lambda theta: query.batch_sum(objective, theta, leaves, structure), replay.initial[0])
+        saved = saved_bytes(lambda theta: query.batch_sum(objective, theta, leaves, structure), replay.initial[0])
     return max(1, int(memory // (2 * saved + 4 * replay.initial[0].nbytes)))

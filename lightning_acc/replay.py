@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 import torch
@@ -13,8 +13,11 @@ from lightning_acc.errors import RequestError
 from lightning_acc.objective import Objective, ParameterLayout
 from lightning_acc.optimizers import State, Update
 from lightning_acc.step import Step
+from lightning_acc.trajectory import batches
 from lightning_acc.trajectory.run import Run
 
+CACHE_BYTES = 2**20
+"""Activations that Hessian-vector products work on at once: what a core's second-level cache holds. More is slower."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -58,6 +61,14 @@ class Replay:
         """The state with parameters ``theta`` and empty slots."""
         return self.update.initial(theta.to(self.dtype))
 
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Bytes autograd keeps for one forward pass over the run's largest batch, beside the batch itself."""
+        largest = max(range(len(self)), key=lambda t: len(self.run.steps[t].sample_ids))
+        leaves = batches.cast(self.run.batch(largest), self.dtype)
+        shared = [*leaves.values(), *self.objective.tensors()]
+        return saved_bytes(lambda theta: self.objective.losses(theta, leaves), self.initial[0], shared)
+
     def step(self, t: int) -> Step:
         """The recorded step ``t``."""
         record = self.run.steps[t]
@@ -69,7 +80,26 @@ class Replay:
             record.weights,
             record.groups,
             record.rng,
+            rows_at_once=max(16, CACHE_BYTES // max(1, self.activation_bytes)),
         )
+
+
+def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Iterable[Tensor] = ()) -> int:
+    """Bytes autograd keeps to differentiate ``function`` at ``theta`` (p,), without those of ``theta`` and ``shared``."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaf = theta.detach().requires_grad_()
+    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(leaf)
+    for tensor in (leaf, *shared):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    del output
+    return sum(kept.values())
 
 
 class Tape:

@@ -32,6 +32,7 @@ class Step:
         weights: recorded loss weights, (B,).
         groups: hyper-parameters of the parameter groups.
         rng: state of torch's random number generator before the forward pass, where the step uses it.
+        rows_at_once: how many Hessian-vector products to take together.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Step:
         weights: Tensor,
         groups: list[Hyperparameters],
         rng: Tensor | None = None,
+        rows_at_once: int = 128,
     ) -> None:
         self.objective = objective
         self.leaves = batches.cast(leaves, objective.dtype)
         self.sample_ids = sample_ids
         self.weights = weights.to(objective.dtype)
         self.groups = groups
+        self.rows_at_once = rows_at_once
         self._update = update
         self._rng = rng
 
@@ -114,7 +117,7 @@ class Point:
         Reverse over reverse at ONE parameter vector with ONE weight vector, which is what makes it cheap: the forward pass
         is shared by all n.
         """
-        return _products(self._graph, self._leaf, shifts)
+        return torch.cat([_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)])
 
     def removed_parts(self, removals: Removals, shifts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the removed samples contribute to G_t linearised: ``sum_{i in R and batch} w_i (g_i + H_i D)``.

@@ -1,0 +1,184 @@
+"""What each method costs: seconds as ratios within one run, and peak memory against the budget given.
+
+    python scripts/bench_methods.py
+
+One thread. A ReLU 8-8 network on 68 features (the size of Adult), n = 400, 38 epochs of batch 100. "loop" is the published
+way to compute ACC-SGD-IE: one autograd Hessian-vector product for each sample and step, measured on a few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+N, FEATURES, EPOCHS, BATCH = 400, 68, 38, 100
+LOOP_STEPS = 3
+
+
+def record(directory: Path, hidden: tuple[int, ...], features: int, epochs: int) -> float:
+    """Train with the recorder; returns the seconds the same training takes without it."""
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from lightning_acc import TrajectoryRecorder
+    from lightning_acc.models import Classifier
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    x = torch.randn(N, features)
+    y = (x @ torch.randn(features) + torch.randn(N) > 0).long()
+
+    def fit(*callbacks: pl.Callback) -> float:
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+        )
+        model = Classifier(features, 2, hidden, "relu", lr=0.1)
+        started = time.perf_counter()
+        trainer.fit(model, DataLoader(TensorDataset(x, y), BATCH, shuffle=True), DataLoader(TensorDataset(x, y), N))
+        return time.perf_counter() - started
+
+    fit()
+    seconds = fit()
+    fit(TrajectoryRecorder(directory))
+    return seconds
+
+
+def loop_seconds(replay: object) -> float:
+    """Seconds of the sequential baseline for the whole run: one Hessian-vector product per sample and step."""
+    from lightning_acc.replay import Replay
+
+    assert isinstance(replay, Replay)
+    state, shifts = replay.initial, [torch.zeros_like(replay.initial[0]) for _ in range(N)]
+    started = time.perf_counter()
+    for t in range(LOOP_STEPS):
+        step = replay.step(t)
+        theta = state[0].detach().requires_grad_()
+        position = {sample: i for i, sample in enumerate(step.sample_ids.tolist())}
+        for j in range(N):
+            weights = step.weights.clone()
+            source = torch.zeros_like(theta)
+            losses = replay.objective.losses(theta, step.leaves)
+            if j in position:
+                weights[position[j]] = 0
+                (source,) = torch.autograd.grad(step.weights[position[j]] * losses[position[j]], theta, retain_graph=True)
+            (gradient,) = torch.autograd.grad((weights * losses).sum(), theta, create_graph=True)
+            (product,) = torch.autograd.grad(gradient, theta, shifts[j])
+            lr = step.groups[0]["lr"]
+            shifts[j] = shifts[j] - lr * product + lr * source.detach()
+        state = step(state)
+    return (time.perf_counter() - started) / LOOP_STEPS * len(replay)
+
+
+def speed() -> None:
+    """Print the table of seconds and ratios."""
+    from lightning_acc import Run, sweep
+    from lightning_acc.methods import FORWARD, REVERSE
+    from lightning_acc.replay import Replay
+
+    with tempfile.TemporaryDirectory() as directory:
+        training = record(Path(directory) / "run", (8, 8), FEATURES, EPOCHS)
+        run = Run(Path(directory) / "run")
+        replay = Replay(run)
+        removals = [(i,) for i in range(N)]
+        query = run.query("val")
+        print(f"n = {N}, p = {run.n_parameters}, {run.n_steps} steps of batch {BATCH}, torch {torch.__version__}, one thread")
+
+        def replayed() -> None:
+            state = replay.initial
+            for t in range(len(replay)):
+                state = replay.step(t)(state)
+
+        work = {
+            "replay": replayed,
+            "loo": lambda: sweep.forward(replay, FORWARD["loo"](), removals),
+            "acc-sgd-ie": lambda: sweep.forward(replay, FORWARD["acc-sgd-ie"](), removals),
+            "sgd-ie": lambda: sweep.reverse(replay, REVERSE["sgd-ie"](), query, 2**30),
+        }
+        times: dict[str, list[float]] = {name: [] for name in work}
+        for turn in range(6):
+            for name, function in work.items():
+                started = time.perf_counter()
+                function()
+                if turn:  # the first turn warms up
+                    times[name].append(time.perf_counter() - started)
+        seconds = {"training": training, **{name: statistics.median(values) for name, values in times.items()}}
+        seconds["loop"] = loop_seconds(replay)
+    for name, value in seconds.items():
+        print(f"{name:12s} {value:9.3f} s")
+
+    def ratio(a: str, b: str) -> float:
+        pairs = zip(times[a], times[b], strict=True)
+        return statistics.median(first / second for first, second in pairs)
+
+    print(f"acc-sgd-ie / loo       {ratio('acc-sgd-ie', 'loo'):7.2f}   (to reach: at most 1.5)")
+    print(f"sgd-ie / replay        {ratio('sgd-ie', 'replay'):7.2f}   (to reach: at most 6)")
+    print(f"loop / acc-sgd-ie      {seconds['loop'] / seconds['acc-sgd-ie']:7.1f}   (to reach: at least 25)")
+    print(f"loo / training         {seconds['loo'] / training:7.2f}   for {N} retrainings")
+
+
+def memory() -> None:
+    """Print the peak memory of each method under several budgets, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        record(Path(directory) / "run", (256, 64), 784, 1)
+        print("\npeak memory beyond what was there before, 784-256-64-2 network, n = 400, GB")
+        print(f"{'budget':>12s}" + "".join(f"{budget:9.2f}" for budget in BUDGETS))
+        for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
+            peaks = [
+                subprocess.run(
+                    [sys.executable, __file__, "--measure", directory + "/run", method, str(budget)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+                for budget in BUDGETS
+            ]
+            print(f"{method:>12s}" + "".join(f"{float(peak):9.2f}" for peak in peaks))
+
+
+BUDGETS = (0.25, 0.5, 1.0, 2.0)
+
+
+def measure(path: str, method: str, budget: float) -> None:
+    """In a fresh process: print by how many GB scoring with ``budget`` raises the peak."""
+    from lightning_acc import Run, score
+
+    run = Run(path)
+    # What any method brings along is there before: the module, Lightning, the machinery of autograd.
+    score(run, "sgd-ie", [0], ray_address=None, save=False)
+    score(run, "acc-sgd-ie", [0], readout="exact", ray_address=None, save=False)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    score(run, method, readout="exact", ray_address=None, save=False, memory_gb=budget)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**30)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", nargs=3, metavar=("RUN", "METHOD", "GB"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("speed", "memory"), help="one of the two parts")
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure[0], options.measure[1], float(options.measure[2]))
+    else:
+        if options.only != "memory":
+            speed()
+        if options.only != "speed":
+            memory()
