@@ -116,4 +116,4 @@ def read(store: Store, name: str) -> Scores:
 def names(store: Store) -> list[str]:
     """Names of the stored tables."""
     files = [name.split("/")[1] for name in store.names("scores")]
-    return [file.removesuffix(".parquet") for file in files if file.endswith(".parquet")]
+    return sorted(file.removesuffix(".parquet") for file in files if file.endswith(".parquet"))

@@ -23,7 +23,8 @@ SHOWN = 100
 def mode() -> Any:
     """``WANDB_MODE`` where it is set; else online where there is a key, and offline where there is none."""
     if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+        # Lightning's WandbLogger leaves W&B's older word for offline behind.
+        return {"dryrun": "offline"}.get(os.environ["WANDB_MODE"], os.environ["WANDB_MODE"])
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -1,0 +1,111 @@
+"""A real local Ray: the same scores to the last bit, errors passed on, Ctrl-C harmless."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from problems import data, make, record
+
+import lightning_acc as la
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
+    return record(tmp_path_factory.mktemp("ray") / "run", make(hidden=6), data(n=70), batch_size=10)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def workers(request: pytest.FixtureRequest) -> Iterator[int]:
+    import ray
+
+    ray.init(address="local", num_cpus=request.param, include_dashboard=False, log_to_driver=False, logging_level=40)
+    yield request.param
+    ray.shutdown()
+
+
+def test_workers_give_the_scores_of_this_process_to_the_last_bit(
+    run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_acc import planning
+
+    monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
+    for method in ("loo", "acc-sgd-ie", "sgd-ie"):
+        alone = la.score(run, method, readout="exact", ray_address=None, save=False, keep_shifts=True)
+        farmed = la.score(run, method, readout="exact", save=False, keep_shifts=True)
+        assert np.array_equal(alone.values, farmed.values)
+        assert alone.shifts is not None
+        assert farmed.shifts is not None
+        assert bool((alone.shifts == farmed.shifts).all())
+
+
+def test_a_query_of_ones_own_reaches_the_workers(run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_acc import planning
+
+    monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
+    query = la.Query("first-logit", [tuple(data(n=9, seed=2).tensors)], lambda module, batch: module.net(batch[0])[:, 0])
+    alone, farmed = (la.score(run, "acc-sgd-ie", None, query, ray_address=a, save=False) for a in (None, "local"))
+    assert np.array_equal(alone.values, farmed.values)
+
+
+def test_an_error_in_a_worker_is_the_error_here(run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_acc import planning
+
+    monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
+
+    def refuses(module: object, batch: object) -> None:
+        raise la.RequestError("this query refuses")
+
+    query = la.Query("refusing", [tuple(data(n=9, seed=2).tensors)], refuses)  # type: ignore[arg-type]
+    with pytest.raises(la.RequestError, match="this query refuses"):
+        la.score(run, "loo", None, query, save=False)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import lightning_acc as la
+from lightning_acc import methods
+advance = methods.LeaveOneOut.advance
+def slow(self, *arguments):
+    import time
+    time.sleep(0.2)
+    return advance(self, *arguments)
+methods.LeaveOneOut.advance = slow
+print("scoring", flush=True)
+la.score({path!r}, "loo", ray_address={address!r}, progress=False)
+"""
+
+
+@pytest.mark.parametrize("address", [None, "local"])
+def test_ctrl_c_while_scoring_leaves_what_was_there(tmp_path: Path, address: str | None) -> None:
+    record(tmp_path / "run", make(hidden=6), data(n=70), batch_size=5)
+    la.score(tmp_path / "run", "loo", [1, 2, 3], ray_address=None)
+    before = (tmp_path / "run/scores/loo.parquet").read_bytes()
+    script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run"), address=address)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "scoring\n"
+    time.sleep(2.0 if address is None else 9.0)
+    assert process.poll() is None, process.communicate()
+    os.kill(process.pid, signal.SIGINT)
+    stopped = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - stopped < 15
+    assert (tmp_path / "run/scores/loo.parquet").read_bytes() == before
+    assert [file.name for file in (tmp_path / "run/scores").iterdir()] == ["loo.parquet"]
