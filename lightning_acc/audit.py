@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lightning_acc.replay import Replay
 from lightning_acc.trajectory.run import Run
 
@@ -50,13 +52,19 @@ def audit(run: Run) -> AuditReport:
     """
     replay = Replay(run)
     state = replay.initial
-    worst, scale, errors = 0.0, 0.0, []
-    for t in range(len(replay)):
-        state = replay.step(t)(state)
-        recorded = run.parameters(t + 1).to(replay.dtype)
-        errors.append(float((state[0] - recorded).abs().max()))
-        scale = max(scale, float(recorded.abs().max()))
-        state = (recorded, *state[1:])
+    scale, errors = 0.0, []
+    # As many threads as in training: the last bits of a product depend on how it is divided.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.manifest["threads"])
+    try:
+        for t in range(len(replay)):
+            state = replay.step(t)(state)
+            recorded = run.parameters(t + 1).to(replay.dtype)
+            errors.append(float((state[0] - recorded).abs().max()))
+            scale = max(scale, float(recorded.abs().max()))
+            state = (recorded, *state[1:])
+    finally:
+        torch.set_num_threads(threads)
     worst = max(errors, default=0.0)
     tolerance = TOLERANCE[run.dtype] * max(scale, 1e-30)
     bad = next((t for t, error in enumerate(errors) if not error <= tolerance), None)

@@ -143,6 +143,7 @@ def track(run: str, project: str | None = None) -> None:
     print(f"W&B ({mode()}): {log(opened, rows, project)}")
 
 
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 DESCRIPTION = "Which training samples made your PyTorch Lightning model better or worse?"
 VERBS: dict[str, Any] = {
     "run": run,
@@ -156,6 +157,10 @@ VERBS: dict[str, Any] = {
 }
 
 
+def _underscored(option: re.Match[str]) -> str:
+    return "--" + option[0][2:].replace("-", "_")
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point: one line on stderr and exit status 1 for what cannot be done, 130 after Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
@@ -165,11 +170,15 @@ def main(args: list[str] | None = None) -> None:
 
             getattr(training, args[0])(args[1:])
         else:
-            from jsonargparse import auto_cli
+            from jsonargparse import ArgumentParser, auto_cli
 
-            # Options may be written with dashes, as users of other commands expect.
-            dashed = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
-            auto_cli(VERBS, args=dashed, prog="lightning-acc", description=DESCRIPTION)
+            class DashedParser(ArgumentParser):
+                def format_help(self, *formatter: Any) -> str:
+                    return _OPTION.sub(lambda option: option[0].replace("_", "-"), super().format_help(*formatter))
+
+            # Options are written with dashes, as users of other commands expect; underscores do as well.
+            dashed = [_OPTION.sub(_underscored, arg, count=1) if arg.startswith("--") else arg for arg in args]
+            auto_cli(VERBS, args=dashed, parser_class=DashedParser, prog="lightning-acc", description=DESCRIPTION)
     except InfluenceError as error:
         print(f"lightning-acc: {error}", file=sys.stderr)
         sys.exit(1)

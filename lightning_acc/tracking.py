@@ -18,6 +18,8 @@ from lightning_acc.trajectory.run import Run
 
 SHOWN = 100
 """Rows of a ranking table from each end."""
+GALLERY = 24
+"""Pictures of the most harmful samples."""
 
 
 def mode() -> Any:
@@ -94,6 +96,9 @@ def track(run: Run, evaluation: list[dict[str, Any]] | None, project: str | None
         pictures: dict[int, Any] = {}
         for name, table in tables.items():
             tracked.log({f"ranking/{name}": _ranking(wandb, table, truth_for(tables, table), views, pictures)})
+            gallery = _gallery(wandb, table, views)
+            if gallery:
+                tracked.log({f"most harmful/{name}": gallery})
         for name, table in tables.items():
             truth = truth_for(tables, table)
             if truth is not None and table.conditions["method"] != "loo":
@@ -136,12 +141,24 @@ def _ranking(wandb: Any, table: Scores, truth: Scores | None, views: SampleViews
     return wandb.Table(columns=columns, data=data)
 
 
-def _image(wandb: Any, png: bytes | None) -> Any:
+def _gallery(wandb: Any, table: Scores, views: SampleViews) -> list[Any]:
+    """Captioned pictures of the most harmful samples."""
+    scores = _single(table)
+    gallery = []
+    for sample in sorted(scores, key=lambda sample: scores[sample])[:GALLERY]:
+        view = views[sample]
+        if view.image is not None:
+            was = f" (was {view.true_label})" if view.corrupted and view.true_label is not None else ""
+            gallery.append(_image(wandb, view.image, f"#{sample}: {view.label}{was}, {scores[sample]:+.2e}"))
+    return gallery
+
+
+def _image(wandb: Any, png: bytes | None, caption: str | None = None) -> Any:
     if png is None:
         return None
     from PIL import Image
 
-    return wandb.Image(Image.open(io.BytesIO(png)))
+    return wandb.Image(Image.open(io.BytesIO(png)), caption=caption)
 
 
 def _scatter(wandb: Any, name: str, table: Scores, truth: Scores, views: SampleViews) -> Any:

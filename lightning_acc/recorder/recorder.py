@@ -237,6 +237,7 @@ class TrajectoryRecorder(Callback):
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "packages": {**versions, "python": platform.python_version()},
                 "world_size": trainer.world_size,
+                "threads": torch.get_num_threads(),
                 "dtype": str(theta.dtype).removeprefix("torch."),
                 "n_samples": self._tap.n_samples,
                 "layout": [[name, list(shape)] for name, shape in self._layout.shapes],

@@ -1,0 +1,197 @@
+"""The command line end to end on the digits, its page in a browser, and what W&B wrote read back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_acc as la
+from lightning_acc.cli import main
+
+CONFIG = Path(__file__).parent.parent / "configs/digits.yaml"
+SMALL = ["--data.init_args.n_train=60", "--trainer.max_epochs=4", "--data.init_args.batch_size=20"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+
+
+def command(*args: str, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "lightning-acc"), *args], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory ``run`` worked in, and what it printed."""
+    directory = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+            patch.setenv(name, str(directory / "wandb-files"))
+        done = command("run", "--config", str(CONFIG), *SMALL, cwd=directory)
+    return directory, done.stdout
+
+
+def test_run_does_everything_in_order(ran: tuple[Path, str]) -> None:
+    directory, printed = ran
+    steps = [
+        "recorded in",
+        "audit passed",
+        "Scores(loo",
+        "Scores(acc-sgd-ie",
+        "Scores(sgd-ie",
+        "kendall",
+        "W&B (offline)",
+        "report:",
+    ]
+    assert [word for word in steps if word in printed] == steps
+    assert sorted(steps, key=printed.index) == steps
+    run = la.Run(directory / "runs/digits")
+    assert run.n_samples == 60
+    assert {path.name for path in (directory / "runs/digits/scores").iterdir()} == {
+        f"{method}.parquet" for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin")
+    }
+    info = run.sample_info()
+    assert info is not None
+    assert sum(info["corrupted"].to_pylist()) == 6
+    assert all(
+        (label != true) == corrupted
+        for label, true, corrupted in zip(*(info[c].to_pylist() for c in ("label", "true_label", "corrupted")), strict=True)
+    )
+
+
+def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = str(ran[0] / "runs/digits")
+    main(["audit", run])
+    assert "bit for bit" in capsys.readouterr().out
+    main(["score", run, "--method", "acc-sgd-ie", "--removals", "random:5", "--ray-address", "null", "--top", "3"])
+    assert re.search(r"Scores\(acc-sgd-ie: 5 removals.*\nmost harmful first:\n( +\d+  [-+].*\n){3}$", capsys.readouterr().out)
+    main(["retrain", run, "--removals", "top:4@sgd-ie", "--ray-address=null"])
+    assert "Scores(loo: 4 removals" in capsys.readouterr().out
+    (tmp_path / "groups.txt").write_text("1 2 3\n# nothing\n\n7,8\n")
+    main(["score", run, "--method=sgd-ie", f"--removals={tmp_path / 'groups.txt'}", "--memory-gb=0.5"])
+    assert "Scores(sgd-ie: 2 removals" in capsys.readouterr().out
+    main(["evaluate", run])
+    assert "jaccard_10" in capsys.readouterr().out
+    main(["report", run])
+    assert "index.html" in capsys.readouterr().out
+    main(["track", run])
+    assert "W&B (offline)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["audit", "nowhere"], "There is no run directory at .*nowhere"),
+        (["score", "RUN", "--removals", "nofile"], "'nofile' names no removals and no file"),
+        (["score", "RUN", "--removals", "random:100"], "random:100 asks for 100 samples, but this run has 60"),
+        (["score", "RUN", "--removals", "top:3@magic"], r"needs the scores of magic.*it has acc-sgd-ie"),
+        (["score", "RUN", "--query", "test"], "no query 'test': it has val"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_a_status(
+    ran: tuple[Path, str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main([str(ran[0] / "runs/digits") if word == "RUN" else word for word in words])
+    assert exit_status.value.code == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"lightning-acc: .*{message}.*\n", error)
+
+
+def test_help_names_the_verbs_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for verb in ("run", "fit", "audit", "score", "retrain", "evaluate", "report", "track"):
+        assert re.search(rf"^ +{verb}  ", out, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    out = capsys.readouterr().out
+    assert "top:N@METHOD" in out
+    assert "--ray-address" in out
+
+
+def test_wandb_files_contain_tables_pictures_and_figures(ran: tuple[Path, str]) -> None:
+    (training, influence) = sorted((ran[0] / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    facts = {}
+    for name, path in (("training", training), ("influence", influence)):
+        leet = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(path)]
+        lines = subprocess.run(leet, capture_output=True, text=True, check=True).stdout
+        facts[name] = lines
+    manifest = la.Run(ran[0] / "runs/digits").manifest
+    assert training.name.endswith(manifest["logger"]["id"])
+    assert manifest["logger"]["group"].startswith("digits-")
+    assert manifest["logger"]["group"].encode() in b"".join(path.read_bytes() for path in influence.glob("*.wandb"))
+    assert "acc-sgd-ie (exact)/kendall" in facts["influence"]
+    tables = {path.stem.rsplit("_", 2)[0]: json.loads(path.read_text()) for path in influence.rglob("*.table.json")}
+    ranking = next(table for name, table in tables.items() if "acc-sgd-ie" in name and "sample" in table["columns"])
+    row = dict(zip(ranking["columns"], ranking["data"][0], strict=True))
+    assert row["rank"] == 1
+    assert float(row["loo"]) == pytest.approx(row["score"], abs=1)
+    assert row["label"] in {str(digit) for digit in range(10)}
+    gallery = list((influence / "files/media/images/most harmful").glob("acc-sgd-ie*.png"))
+    assert len(gallery) == 24
+    # The pictures of a table are part of its artifact, which waits for a connection beside the run.
+    staged = [path.read_bytes() for path in (ran[0] / "wandb-files/artifacts/staging").iterdir()]
+    assert sum(content.startswith(b"\x89PNG") for content in staged) >= 24
+    assert any(b'"image-file"' in content for content in staged)
+    names = " ".join(tables)
+    for expected in ("ranking", "agreement", "cost", "finding"):
+        assert expected in names
+
+
+def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser on this machine")
+    page = ran[0] / "runs/digits/report/index.html"
+    assert "http://" not in page.read_text().replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page.read_text()
+    quiet = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-sync",
+    ]
+    done = subprocess.run(
+        [browser, *quiet, f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr
+    dom = done.stdout
+    assert dom.count("<figure><figcaption>") == 3  # acc-sgd-ie, sgd-ie, tracin against the truth
+    assert dom.count("<circle") == 3 * 60
+    assert dom.count('class="sample') == 48
+    assert "data:image/png" in dom
+    assert "was " in dom
+    assert dom.count('class="bar"') == 4
+
+
+def test_the_page_survives_hostile_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from problems import make, record
+
+    from lightning_acc import report, samples
+
+    nasty = "</script><script>alert(1)</script><!-- &quot;"
+    run = record(tmp_path / "run", make())
+    la.score(run, "sgd-ie", ray_address=None)
+    monkeypatch.setattr(samples.SampleViews, "__getitem__", lambda self, sample: samples.SampleView(sample, text=nasty))
+    html = Path(report.write_report(run)).read_text()
+    assert "alert(1)</script>" not in html
+    content = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert content is not None
+    assert json.loads(content[1])["samples"]["0"]["text"] == nasty
