@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -113,7 +114,8 @@ class Objective:
         """``function(theta, leaves)`` for each row of ``thetas``: vectorised, or one by one where the module resists."""
         if self._vmap:
             try:
-                return torch.vmap(function, in_dims=(0, 0 if own_rows else None), randomness="same")(thetas, leaves)
+                with unhurried():
+                    return torch.vmap(function, in_dims=(0, 0 if own_rows else None), randomness="same")(thetas, leaves)
             except RuntimeError as error:
                 if "not enough memory" in str(error) or "out of memory" in str(error):
                     raise
@@ -187,6 +189,15 @@ def loss_of(output: Any) -> Tensor:
             'dict with one under "loss".'
         )
     return loss.reshape(())
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """In here torch does not warn that an operation is vectorised by a loop, or about its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=DeprecationWarning)
+        yield
 
 
 def silent_copy(module: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIGN = "query(without) - query(with): positive helps, negative harms; rank 1 is the most harmful"
-_KEY = b"lightning_acc"
+_NUMBERS = ("n", "seconds", "wall_seconds", "peak_memory_gb")
+"""Conditions that are numbers; all others are strings."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Scores:
         conditions = {**conditions, "sign": SIGN}
         table = pa.table(
             {"removal": pa.array(removals, pa.list_(pa.int64())), "score": scores, "rank": ranks},
-            metadata={_KEY: json.dumps(conditions)},
+            metadata={key: str(value) for key, value in conditions.items()},
         )
         return cls(table, conditions, shifts)
 
@@ -107,10 +107,11 @@ def read(store: Store, name: str) -> Scores:
     file = f"scores/{name}.parquet"
     try:
         table = pyarrow.parquet.read_table(pa.BufferReader(store.read(file)))
-        conditions = json.loads(table.schema.metadata[_KEY])
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        conditions = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+        numbers = {key: float(conditions[key]) for key in _NUMBERS}
+    except (pa.ArrowException, AttributeError, KeyError, ValueError) as error:
         raise RunError(f"{store.locate(file)} is damaged: delete it and score again.") from error
-    return Scores(table, conditions)
+    return Scores(table, {**conditions, **numbers})
 
 
 def names(store: Store) -> list[str]:

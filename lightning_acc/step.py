@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_acc.objective import Objective
+from lightning_acc.objective import Objective, unhurried
 from lightning_acc.optimizers import Hyperparameters, State, Update
 from lightning_acc.removals import Removals
 from lightning_acc.trajectory import batches
@@ -178,7 +178,8 @@ def _products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
         return product
 
     try:
-        return pull(cotangents, True)
+        with unhurried():
+            return pull(cotangents, True)
     except RuntimeError as error:
         if "memory" in str(error):
             raise

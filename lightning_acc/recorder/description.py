@@ -108,7 +108,9 @@ def _validation_loaders(trainer: Any) -> list[Any]:
 def _limited(loader: Any, trainer: Any, index: int) -> Iterator[Any]:
     """The batches Lightning would validate on; all of them where validation is switched off."""
     limit = trainer.limit_val_batches
-    limit = limit if isinstance(limit, int) and limit > 0 else float("inf")
+    if isinstance(limit, float):
+        limit = int(limit * len(loader)) if limit < 1.0 and hasattr(loader, "__len__") else 0
+    limit = limit or float("inf")
     for i, batch in enumerate(loader):
         if i >= limit:
             return
