@@ -17,7 +17,7 @@ from lightning_acc.removals import Removal
 
 if TYPE_CHECKING:
     from lightning_acc.progress import Progress
-    from lightning_acc.scoring import Job, Result
+    from lightning_acc.work import Job, Result
 
 SECONDS_BETWEEN_REPORTS = 0.3
 
@@ -70,7 +70,7 @@ def _work(shared: list[Any], removals: list[Removal], path: list[str]) -> Iterat
     import ray
 
     sys.path.extend(entry for entry in path if entry not in sys.path)
-    from lightning_acc.scoring import compute
+    from lightning_acc.work import compute
 
     job = ray.get(shared[0])
     messages: queue.Queue[Any] = queue.Queue()

@@ -172,7 +172,7 @@ def losses_of_training_step(module: nn.Module, batch: Any) -> Tensor:
 def whole_loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
     """What ``training_step`` returns for the batch, a scalar."""
     step: Any = module.training_step
-    extra = (0,) if "batch_idx" in inspect.signature(step).parameters else ()
+    extra = (0,) if len(inspect.signature(step).parameters) > 1 else ()  # the batch index, whatever it is called
     return loss_of(step(batch, *extra))
 
 

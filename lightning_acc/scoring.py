@@ -4,60 +4,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_acc import planning, scores, sweep
+from lightning_acc import planning, scores
 from lightning_acc import removals as removal_sets
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import FORWARD, REVERSE
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
-from lightning_acc.removals import Removal
 from lightning_acc.replay import Replay
 from lightning_acc.scores import Scores
 from lightning_acc.trajectory.manifest import CONVENTION
 from lightning_acc.trajectory.run import Run
+from lightning_acc.work import Job, compute
 
 METHODS = tuple(FORWARD)
 READOUTS = ("exact", "linear")
 DEFAULT_MEMORY_GB = 2.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a worker needs to know to score a chunk of removals."""
-
-    run: Run
-    method: str
-    query: Query
-    readout: str
-    dtype: str | None
-    keep_shifts: bool
-    memory: int
-
-    @property
-    def reversed(self) -> bool:
-        """Whether one reverse sweep answers for all samples at once."""
-        return self.method in REVERSE and self.readout == "linear" and not self.keep_shifts
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came out for one chunk: scores (n,), shifts (n, p) or None, and what it cost."""
-
-    scores: np.ndarray
-    shifts: torch.Tensor | None
-    seconds: float
-    peak_memory_gb: float
 
 
 def score(
@@ -155,58 +124,6 @@ def score(
         found = [result.shifts for result in results if result.shifts is not None]
         shifts = torch.cat(found)[order] if found else torch.zeros(0, run.n_parameters)
     return Scores.build(wanted, values[order], conditions, shifts)
-
-
-def compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay | None = None) -> Result:
-    """Score one chunk of removals, in this process and on one thread.
-
-    One thread, whoever calls: the workers of a machine then share its cores, small products do not wait for each other,
-    and the bits of the scores do not depend on where they were computed.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.enable_grad():
-            return _compute(job, removals, progress, replay)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay | None) -> Result:
-    started = time.perf_counter()
-    replay = replay or Replay(job.run, job.dtype)
-    shifts = None
-    if job.reversed:
-        per_sample = sweep.reverse(replay, REVERSE[job.method](), job.query, job.memory, progress)
-        values = torch.stack([per_sample[list(removal)].sum() for removal in removals])
-    else:
-        theta, shifts = sweep.forward(replay, FORWARD[job.method](), removals, lambda done: progress(0.95 * done))
-        if job.readout == "linear":
-            values = shifts @ job.query.gradient(replay.objective, theta)
-        else:
-            size = planning.query_rows(replay, job.query, job.memory)
-            parts = shifts.split(size) if len(shifts) else [shifts]
-            values = torch.cat([_exact_readout(job.query, replay, theta, part) for part in parts])
-        progress(1.0)
-    return Result(
-        scores=values.double().numpy(),
-        shifts=shifts if job.keep_shifts else None,
-        seconds=time.perf_counter() - started,
-        peak_memory_gb=peak_memory_gb(),
-    )
-
-
-def _exact_readout(query: Query, replay: Replay, theta: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """``query(theta + D) - query(theta)`` for each row D (n, p), all from one batched evaluation; returns (n,)."""
-    values = query.values(replay.objective, torch.cat([theta[None], theta + shifts]))
-    # A removal that shifts nothing scores 0, not the difference two places in a batched product may have in the last bit.
-    return torch.where((shifts != 0).any(1), values[1:] - values[0], 0.0)
-
-
-def peak_memory_gb() -> float:
-    """Largest resident size of this process so far."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / 2**30 if sys.platform == "darwin" else size / 2**20
 
 
 def table_name(conditions: dict[str, Any], run: Run) -> str:

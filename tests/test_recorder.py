@@ -206,7 +206,7 @@ class Metric(StepOnly):
 
         self.accuracy = MulticlassAccuracy(CLASSES)
 
-    def training_step(self, batch: Any) -> dict[str, Tensor]:
+    def training_step(self, batch: Any, i: int) -> dict[str, Tensor]:
         self.accuracy(self.layer(batch[0]), batch[1])
         return super().training_step(batch)
 
