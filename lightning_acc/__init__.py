@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_acc.agreement import evaluate
     from lightning_acc.audit import AuditReport
     from lightning_acc.errors import InfluenceError, RequestError, RunError
+    from lightning_acc.optimizers import OptimizerRule, register_optimizer
     from lightning_acc.queries import Query
     from lightning_acc.recorder import TrajectoryRecorder
     from lightning_acc.report import write_report
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AuditReport",
     "InfluenceError",
+    "OptimizerRule",
     "Query",
     "RequestError",
     "Run",
@@ -30,6 +32,7 @@ __all__ = [
     "Scores",
     "TrajectoryRecorder",
     "evaluate",
+    "register_optimizer",
     "score",
     "write_report",
 ]
@@ -38,6 +41,7 @@ __all__ = [
 _HOMES = {
     "AuditReport": "audit",
     "InfluenceError": "errors",
+    "OptimizerRule": "optimizers",
     "Query": "queries",
     "RequestError": "errors",
     "Run": "trajectory.run",
@@ -45,6 +49,7 @@ _HOMES = {
     "Scores": "scores",
     "TrajectoryRecorder": "recorder",
     "evaluate": "agreement",
+    "register_optimizer": "optimizers",
     "write_report": "report",
     "score": "scoring",
 }

@@ -66,13 +66,19 @@ class AccSgdIe(ForwardMethod):
     paper's ``D' = (I - lr H_{S without j}) D + lr w_j g_j``.
     """
 
+    def init(self, state: State, removals: Removals) -> State:
+        # Carried is s + D, the state of the run without the samples, as in the formula.
+        return tuple(part.repeat(len(removals), 1) for part in state)
+
     def advance(self, point: Point, carry: State, removals: Removals) -> State:
-        change = point.hessian_product(carry[0])
-        touched, parts = point.removed_parts(removals, shifts=carry[0])
+        shifts = carry[0] - point.state[0]
+        change = point.hessian_product(shifts)
+        touched, parts = point.removed_parts(removals, shifts)
         change[touched] -= parts
-        shifted = tuple(part + shift for part, shift in zip(point.state, carry, strict=True))
-        moved = point.step.update(shifted, point.gradient + change)
-        return tuple(there - here for there, here in zip(moved, point.next(), strict=True))
+        return point.step.update(carry, point.gradient + change)
+
+    def finish(self, carry: State, state: State) -> tuple[Tensor, Tensor]:
+        return state[0], carry[0] - state[0]
 
 
 class SgdIe(ForwardMethod):

@@ -1,11 +1,13 @@
-"""U: what happens to the state after the gradient, as pure functions.
+"""U: what happens to the state after the gradient (clipping, weight decay, the optimizer), as pure functions.
 
 A *state* is a tuple of tensors (..., p): the flat parameters, then the optimizer's slots (for SGD with momentum the
-momentum buffer). The functions repeat torch.optim's arithmetic operation by operation, so that a replay is bit-exact.
+momentum buffer, for Adam its two moments). The functions repeat torch.optim's arithmetic operation by operation, so that a
+replay is bit-exact.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,42 +24,107 @@ Hyperparameters = dict[str, Any]
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    """How one ``torch.optim`` class updates one parameter.
+    """How one optimizer class updates one parameter.
 
     Attributes:
-        update: ``(state, gradient, hyperparameters) -> state`` for one parameter, any leading dimensions.
-        slots: for the hyper-parameters of a group, the names under which ``torch.optim`` keeps the slots.
+        update: ``(state, gradient, hyperparameters) -> state`` for one parameter, any leading dimensions. Beside the
+            hyper-parameters of its group it finds the number of the step, counted from 1, under ``"step"``.
+        slots: for the hyper-parameters of a group, the names of the tensors it keeps for each parameter; all start at 0.
         hyperparameters: what is recorded of a parameter group at every step.
-        refusal: for the hyper-parameters of a group, why they cannot be handled, or None.
+        package: the package the class comes from; one of the same name from elsewhere is another optimizer.
     """
 
     update: Callable[[State, Tensor, Hyperparameters], State]
     slots: Callable[[Hyperparameters], tuple[str, ...]]
     hyperparameters: tuple[str, ...]
-    refusal: Callable[[Hyperparameters], str | None]
+    package: str = "torch.optim"
 
 
 def sgd(state: State, gradient: Tensor, h: Hyperparameters) -> State:
-    """``torch.optim.SGD`` with dampening 0: ``b' = m b + g + c theta``; ``theta' = theta - lr (b' or g + m b')``."""
+    """``torch.optim.SGD``: ``b' = m b + (1 - d) (g + c theta)``; ``theta' = theta - lr (b' or g + m b')``."""
     theta, *buffers = state
     if h["maximize"]:
         gradient = -gradient
     if h["weight_decay"] != 0:
         gradient = gradient.add(theta, alpha=h["weight_decay"])
     if buffers:
-        buffers = [buffers[0].mul(h["momentum"]).add(gradient)]
+        damped = 0 if h["step"] == 1 else h["dampening"]  # the first buffer is the gradient itself
+        buffers = [buffers[0].mul(h["momentum"]).add(gradient, alpha=1 - damped)]
         gradient = gradient.add(buffers[0], alpha=h["momentum"]) if h["nesterov"] else buffers[0]
     return theta.add(gradient, alpha=-h["lr"]), *buffers
 
 
+def adam(state: State, gradient: Tensor, h: Hyperparameters) -> State:
+    """``torch.optim.Adam`` and ``AdamW``: ``theta' = theta - lr m^ / (sqrt(v^) + eps)``, with or without AMSGrad."""
+    theta, mean, square, *largest = state
+    beta1, beta2 = h["betas"]
+    if h["maximize"]:
+        gradient = -gradient
+    if h["weight_decay"] != 0:
+        if h["decoupled_weight_decay"]:
+            theta = theta.mul(1 - h["lr"] * h["weight_decay"])
+        else:
+            gradient = gradient.add(theta, alpha=h["weight_decay"])
+    mean = mean.lerp(gradient, 1 - beta1)
+    square = square.mul(beta2).addcmul(gradient, gradient, value=1 - beta2)
+    if largest:
+        largest = [torch.maximum(largest[0], square)]
+    step_size = h["lr"] / (1 - beta1 ** h["step"])
+    root = _square_root(largest[0] if largest else square) / (1 - beta2 ** h["step"]) ** 0.5
+    return theta.addcdiv(mean, root.add(h["eps"]), value=-step_size), mean, square, *largest
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """sqrt with the derivative 0 at 0 (a dead unit, an unseen embedding), where torch's is infinite and gives NaN."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _adam_slots(h: Hyperparameters) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if h["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+
+_ADAM = OptimizerRule(
+    update=adam,
+    slots=_adam_slots,
+    hyperparameters=("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
+)
 RULES: dict[str, OptimizerRule] = {
     "SGD": OptimizerRule(
         update=sgd,
         slots=lambda h: ("momentum_buffer",) if h["momentum"] else (),
         hyperparameters=("lr", "momentum", "weight_decay", "nesterov", "dampening", "maximize"),
-        refusal=lambda h: f"dampening={h['dampening']}; use dampening=0" if h["dampening"] else None,
-    )
+    ),
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
 }
+
+
+def register_optimizer(optimizer: type, rule: OptimizerRule) -> None:
+    """Teach the package an optimizer class: its update as a pure function.
+
+    Example::
+
+        def lion(state, gradient, h):
+            theta, mean = state
+            b1, b2 = h["betas"]
+            return theta - h["lr"] * mean.lerp(gradient, 1 - b1).sign(), mean.lerp(gradient, 1 - b2)
+
+        la.register_optimizer(Lion, la.OptimizerRule(lion, lambda h: ("exp_avg",), ("lr", "betas")))
+
+    The recorder compares the rule with what the optimizer really does in the first steps. Register it where the module is
+    defined, so that every process that rebuilds the module knows it.
+    """
+    RULES[optimizer.__name__] = dataclasses.replace(rule, package=optimizer.__module__)
+
+
+def clip(gradient: list[Tensor], value: float, algorithm: str) -> list[Tensor]:
+    """Lightning's gradient clipping, of the parameters' gradients (..., p_k): by their joint norm, or each number by value."""
+    if algorithm == "value":
+        return [piece.clamp(-value, value) for piece in gradient]
+    norms = torch.stack([torch.linalg.vector_norm(piece, dim=-1) for piece in gradient], -1)
+    factor = torch.clamp(value / (torch.linalg.vector_norm(norms, dim=-1, keepdim=True) + 1e-6), max=1.0)
+    return [piece * factor for piece in gradient]
 
 
 class Update:
@@ -87,6 +154,9 @@ class Update:
         # Parameter by parameter and not in one sweep: vectorised kernels round the last few elements of a tensor
         # differently, so that the bits depend on where a tensor ends.
         sizes = self.layout.sizes
-        pieces = zip(self.group_of, gradient.split(sizes, -1), *(part.split(sizes, -1) for part in state), strict=True)
+        gradients = list(gradient.split(sizes, -1))
+        if groups[0]["gradient_clip_val"]:
+            gradients = clip(gradients, groups[0]["gradient_clip_val"], groups[0]["gradient_clip_algorithm"])
+        pieces = zip(self.group_of, gradients, *(part.split(sizes, -1) for part in state), strict=True)
         updated = [self.rule.update(tuple(piece), g, groups[group]) for group, g, *piece in pieces]
         return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_acc.errors import RequestError
 from lightning_acc.objective import Objective, ParameterLayout
 from lightning_acc.optimizers import State, Update
-from lightning_acc.step import Step
+from lightning_acc.step import Batch, Step
 from lightning_acc.trajectory import batches
 from lightning_acc.trajectory.run import Run
 
@@ -65,9 +65,12 @@ class Replay:
     def activation_bytes(self) -> int:
         """Bytes autograd keeps for one forward pass over the run's largest batch, beside the batch itself."""
         largest = max(range(len(self)), key=lambda t: len(self.run.steps[t].sample_ids))
-        leaves = batches.cast(self.run.batch(largest), self.dtype)
-        shared = [*leaves.values(), *self.objective.tensors()]
-        return saved_bytes(lambda theta: self.objective.losses(theta, leaves), self.initial[0], shared)
+        leaves = [batches.cast(leaves, self.dtype) for leaves in self.run.batches(largest)]
+        shared = [*self.objective.tensors(), *(leaf for batch in leaves for leaf in batch.values())]
+        total = 0
+        for batch in leaves:
+            total += saved_bytes(partial(self.objective.losses, leaves=batch), self.initial[0], shared)
+        return total
 
     def step(self, t: int) -> Step:
         """The recorded step ``t``."""
@@ -75,11 +78,10 @@ class Replay:
         return Step(
             self.objective,
             self.update,
-            self.run.contents(record.contents),
+            [Batch(leaves, rng) for leaves, rng in zip(self.run.batches(t), record.rng, strict=True)],
             record.sample_ids,
             record.weights,
             record.groups,
-            record.rng,
             rows_at_once=max(16, CACHE_BYTES // max(1, self.activation_bytes)),
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,17 +22,37 @@ from lightning_acc.trajectory import batches
 from lightning_acc.trajectory.batches import Leaves
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One batch as the module is given it.
+
+    Attributes:
+        leaves: its tensors, first dimension (B,).
+        rng: state of torch's random number generator before the forward pass, where that uses it.
+    """
+
+    leaves: Leaves
+    rng: Tensor | None = None
+
+    @contextmanager
+    def random_numbers(self) -> Iterator[None]:
+        """In here the forward pass draws the random numbers it drew in training."""
+        with torch.random.fork_rng(devices=[], enabled=self.rng is not None):
+            if self.rng is not None:
+                torch.set_rng_state(self.rng)
+            yield
+
+
 class Step:
     """The recorded step ``t``.
 
     Args:
         objective: the per-sample losses.
         update: the optimizer's U.
-        leaves: the batch, first dimension (B,).
+        accumulated: the batches whose gradients are accumulated; usually one. Their samples together are B occurrences.
         sample_ids: whose occurrence each row is, (B,).
         weights: recorded loss weights, (B,).
         groups: hyper-parameters of the parameter groups.
-        rng: state of torch's random number generator before the forward pass, where the step uses it.
         rows_at_once: how many Hessian-vector products to take together.
     """
 
@@ -39,21 +60,19 @@ class Step:
         self,
         objective: Objective,
         update: Update,
-        leaves: Leaves,
+        accumulated: list[Batch],
         sample_ids: Tensor,
         weights: Tensor,
         groups: list[Hyperparameters],
-        rng: Tensor | None = None,
         rows_at_once: int = 128,
     ) -> None:
         self.objective = objective
-        self.leaves = batches.cast(leaves, objective.dtype)
+        self.accumulated = [Batch(batches.cast(batch.leaves, objective.dtype), batch.rng) for batch in accumulated]
         self.sample_ids = sample_ids
         self.weights = weights.to(objective.dtype)
         self.groups = groups
         self.rows_at_once = rows_at_once
         self._update = update
-        self._rng = rng
 
     def update(self, state: State, gradient: Tensor) -> State:
         """U_t: the state after the update; all tensors (..., p)."""
@@ -62,7 +81,7 @@ class Step:
     def __call__(self, state: State) -> State:
         """F_t(s, w) with the recorded weights; all tensors (p,)."""
         theta = state[0].detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._loss(theta, self.weights), theta)
+        (gradient,) = torch.autograd.grad((self.weights * self.losses(theta)).sum(), theta)
         return self.update(state, gradient)
 
     def at(self, state: State) -> Point:
@@ -72,9 +91,35 @@ class Step:
     def gradients(self, thetas: Tensor, weights: Tensor) -> Tensor:
         """G_t at n parameter vectors (n, p), each with its own loss weights (n, B); returns (n, p)."""
         thetas = thetas.detach().requires_grad_()
-        with self.random_numbers():
-            losses = self.objective.losses_each(thetas, self.leaves)
-        return torch.autograd.grad((weights * losses).sum(), thetas)[0]
+        return torch.autograd.grad((weights * self.losses_each(thetas)).sum(), thetas)[0]
+
+    def losses(self, theta: Tensor) -> Tensor:
+        """Per-sample losses (B,) at parameters ``theta`` (p,)."""
+        parts = []
+        for batch in self.accumulated:
+            with batch.random_numbers():
+                parts.append(self.objective.losses(theta, batch.leaves))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def losses_each(self, thetas: Tensor) -> Tensor:
+        """Per-sample losses (n, B) at each of ``thetas`` (n, p)."""
+        parts = []
+        for batch in self.accumulated:
+            with batch.random_numbers():
+                parts.append(self.objective.losses_each(thetas, batch.leaves))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def single_samples(self, positions: Tensor) -> Leaves | None:
+        """The samples at ``positions``, of any shape, taken out of their batches; None where that would change their loss."""
+        if not self.objective.independent_rows or any(batch.rng is not None for batch in self.accumulated):
+            return None
+        if len(self.accumulated) == 1:
+            return batches.rows(self.accumulated[0].leaves, positions)
+        shapes = {tuple((name, leaf.shape[1:]) for name, leaf in batch.leaves.items()) for batch in self.accumulated}
+        if len(shapes) > 1:
+            return None
+        together = {name: torch.cat([batch.leaves[name] for batch in self.accumulated]) for name in self.accumulated[0].leaves}
+        return batches.rows(together, positions)
 
     def weights_without(self, removals: Removals) -> Tensor:
         """Loss weights (n, B) with each removal's occurrences at 0."""
@@ -82,18 +127,6 @@ class Step:
         weights = self.weights.repeat(len(removals), 1)
         weights[removed, position] = 0
         return weights
-
-    @contextmanager
-    def random_numbers(self) -> Iterator[None]:
-        """In here the step draws the random numbers it drew in training."""
-        with torch.random.fork_rng(devices=[], enabled=self._rng is not None):
-            if self._rng is not None:
-                torch.set_rng_state(self._rng)
-            yield
-
-    def _loss(self, theta: Tensor, weights: Tensor) -> Tensor:
-        with self.random_numbers():
-            return (weights * self.objective.losses(theta, self.leaves)).sum()
 
 
 class Point:
@@ -104,7 +137,8 @@ class Point:
         self.state = state
         self._leaf = state[0].detach().requires_grad_()
         self._weights = step.weights.detach().requires_grad_()
-        (self._graph,) = torch.autograd.grad(step._loss(self._leaf, self._weights), self._leaf, create_graph=True)
+        loss = (self._weights * step.losses(self._leaf)).sum()
+        (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
         self.gradient = self._graph.detach()
 
     def next(self) -> State:
@@ -134,24 +168,21 @@ class Point:
         parts = self.state[0].new_zeros(len(touched), len(self.state[0]))
         if not len(touched):
             return touched, parts
-        objective, step = self.step.objective, self.step
+        step = self.step
         thetas = self._leaf.detach().expand(len(touched), -1).clone().requires_grad_()
         slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
-        widest = int(counts.max())
-        own_rows = objective.independent_rows and widest < len(step.sample_ids)
-        if own_rows:
-            # Each removal gets a batch of its own samples, padded with any sample at weight 0.
-            columns = position.new_zeros(len(touched), widest)
-            columns[inverse, slot] = position
-            weights = step.weights.new_zeros(len(touched), widest)
+        # Each removal gets a batch of its own samples, padded with any sample at weight 0.
+        columns = position.new_zeros(len(touched), int(counts.max()))
+        columns[inverse, slot] = position
+        own = step.single_samples(columns) if columns.shape[1] < len(step.sample_ids) else None
+        if own is not None:
+            weights = step.weights.new_zeros(columns.shape)
             weights[inverse, slot] = step.weights[position]
-            leaves = batches.rows(step.leaves, columns)
+            losses = step.objective.losses_each(thetas, own, own_rows=True)
         else:
             weights = step.weights.new_zeros(len(touched), len(step.sample_ids))
             weights[inverse, position] = step.weights[position]
-            leaves = step.leaves
-        with step.random_numbers():
-            losses = objective.losses_each(thetas, leaves, own_rows)
+            losses = step.losses_each(thetas)
         (parts,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=shifts is not None)
         if shifts is None or not parts.requires_grad:
             return touched, parts

@@ -34,7 +34,9 @@ class Net(pl.LightningModule):
         layers = [nn.Linear(FEATURES, hidden), functions[activation](), nn.Dropout(dropout)] if hidden else []
         self.net = nn.Sequential(*layers, nn.Linear(hidden or FEATURES, outputs))
         self.loss = loss
-        self.options = {"lr": 0.2, **(optimizer or {})}
+        options = {"lr": 0.2, **(optimizer or {})}
+        self.optimizer_class = getattr(torch.optim, options.pop("class", "SGD"))
+        self.options = options
         self.decay_lr = decay_lr
 
     def per_sample_loss(self, batch: Any) -> Tensor:
@@ -53,7 +55,7 @@ class Net(pl.LightningModule):
         self.log("val", self.per_sample_loss(batch).mean())
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), **self.options)
+        optimizer = self.optimizer_class(self.parameters(), **self.options)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, self.decay_lr)]
 
 
@@ -148,7 +150,7 @@ def replay_by_hand(run: la.Run, module: Net, weight_of: dict[int, float]) -> Ten
             position += p.numel()
     optimizer = torch.optim.SGD(module.parameters(), **module.options)
     for t, step in enumerate(run.steps):
-        leaves = run.batch(t)
+        (leaves,) = run.batches(t)
         scale = torch.tensor([weight_of.get(i, 1.0) for i in step.sample_ids.tolist()], dtype=torch.float64)
         for group, recorded in zip(optimizer.param_groups, step.groups, strict=True):
             group["lr"] = recorded["lr"]

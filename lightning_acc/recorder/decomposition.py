@@ -32,17 +32,16 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
-def find_weight(step: Step, theta: Tensor, gradient: Tensor) -> float:
-    """The loss weight of every sample, 1/B (mean loss) or 1 (summed loss), that fits the training's own gradient better.
+def fits_better(step: Step, other: Step, theta: Tensor, gradient: Tensor) -> bool:
+    """Whether the weights of ``step`` (those of a summed loss) fit the training's own gradient better than those of ``other``.
 
     Args:
-        step: the step with weights 1/B.
+        step: a step.
+        other: the same step with other weights.
         theta: parameters (p,) before the step.
         gradient: what the training's backward pass left in ``.grad``, flat (p,).
     """
-    size = len(step.sample_ids)
-    found = _gradient(step, theta)
-    return min((1 / size, 1.0), key=lambda weight: relative_difference(found * (weight * size), gradient))
+    return relative_difference(_gradient(step, theta), gradient) < relative_difference(_gradient(other, theta), gradient)
 
 
 def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import warnings
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -23,9 +24,10 @@ from lightning_acc.optimizers import RULES, State, Update
 from lightning_acc.recorder import decomposition, description, refusals
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.refusals import RecordingRefused
-from lightning_acc.step import Step
+from lightning_acc.step import Batch, Step
 from lightning_acc.trajectory import batches, rebuild
 from lightning_acc.trajectory import manifest as manifests
+from lightning_acc.trajectory.batches import Leaves
 from lightning_acc.trajectory.store import Store
 from lightning_acc.trajectory.writer import RunWriter
 
@@ -34,14 +36,36 @@ CHECKED_STEPS = 3
 CHECKED_BATCH_SIZES = 3
 
 
+@dataclass
+class SeenBatch:
+    """A batch of the step in the making.
+
+    Attributes:
+        ids: its samples.
+        contents: their numbers in the record.
+        leaves: its tensors.
+        rng: state of the random number generator before it.
+        counts: whether it had a backward pass.
+        random: whether its forward pass drew random numbers.
+    """
+
+    ids: list[int]
+    contents: list[int]
+    leaves: Leaves
+    rng: Tensor
+    counts: bool = False
+    random: bool = False
+
+
 class TrajectoryRecorder(Callback):
     """Records what every optimizer step saw, so that influence can be computed afterwards.
 
     Training itself is not changed: the final weights are bitwise those of a run without the callback. What cannot be
     recorded exactly is refused before training starts.
 
-    Supported: one process, automatic optimisation, ``torch.optim.SGD`` (momentum, Nesterov, weight decay) under any
-    learning-rate scheduler, map-style datasets under any sampler, dropout in modules with ``per_sample_loss``.
+    Supported: one process, automatic optimisation, ``torch.optim`` SGD, Adam and AdamW with parameter groups (others by
+    ``register_optimizer``) under any learning-rate scheduler, gradient accumulation and clipping, map-style datasets under
+    any sampler, dropout in modules with ``per_sample_loss``.
 
     Example::
 
@@ -80,6 +104,8 @@ class TrajectoryRecorder(Callback):
         self._writer = RunWriter(store)
         self._begun = False
         self._pending: dict[str, Any] | None = None
+        self._seen: list[SeenBatch] = []
+        self._with_gradient: list[bool] | None = None
         self._checked_sizes: set[int] = set()
         self._structure: batches.Structure = {}
         self._checked_theta = torch.empty(0)
@@ -121,15 +147,15 @@ class TrajectoryRecorder(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep what the step will see."""
-        self._ids = self._tap.next_ids()
+        ids = self._tap.next_ids()
         try:
-            self._leaves, structure = batches.flatten(batch)
-            size = batches.batch_size(self._leaves)
+            leaves, structure = batches.flatten(batch)
+            size = batches.batch_size(leaves)
         except RunError as error:
             raise RecordingRefused(str(error)) from error
-        if size != len(self._ids):
+        if size != len(ids):
             raise RecordingRefused(
-                f"The sampler gave {len(self._ids)} samples but the batch has {size} rows: the collate_fn must make one row "
+                f"The sampler gave {len(ids)} samples but the batch has {size} rows: the collate_fn must make one row "
                 "a sample, in order."
             )
         if self._begun and structure != self._structure:
@@ -138,31 +164,38 @@ class TrajectoryRecorder(Callback):
                 "batches of one structure."
             )
         self._structure = structure
-        self._contents = self._writer.content_ids(self._leaves)
-        self._rng = torch.get_rng_state()
+        leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
+        self._seen.append(SeenBatch(ids, self._writer.content_ids(leaves), leaves, torch.get_rng_state()))
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """The batch has a gradient now; see whether its forward pass drew random numbers."""
+        batch = self._seen[-1]
+        batch.counts = True
+        batch.random = not torch.equal(batch.rng, torch.get_rng_state())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep the parameters and hyper-parameters of the step; check the first ones against F."""
         missing = [p for p in self._parameters if p.grad is None]
         if len(missing) == len(self._parameters):
-            return  # training_step returned None: torch.optim leaves everything as it is
-        groups = [{key: _plain(group[key]) for key in self._rule.hyperparameters} for group in optimizer.param_groups]
+            self._seen = []  # training_step returned None: torch.optim leaves everything as it is
+            return
+        # A batch whose training_step returned None has no part in the step.
+        self._seen = [batch for batch in self._seen if batch.counts]
+        groups = self._hyperparameters(trainer, optimizer)
         self._refuse_missing_gradients(pl_module, groups, missing)
         theta = self._theta()
-        rng = None if torch.equal(self._rng, torch.get_rng_state()) else self._rng
         if not self._begun:
-            self._begin(trainer, pl_module, theta, groups, rng)
-        size = len(self._ids)
-        weight = 1.0 if self._summed else 1 / size
-        step = self._step(groups, rng, weight)
+            self._begin(trainer, pl_module, theta, groups)
+        step = self._step(trainer, groups, self._summed)
         self._check(step, theta, pl_module)
         self._writer.add_state(theta)
         self._pending = {
-            "sample_ids": self._ids,
-            "contents": self._contents,
-            "weights": [weight] * size,
+            "sample_ids": step.sample_ids.tolist(),
+            "contents": [number for batch in self._seen for number in batch.contents],
+            "weights": self._weights(trainer, self._summed),
             "groups": groups,
-            "rng": rng,
+            "sizes": [len(batch.ids) for batch in self._seen],
+            "rng": [batch.rng if batch.random else None for batch in self._seen],
         }
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -170,6 +203,7 @@ class TrajectoryRecorder(Callback):
         if self._pending is not None:
             self._writer.add_step(**self._pending)
             self._pending = None
+            self._seen = []
 
     # ---- after training
 
@@ -204,12 +238,37 @@ class TrajectoryRecorder(Callback):
             )
         return gradient
 
-    def _step(self, groups: list[dict[str, Any]], rng: Tensor | None, weight: float) -> Step:
-        weights = torch.full((len(self._ids),), weight, dtype=torch.float64)
-        leaves = {name: leaf.detach().cpu() for name, leaf in self._leaves.items()}
-        return Step(self._objective, self._update, leaves, torch.tensor(self._ids), weights, groups, rng)
+    def _hyperparameters(self, trainer: Any, optimizer: Any) -> list[dict[str, Any]]:
+        algorithm = trainer.gradient_clip_algorithm
+        for_all = {
+            "step": self._writer.n_steps + 1,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
+        }
+        return [
+            {**{key: _plain(group[key]) for key in self._rule.hyperparameters}, **for_all} for group in optimizer.param_groups
+        ]
 
-    def _begin(self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]], rng: Tensor | None) -> None:
+    def _weights(self, trainer: Any, summed: bool) -> list[float]:
+        """Loss weights of the batches' samples. The last group of an epoch may be incomplete, but is divided all the same."""
+        accumulated = trainer.accumulate_grad_batches
+        return [
+            weight
+            for batch in self._seen
+            for weight in [1 / accumulated if summed else 1 / (len(batch.ids) * accumulated)] * len(batch.ids)
+        ]
+
+    def _step(self, trainer: Any, groups: list[dict[str, Any]], summed: bool) -> Step:
+        return Step(
+            self._objective,
+            self._update,
+            [Batch(batch.leaves, batch.rng if batch.random else None) for batch in self._seen],
+            torch.tensor([sample for batch in self._seen for sample in batch.ids]),
+            torch.tensor(self._weights(trainer, summed), dtype=torch.float64),
+            groups,
+        )
+
+    def _begin(self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]]) -> None:
         self._refuse_if(refusals.module_refusal(pl_module))
         evaluation_modules = [name for name, part in pl_module.named_modules() if name and not part.training]
         self._objective = Objective(
@@ -217,14 +276,13 @@ class TrajectoryRecorder(Callback):
         )
         try:
             gradient = self._gradient()
-            step = self._step(groups, rng, 1 / len(self._ids))
-            self._summed = len(self._ids) > 1 and decomposition.find_weight(step, theta, gradient) == 1.0
-            decomposition.compare_gradients(
-                self._step(groups, rng, 1.0 if self._summed else 1 / len(self._ids)), theta, gradient, 0
-            )
+            mean, total = (self._step(trainer, groups, summed) for summed in (False, True))
+            self._summed = decomposition.fits_better(total, mean, theta, gradient)
+            decomposition.compare_gradients(total if self._summed else mean, theta, gradient, 0)
+            first = self._seen[0]
             if not hasattr(pl_module, "per_sample_loss"):
-                decomposition.refuse_penalty(self._objective, theta, step.leaves)
-            independent = decomposition.rows_are_independent(self._objective, theta, step.leaves, rng is not None)
+                decomposition.refuse_penalty(self._objective, theta, first.leaves)
+            independent = decomposition.rows_are_independent(self._objective, theta, first.leaves, first.random)
         except RunError as error:
             raise RecordingRefused(str(error)) from error
         self._buffers = {name: value.detach().clone() for name, value in pl_module.named_buffers()}
@@ -292,14 +350,17 @@ class TrajectoryRecorder(Callback):
             self._replayed = step(self._replayed)
 
     def _refuse_missing_gradients(self, module: Any, groups: list[dict[str, Any]], missing: list[Tensor]) -> None:
-        # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the
-        # parameter would still move, by weight decay or by momentum it has gathered.
-        for parameter, group in zip(self._parameters, self._group_of, strict=True):
-            if any(parameter is other for other in missing) and (groups[group]["weight_decay"] or groups[group]["momentum"]):
-                name = next(name for name, other in module.named_parameters() if other is parameter)
+        # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the parameter
+        # would still move, by weight decay or by what its slots have gathered.
+        present = [not any(parameter is other for other in missing) for parameter in self._parameters]
+        before = self._with_gradient or present
+        self._with_gradient = present
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        for parameter, group, now, then in zip(self._parameters, self._group_of, present, before, strict=True):
+            if (not now and groups[group].get("weight_decay")) or (now != then and self._rule.slots(groups[group])):
                 raise RecordingRefused(
-                    f"The parameter {name!r} gets no gradient in step {self._writer.n_steps}, but its optimizer has weight "
-                    "decay or momentum: freeze it with requires_grad_(False), or use it in every step."
+                    f"The parameter {names[id(parameter)]!r} gets no gradient in step {self._writer.n_steps - (now and 1)}, "
+                    "but its optimizer has weight decay or a memory: freeze it with requires_grad_(False), or use it always."
                 )
 
     def _expect_room(self, trainer: Any) -> None:

@@ -23,7 +23,6 @@ ALTERING_CALLBACKS = {
     "StochasticWeightAveraging",
     "WeightAveraging",
     "EMAWeightAveraging",
-    "GradientAccumulationScheduler",
     "BaseFinetuning",
     "BackboneFinetuning",
     "ModelPruning",
@@ -42,10 +41,6 @@ def trainer_refusal(trainer: Any, module: Any) -> str | None:
         return f"strategy {strategy} on {trainer.world_size} processes is not supported yet: use one device, devices=1"
     if not module.automatic_optimization:
         return "automatic_optimization=False hides the optimizer's steps: use automatic optimisation"
-    if trainer.accumulate_grad_batches != 1:
-        return f"accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported yet: use 1 and larger batches"
-    if trainer.gradient_clip_val:
-        return f"gradient_clip_val={trainer.gradient_clip_val} is not supported yet: leave it out"
     if str(trainer.precision) not in ("32-true", "64-true"):
         return f'precision={trainer.precision!r} is not supported yet: use "32-true" or "64-true"'
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
@@ -70,12 +65,11 @@ def optimizer_refusal(trainer: Any) -> str | None:
         return f"there are {len(trainer.optimizers)} optimizers: configure exactly one"
     optimizer = trainer.optimizers[0]
     name = type(optimizer).__name__
-    if name not in RULES or not type(optimizer).__module__.startswith("torch.optim"):
-        return f"the optimizer {name} is not supported yet: use torch.optim.{' or torch.optim.'.join(sorted(RULES))}"
-    for group in optimizer.param_groups:
-        reason = RULES[name].refusal(group)
-        if reason:
-            return f"the optimizer {name} has {reason}"
+    if name not in RULES or not type(optimizer).__module__.startswith(RULES[name].package):
+        return (
+            f"the optimizer {type(optimizer).__module__}.{name} is not known: use one of {', '.join(sorted(RULES))}, or teach "
+            "it with lightning_acc.register_optimizer"
+        )
     if optimizer.state or trainer.global_step:
         return (
             f"training goes on from an earlier state (global_step={trainer.global_step}), whose record is not here: "

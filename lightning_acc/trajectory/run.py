@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
-from lightning_acc.trajectory import batches, manifest, rebuild
-from lightning_acc.trajectory.batches import Leaves
+from lightning_acc.trajectory import manifest, rebuild
+from lightning_acc.trajectory.batches import Leaves, Structure
 from lightning_acc.trajectory.store import Store
 
 if TYPE_CHECKING:
@@ -35,14 +35,17 @@ class StepRecord:
         weights: loss weight of each occurrence, shape (occurrences,), float64.
         contents: number of each occurrence's content, for ``Run.batch``, shape (occurrences,).
         groups: hyper-parameters of each parameter group of the optimizer.
-        rng: state of torch's CPU random number generator before the forward pass, where the step drew from it.
+        sizes: occurrences in each of the batches whose gradients the step accumulated; usually one.
+        rng: for each of these batches, the state of torch's CPU random number generator before its forward pass, where
+            that drew from it; else None.
     """
 
     sample_ids: Tensor
     weights: Tensor
     contents: Tensor
     groups: list[dict[str, Any]]
-    rng: Tensor | None
+    sizes: list[int]
+    rng: list[Tensor | None]
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -69,16 +72,16 @@ class Steps(Sequence[StepRecord]):
             raise IndexError(f"step {index} of a run with {len(self)} steps")
         tensors, i, metadata = self._run._locate("steps", index)
         first, last = tensors["offsets"][i : i + 2].tolist()
-        rng = None
-        if "rng" in tensors:
-            (found,) = torch.nonzero(tensors["rng_steps"] == i, as_tuple=True)
-            # A copy: set_rng_state crashes on memory that is not aligned, as inside a file.
-            rng = tensors["rng"][found[0]].clone() if len(found) else None
+        start, end = tensors["batch_offsets"][i : i + 2].tolist()
+        # Copies: set_rng_state crashes on memory that is not aligned, as inside a file.
+        states = {int(batch): row for row, batch in enumerate(tensors.get("rng_batches", ()))}
+        rng = [tensors["rng"][states[batch]].clone() if batch in states else None for batch in range(start, end)]
         return StepRecord(
             sample_ids=tensors["sample_ids"][first:last],
             weights=tensors["weights"][first:last],
             contents=tensors["contents"][first:last],
             groups=metadata["groups"][i],
+            sizes=tensors["batch_sizes"][start:end].tolist(),
             rng=rng,
         )
 
@@ -159,9 +162,10 @@ class Run:
         tensors, i, _ = self._locate("parameters", t)
         return tensors["theta"][i].clone()
 
-    def batch(self, t: int) -> Leaves:
-        """The leaves of the batch step ``t`` saw; first dimension (occurrences,)."""
-        return self.contents(self.steps[t].contents)
+    def batches(self, t: int) -> list[Leaves]:
+        """The leaves of each batch whose gradient step ``t`` accumulated; usually one."""
+        step = self.steps[t]
+        return [self.contents(numbers) for numbers in step.contents.split(step.sizes)]
 
     def contents(self, numbers: Tensor) -> Leaves:
         """The leaves of the contents with these numbers, which must be alike in shape."""
@@ -177,7 +181,7 @@ class Run:
             return None
         return {name: leaf[0] for name, leaf in self.contents(torch.tensor([number])).items()}
 
-    def structure(self) -> batches.Structure:
+    def structure(self) -> Structure:
         """How the leaves make up a batch."""
         return dict(self.manifest["batch_structure"])
 

@@ -90,10 +90,24 @@ class RunWriter:
         contents: list[int],
         weights: list[float],
         groups: list[dict[str, Any]],
-        rng: Tensor | None,
+        sizes: list[int],
+        rng: list[Tensor | None],
     ) -> None:
-        """One optimizer step: its occurrences in order, their loss weights, hyper-parameters, RNG state if it was used."""
-        self._steps.append({"sample_ids": sample_ids, "contents": contents, "weights": weights, "groups": groups, "rng": rng})
+        """One optimizer step: its occurrences in order, their loss weights and the hyper-parameters.
+
+        ``sizes`` are those of the batches it accumulated, ``rng`` the states of the random number generator before each of
+        their forward passes, None where it was not used.
+        """
+        self._steps.append(
+            {
+                "sample_ids": sample_ids,
+                "contents": contents,
+                "weights": weights,
+                "groups": groups,
+                "sizes": sizes,
+                "rng": rng,
+            }
+        )
         self.n_steps += 1
         if self._pending_bytes >= FLUSH_BYTES or len(self._steps) >= FLUSH_STEPS:
             self.flush()
@@ -116,9 +130,12 @@ class RunWriter:
                 "contents": torch.tensor([i for step in steps for i in step["contents"]], dtype=torch.int64),
                 "weights": torch.tensor([w for step in steps for w in step["weights"]], dtype=torch.float64),
             }
-            random = [(i, step["rng"]) for i, step in enumerate(steps) if step["rng"] is not None]
+            tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in steps]).cumsum(0)
+            tensors["batch_sizes"] = torch.tensor([size for step in steps for size in step["sizes"]])
+            states = [state for step in steps for state in step["rng"]]
+            random = [(i, state) for i, state in enumerate(states) if state is not None]
             if random:
-                tensors["rng_steps"] = torch.tensor([i for i, _ in random])
+                tensors["rng_batches"] = torch.tensor([i for i, _ in random])
                 tensors["rng"] = torch.stack([state for _, state in random])
             self._write("steps", tensors, {"groups": json.dumps([step["groups"] for step in steps])})
         self._pending_bytes = 0

@@ -1,0 +1,205 @@
+"""Training set-ups: each is recorded without changing it, audited, and its ``loo`` is real Lightning retraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import N, Net, data, fit, make, record
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_acc as la
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Skipping val loop", "ignore:Training has no validation data")
+SAMPLES = (0, 11, 23)
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "sgd-nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "lr": 0.05},
+    "sgd-dampened": {"momentum": 0.8, "dampening": 0.5, "lr": 0.1},
+    "adam": {"class": "Adam", "lr": 0.02, "weight_decay": 0.01},
+    "adamw": {"class": "AdamW", "lr": 0.02, "weight_decay": 0.1},
+    "adamw-amsgrad": {"class": "AdamW", "lr": 0.02, "amsgrad": True, "betas": (0.8, 0.9)},
+}
+CLIPPING: dict[str, dict[str, Any]] = {
+    "": {},
+    "clip-norm": {"gradient_clip_val": 0.3},
+    "clip-value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+}
+SETUPS = [
+    (optimizer, accumulate, clipping, dropout)
+    for optimizer in OPTIMIZERS
+    for accumulate, clipping, dropout in ((1, "", 0.0), (1, "clip-norm", 0.3), (2, "clip-value", 0.0), (3, "clip-norm", 0.3))
+]
+
+
+class Weighted(Net):
+    """Multiplies each sample's loss with a weight the data set carries; decays its learning rate every epoch."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        return batch[2] * super().per_sample_loss(batch[:2])
+
+
+def train(kept: Tensor, optimizer: str, accumulate: int, clipping: str, dropout: float, *callbacks: Any) -> Tensor:
+    torch.manual_seed(0)
+    module = Weighted(hidden=5, activation="gelu", dropout=dropout, optimizer=OPTIMIZERS[optimizer], decay_lr=0.8).double()
+    loader = DataLoader(TensorDataset(*data().tensors, kept), 5, shuffle=True)
+    options = {"accumulate_grad_batches": accumulate, **CLIPPING[clipping]}
+    return fit(module, loader, *callbacks, validation=False, **options)
+
+
+@pytest.mark.parametrize(("optimizer", "accumulate", "clipping", "dropout"), SETUPS)
+def test_audit_and_loo_are_exact(tmp_path: Path, optimizer: str, accumulate: int, clipping: str, dropout: float) -> None:
+    setup = (optimizer, accumulate, clipping, dropout)
+    everything = torch.ones(N, dtype=torch.float64)
+    without_callback = train(everything, *setup)
+    base = train(everything, *setup, la.TrajectoryRecorder(tmp_path / "run"))
+    assert torch.equal(base, without_callback)
+    run = la.Run(tmp_path / "run")
+    assert run.n_steps == 3 * -(-5 // accumulate)
+    assert [len(step.sizes) for step in run.steps][:2] == [accumulate, min(accumulate, 5 - accumulate)]
+    report = run.audit()
+    assert report.ok
+    if accumulate == 1:
+        assert report.max_abs_error == 0
+    held_out = la.Query("held-out", [(*data(n=8, seed=5).tensors, torch.ones(8, dtype=torch.float64))])
+    scores = la.score(run, "loo", SAMPLES, held_out, keep_shifts=True, ray_address=None)
+    assert scores.shifts is not None
+    for sample, shift in zip(SAMPLES, scores.shifts, strict=True):
+        kept = everything.clone()
+        kept[sample] = 0
+        change = train(kept, *setup) - base
+        assert float((shift - change).norm() / change.norm()) < 1e-6
+
+
+def shifts(run: la.Run, method: str, removals: Any = None) -> Tensor:
+    found = la.score(run, method, removals, ray_address=None, keep_shifts=True, save=False).shifts
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clipping", CLIPPING)
+def test_acc_is_exact_for_squared_loss_and_a_linear_model_under_any_update(
+    tmp_path: Path, optimizer: str, clipping: str
+) -> None:
+    module = make(loss="squared", optimizer=OPTIMIZERS[optimizer])
+    run = record(tmp_path / "run", module, accumulate_grad_batches=2, **CLIPPING[clipping])
+    truth = shifts(run, "loo")
+    assert float((shifts(run, "acc-sgd-ie") - truth).norm() / truth.norm()) < 1e-8
+    assert float((shifts(run, "sgd-ie") - truth).norm() / truth.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clipping", ["", "clip-norm"])
+def test_sgd_ie_is_the_derivative_in_the_weight_and_forward_equals_reverse(
+    tmp_path: Path, optimizer: str, clipping: str
+) -> None:
+    from lightning_acc.replay import Replay
+    from lightning_acc.step import Step
+
+    module = make(hidden=5, activation="gelu", dropout=0.3, optimizer=OPTIMIZERS[optimizer])
+    run = record(tmp_path / "run", module, accumulate_grad_batches=2, **CLIPPING[clipping])
+    replay = Replay(run)
+
+    def final(sample: int, weight: float) -> Tensor:
+        state = replay.initial
+        for t in range(len(replay)):
+            step: Step = replay.step(t)
+            step.weights = torch.where(step.sample_ids == sample, weight * step.weights, step.weights)
+            state = step(state)
+        return state[0]
+
+    found = shifts(run, "sgd-ie", [4, 9])
+    for sample, shift in zip((4, 9), found, strict=True):
+        eps = 1e-5
+        difference = (final(sample, 1 - eps) - final(sample, 1 + eps)) / (2 * eps)
+        assert float((shift - difference).norm() / difference.norm()) < 1e-6
+    forward = la.score(run, "sgd-ie", readout="linear", keep_shifts=True, ray_address=None, save=False).values
+    reverse = la.score(run, "sgd-ie", ray_address=None, save=False).values
+    torch.testing.assert_close(torch.tensor(forward), torch.tensor(reverse), rtol=1e-8, atol=1e-13)
+
+
+def test_tangents_are_finite_where_adams_second_moment_is_zero(tmp_path: Path) -> None:
+    tensors = data().tensors
+    tensors[0][:, 0] = 0  # an input that is never there: its weights have no gradient, ever
+    for kind in ("Adam", "AdamW"):
+        run = record(
+            tmp_path / kind, make(hidden=4, activation="relu", optimizer={"class": kind, "lr": 0.02}), TensorDataset(*tensors)
+        )
+        for method in ("sgd-ie", "acc-sgd-ie", "loo", "tracin"):
+            assert bool(torch.isfinite(shifts(run, method)).all()), (kind, method)
+            values = la.score(run, method, ray_address=None, save=False).values
+            assert bool(torch.isfinite(torch.tensor(values)).all())
+
+
+class Lion(torch.optim.Optimizer):
+    """A foreign optimizer: the sign of an average."""
+
+    def __init__(self, parameters: Any, lr: float = 0.01, beta: float = 0.9) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["beta"])
+                p.add_(mean.tanh(), alpha=-group["lr"])
+        return loss
+
+
+class WithLion(Net):
+    def configure_optimizers(self) -> Any:
+        return Lion(self.parameters())
+
+
+def lion(state: tuple[Tensor, ...], gradient: Tensor, h: dict[str, Any]) -> tuple[Tensor, ...]:
+    theta, mean = state
+    mean = mean.lerp(gradient, 1 - h["beta"])
+    return theta.add(mean.tanh(), alpha=-h["lr"]), mean
+
+
+def test_an_optimizer_can_be_registered_and_a_wrong_rule_is_found_out(tmp_path: Path) -> None:
+    from lightning_acc import optimizers
+    from lightning_acc.recorder import RecordingRefused
+
+    with pytest.raises(RecordingRefused, match="Lion is not known"):
+        record(tmp_path / "unknown", WithLion(hidden=4).double())
+    try:
+        la.register_optimizer(Lion, la.OptimizerRule(lion, lambda h: ("mean",), ("lr", "beta")))
+        run = record(tmp_path / "run", WithLion(hidden=4).double())
+        assert run.audit().max_abs_error == 0
+        assert la.score(run, "acc-sgd-ie", [1, 2], ray_address=None).values.all()
+        wrong = la.OptimizerRule(lambda s, g, h: (s[0] - h["lr"] * g, s[1]), lambda h: ("mean",), ("lr", "beta"))
+        la.register_optimizer(Lion, wrong)
+        with pytest.raises(RecordingRefused, match="Step 0 moved the parameters otherwise"):
+            record(tmp_path / "wrong", WithLion(hidden=4).double())
+    finally:
+        optimizers.RULES.pop("Lion", None)
+
+
+class UsedAtFirst(Net):
+    """A head that only the first epoch uses."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer={"class": "Adam", "lr": 0.01})
+        self.extra = torch.nn.Linear(5, 3)
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        losses = super().per_sample_loss(batch)
+        if self.current_epoch == 0:
+            losses = losses + 0.1 * self.extra(batch[0]).square().mean(1)
+        return losses
+
+
+def test_a_parameter_without_a_gradient_now_and_then_is_refused_where_it_would_move(tmp_path: Path) -> None:
+    from lightning_acc.recorder import RecordingRefused
+
+    with pytest.raises(RecordingRefused, match=r"'extra.weight' gets no gradient in step 4.*requires_grad_\(False\)"):
+        record(tmp_path / "run", UsedAtFirst().double())
