@@ -332,11 +332,6 @@ def test_what_cannot_be_exact_is_refused_before_the_first_step(tmp_path: Path, c
         la.Run(tmp_path / "run")
 
 
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="strategy DDPStrategy on 2 processes is not supported yet"):
-        record(tmp_path / "run", make(), strategy="ddp_fork", devices=2)
-
-
 def test_several_loaders_are_refused(tmp_path: Path) -> None:
     loaders = [DataLoader(data(), 6), DataLoader(data(), 6)]
     with pytest.raises(RecordingRefused, match="2 training loaders"):

@@ -91,13 +91,12 @@ def write_queries(store: Store, trainer: Any) -> None:
 
 
 def _validation_loaders(trainer: Any) -> list[Any]:
-    loaders = trainer.val_dataloaders
-    if loaders is None:
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        if not source.is_defined():
-            return []
-        with _random_state_kept(None):
-            loaders = source.dataloader()
+    # As the user gave them: under several processes Lightning's own share the data out.
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if not source.is_defined():
+        return []
+    with _random_state_kept(None):
+        loaders = source.dataloader()
     if loaders is None:
         return []
     if isinstance(loaders, dict):

@@ -34,11 +34,20 @@ ALTERING_HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "
 """LightningModule methods that, overridden, may change gradients or parameters unseen."""
 
 
-def trainer_refusal(trainer: Any, module: Any) -> str | None:
+STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+"""What is tested: one device; ``ddp``, ``ddp_fork``, ``ddp_spawn``."""
+
+
+def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> str | None:
     """Why this trainer and module cannot be recorded; None where they can."""
     strategy = type(trainer.strategy).__name__
-    if trainer.world_size != 1 or strategy != "SingleDeviceStrategy":
-        return f"strategy {strategy} on {trainer.world_size} processes is not supported yet: use one device, devices=1"
+    if strategy not in STRATEGIES and not allow_untested:
+        return (
+            f"the strategy {strategy} is untested: use one device or strategy='ddp', or pass "
+            "TrajectoryRecorder(..., allow_untested=True) where every process holds all parameters"
+        )
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        return "a DDP communication hook changes the gradients between the processes unseen: leave it out"
     if not module.automatic_optimization:
         return "automatic_optimization=False hides the optimizer's steps: use automatic optimisation"
     if str(trainer.precision) not in ("32-true", "64-true"):

@@ -25,6 +25,20 @@ FLUSH_BYTES = 64 * 2**20
 FLUSH_STEPS = 1000
 
 
+def check_finite(theta: Tensor, step: int) -> None:
+    """Refuse parameters (p,) before ``step`` that are not finite.
+
+    Raises:
+        RunError: some are not.
+    """
+    if not torch.isfinite(theta).all():
+        raise RunError(
+            f"The training has diverged: after step {step - 1} the parameters are not finite "
+            f"({int((~torch.isfinite(theta)).sum())} of {theta.numel()}). There is nothing to attribute in such a "
+            "run; lower the learning rate or look for a NaN in the data."
+        )
+
+
 class RunWriter:
     """Collects one run and writes it to ``store``; nothing is visible as a run before ``finish``."""
 
@@ -74,12 +88,7 @@ class RunWriter:
         Raises:
             RunError: they are not finite.
         """
-        if not torch.isfinite(theta).all():
-            raise RunError(
-                f"The training has diverged: after step {self.n_states - 1} the parameters are not finite "
-                f"({int((~torch.isfinite(theta)).sum())} of {theta.numel()}). There is nothing to attribute in such a "
-                "run; lower the learning rate or look for a NaN in the data."
-            )
+        check_finite(theta, self.n_states)
         self._states.append(theta)
         self.n_states += 1
         self._pending_bytes += theta.nbytes

@@ -1,0 +1,82 @@
+"""The first steps of a training are compared with what F makes of their record, before anything later is believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_acc.optimizers import State, Update
+from lightning_acc.recorder import decomposition
+from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.step import Step
+
+CHECKED_STEPS = 3
+CHECKED_SIZES = 3
+"""Further batch sizes whose gradient is compared when they are first met, in one process."""
+
+
+class FirstSteps:
+    """Follows the training for some steps with F.
+
+    Args:
+        update: U of the training's optimizer.
+        module: the LightningModule, whose buffers must stay as they are.
+        processes: number of processes that train together.
+    """
+
+    def __init__(self, update: Update, module: Any, processes: int) -> None:
+        self._update = update
+        self._buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
+        self._alone = processes == 1
+        self._sizes: set[int] = set()
+        self._before = torch.empty(0)
+        self._replayed: State = ()
+
+    def due(self, number: int, size: int) -> bool:
+        """Whether the gradient of step ``number``, on ``size`` samples of this process, is to be compared.
+
+        The same in all processes, which then exchange what they saw.
+        """
+        new_size = self._alone and size not in self._sizes and len(self._sizes) < CHECKED_SIZES
+        self._sizes.add(size)
+        return number < CHECKED_STEPS or new_size
+
+    def parameters(self, number: int, theta: Tensor, module: Any) -> None:
+        """Compare the parameters (p,) before step ``number`` with what the steps so far should have made of them.
+
+        Raises:
+            RecordingRefused: something else changed them, or a buffer.
+        """
+        if number == 0:
+            self._replayed = self._update.initial(theta)
+        if not 0 < number <= CHECKED_STEPS:
+            return
+        for name, value in module.named_buffers():
+            if not torch.equal(value, self._buffers.get(name, value)):
+                raise RecordingRefused(
+                    f"The buffer {name!r} changes while training, and it is not known how: keep it fixed, or set the layer "
+                    "it belongs to into evaluation mode."
+                )
+        moved = theta - self._before
+        difference = decomposition.relative_difference(self._replayed[0] - self._before, moved)
+        rounding = 8 * torch.finfo(theta.dtype).eps * float(theta.norm() / moved.norm().clamp_min(1e-30))
+        if not difference <= decomposition.GRADIENT_TOLERANCE[theta.dtype] + rounding:
+            raise RecordingRefused(
+                f"Step {number - 1} moved the parameters otherwise than its record says: the recorded step gives a change "
+                f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer changes parameters "
+                "or gradients (a hook, another callback): leave it out."
+            )
+        self._replayed = (theta, *self._replayed[1:])
+
+    def gradient(self, number: int, theta: Tensor, step: Step, gradient: Tensor) -> None:
+        """Compare the training's gradient (p,) in step ``number`` with that of the weighted per-sample losses.
+
+        Raises:
+            RecordingRefused: they differ.
+        """
+        decomposition.compare_gradients(step, theta, gradient, number)
+        if number < CHECKED_STEPS:
+            self._before = theta
+            self._replayed = step(self._replayed)

@@ -1,0 +1,79 @@
+"""Several processes: what each saw of a step, and their records merged into one.
+
+While training, every process records its own steps in ``ranks/<rank>``, so that no step waits for an exchange beyond the
+first few, which are compared with F. After the last step rank 0 merges them: a global step is the batches of all ranks, in
+the order of the ranks. Padding that a distributed sampler adds is one more occurrence of the same sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RunError
+from lightning_acc.trajectory.batches import Leaves
+from lightning_acc.trajectory.run import Run
+from lightning_acc.trajectory.store import Store
+from lightning_acc.trajectory.writer import RunWriter
+
+
+@dataclass
+class SeenBatch:
+    """A batch of the step in the making.
+
+    Attributes:
+        ids: its samples.
+        contents: their numbers in this process's record.
+        leaves: its tensors.
+        rng: state of the random number generator before it.
+        counts: whether it had a backward pass.
+        random: whether its forward pass drew random numbers.
+    """
+
+    ids: list[int]
+    contents: list[int]
+    leaves: Leaves
+    rng: Tensor
+    counts: bool = False
+    random: bool = False
+
+
+def gather(seen: list[SeenBatch], processes: int) -> list[SeenBatch]:
+    """The batches of all processes, in the order of their ranks; all processes must call this."""
+    if processes == 1:
+        return seen
+    everyone: list[list[SeenBatch] | None] = [None] * processes
+    torch.distributed.all_gather_object(everyone, seen)
+    return [batch for theirs in everyone for batch in theirs or []]
+
+
+def part_of(store: Store, rank: int) -> Store:
+    """Where the process ``rank`` keeps its part of the record."""
+    return Store(f"{store.url}/ranks/{rank}")
+
+
+def merge(writer: RunWriter, processes: int) -> None:
+    """Write the global steps from the records of all ranks, and delete those.
+
+    Raises:
+        RunError: the ranks recorded different numbers of steps.
+    """
+    runs = [Run(part_of(writer.store, rank).url) for rank in range(processes)]
+    counts = [run.n_steps for run in runs]
+    if len(set(counts)) > 1:
+        raise RunError(
+            f"The processes recorded different numbers of steps ({counts}): the record in {writer.store} is unusable."
+        )
+    for t in range(counts[0]):
+        records = [run.steps[t] for run in runs]
+        writer.add_step(
+            sample_ids=[sample for record in records for sample in record.sample_ids.tolist()],
+            contents=[number for run in runs for leaves in run.batches(t) for number in writer.content_ids(leaves)],
+            weights=[weight for record in records for weight in record.weights.tolist()],
+            groups=records[0].groups,
+            sizes=[size for record in records for size in record.sizes],
+            rng=[state for record in records for state in record.rng],
+        )
+    Store(f"{writer.store.url}/ranks").remove()

@@ -1,0 +1,128 @@
+"""Two processes: the record is that of the global steps, and what follows from it is what really happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import Net, data, make, record, trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_acc as la
+
+N = 23  # odd: the sampler pads with a repetition
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*sync_dist", "ignore:.*validation_step", "ignore:Training has no validation data", "ignore:.*fork"
+)
+DDP = {"strategy": "ddp_fork", "devices": 2}
+
+
+class Weighted(Net):
+    """Multiplies each sample's loss with a weight the data set carries."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        return batch[2] * super().per_sample_loss(batch[:2])
+
+
+def train(kept: Tensor, *callbacks: Any, dropout: float = 0.0, **options: Any) -> Tensor:
+    import pytorch_lightning as pl
+
+    torch.manual_seed(0)
+    module = Weighted(hidden=5, activation="gelu", dropout=dropout, optimizer=options.pop("optimizer", None)).double()
+    loader = DataLoader(TensorDataset(*data(n=N).tensors, kept), 5, shuffle=True)
+    pl.seed_everything(1)
+    trainer(*callbacks, **DDP, **options).fit(module, loader)
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+
+SETUPS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "adamw-clipped-dropout": {
+        "optimizer": {"class": "AdamW", "lr": 0.02, "weight_decay": 0.1},
+        "gradient_clip_val": 0.3,
+        "dropout": 0.3,
+    },
+    "accumulated": {"optimizer": {"momentum": 0.9, "lr": 0.05}, "accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_two_ranks_are_recorded_as_one_run(tmp_path: Path, setup: str) -> None:
+    options = SETUPS[setup]
+    everything = torch.ones(N, dtype=torch.float64)
+    without_callback = train(everything, **options)
+    base = train(everything, la.TrajectoryRecorder(tmp_path / "run"), **options)
+    assert torch.equal(base, without_callback)
+    run = la.Run(tmp_path / "run")
+    assert run.manifest["world_size"] == 2
+    assert torch.equal(run.parameters(run.n_steps), base)
+    accumulate = options.get("accumulate_grad_batches", 1)
+    assert run.n_steps == 3 * -(-3 // accumulate)
+    first_epoch = [i for step in run.steps[: run.n_steps // 3] for i in step.sample_ids.tolist()]
+    assert len(first_epoch) == N + 1
+    assert set(first_epoch) == set(range(N))
+    assert run.steps[0].sizes == [5] * 2 * accumulate
+    last = run.steps[run.n_steps - 1]
+    assert last.sizes == [2, 2]
+    assert last.weights.tolist() == pytest.approx([1 / (2 * 2 * accumulate)] * 4)
+    report = run.audit()
+    assert report.ok, report
+    assert not (tmp_path / "run/ranks").exists()
+
+    held_out = la.Query("held-out", [(*data(n=8, seed=5).tensors, torch.ones(8, dtype=torch.float64))])
+    twice = next(i for i in range(N) if first_epoch.count(i) == 2)
+    samples = [twice, (twice + 5) % N, (twice + 9) % N]
+    found = la.score(run, "loo", samples, held_out, keep_shifts=True, ray_address=None).shifts
+    assert found is not None
+    for sample, shift in zip(samples, found, strict=True):
+        kept = everything.clone()
+        kept[sample] = 0
+        change = train(kept, **options) - base
+        assert float((shift - change).norm() / change.norm()) < 1e-6
+
+
+def test_two_ranks_and_one_process_give_the_same_scores(tmp_path: Path) -> None:
+    module = make(hidden=5, activation="gelu", optimizer={"momentum": 0.8, "lr": 0.05})
+    two = record(tmp_path / "two", module, data(n=24), batch_size=4, **DDP)
+    assert two.query("val").n_examples == 16  # all of it, not one rank's half
+    batches = [step.sample_ids.tolist() for step in two.steps]
+    assert len(batches[0]) == 8
+
+    class InTurn:
+        def __init__(self) -> None:
+            self.epoch = -1
+
+        def __iter__(self) -> Any:
+            self.epoch += 1
+            yield from batches[3 * self.epoch : 3 * self.epoch + 3]
+
+        def __len__(self) -> int:
+            return 3
+
+    module = make(hidden=5, activation="gelu", optimizer={"momentum": 0.8, "lr": 0.05})
+    one = record(tmp_path / "one", module, DataLoader(data(n=24), batch_sampler=InTurn()))
+    assert [step.sample_ids.tolist() for step in one.steps] == batches
+    for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
+        ours, theirs = (la.score(run, method, ray_address=None, save=False).values for run in (two, one))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-14)
+        assert np.abs(ours).min() > 0
+
+
+def test_another_strategy_is_refused_by_name_unless_allowed(tmp_path: Path) -> None:
+    from pytorch_lightning.strategies import SingleDeviceStrategy
+
+    from lightning_acc.recorder import RecordingRefused
+
+    class ShardedStrategy(SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(RecordingRefused, match=r"ShardedStrategy is untested.*allow_untested=True"):
+        record(tmp_path / "run", make(), strategy=ShardedStrategy(device="cpu"))
+    loader = DataLoader(data(), 6)
+    recorder = la.TrajectoryRecorder(tmp_path / "allowed", allow_untested=True)
+    trainer(recorder, strategy=ShardedStrategy(device="cpu")).fit(make(), loader, loader)
+    assert la.Run(tmp_path / "allowed").audit().ok
