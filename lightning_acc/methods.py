@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_acc.objective import unhurried
+from lightning_acc.objective import quiet
 from lightning_acc.optimizers import State
 from lightning_acc.removals import Removals
 from lightning_acc.step import Point, Step
@@ -116,7 +116,7 @@ def _update_tangent(point: Point, shifts: State, change: Tensor) -> State:
     def tangent(*directions: Tensor) -> State:
         return torch.func.jvp(update, (*point.state, point.gradient), directions)[1]  # type: ignore[no-any-return]
 
-    with unhurried():
+    with quiet():
         tangents: State = torch.vmap(tangent)(*shifts, change)
     return tangents
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_acc.errors import RunError
 from lightning_acc.trajectory import batches
@@ -66,6 +67,7 @@ class Objective:
         dtype: floating-point dtype of the computation.
         independent_rows: whether the loss of a sample alone equals its loss within a batch, so that single samples may
             be taken out of a batch to save time.
+        vectorised: whether many parameter vectors may be evaluated at once; one by one is slower.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Objective:
         tensors: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         independent_rows: bool = False,
+        vectorised: bool = True,
     ) -> None:
         self.layout = layout
         self.structure = structure
@@ -90,7 +93,7 @@ class Objective:
             module.get_submodule(name).training = False
         self._call = _Call(module.requires_grad_(False))
         self._loss = per_sample_loss if hasattr(module, "per_sample_loss") else losses_of_training_step
-        self._vmap = True
+        self._vmap = vectorised
 
     def call(self, theta: Tensor, function: LossFunction, batch: Any) -> Tensor:
         """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,)."""
@@ -114,7 +117,7 @@ class Objective:
         """``function(theta, leaves)`` for each row of ``thetas``: vectorised, or one by one where the module resists."""
         if self._vmap:
             try:
-                with unhurried():
+                with traceable():
                     return torch.vmap(function, in_dims=(0, 0 if own_rows else None), randomness="same")(thetas, leaves)
             except RuntimeError as error:
                 if "not enough memory" in str(error) or "out of memory" in str(error):
@@ -192,7 +195,22 @@ def loss_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def unhurried() -> Iterator[None]:
+def traceable() -> Iterator[None]:
+    """In here operations are chosen that can be vectorised and differentiated twice, without warnings that some are slow.
+
+    Flash attention has no second derivative, and the fused transformer layer cannot be vectorised.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), quiet():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
     """In here torch does not warn that an operation is vectorised by a loop, or about its own deprecations."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")

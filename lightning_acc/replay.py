@@ -45,6 +45,7 @@ class Replay:
             tensors=run.frozen_tensors(),
             dtype=self.dtype,
             independent_rows=manifest["loss"]["independent_rows"],
+            vectorised=manifest["loss"]["vectorised"],
         )
         optimizer = manifest["optimizer"]
         self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])

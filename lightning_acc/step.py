@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.objective import Objective, unhurried
+from lightning_acc.objective import Objective, quiet, traceable
 from lightning_acc.optimizers import Hyperparameters, State, Update
 from lightning_acc.removals import Removals
 from lightning_acc.trajectory import batches
@@ -80,9 +80,12 @@ class Step:
 
     def __call__(self, state: State) -> State:
         """F_t(s, w) with the recorded weights; all tensors (p,)."""
-        theta = state[0].detach().requires_grad_()
-        (gradient,) = torch.autograd.grad((self.weights * self.losses(theta)).sum(), theta)
-        return self.update(state, gradient)
+        return self.update(state, self.gradient(state[0]))
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad((self.weights * self.losses(theta)).sum(), theta)[0]
 
     def at(self, state: State) -> Point:
         """The step linearised at the state ``s_t`` of the recorded run."""
@@ -137,7 +140,8 @@ class Point:
         self.state = state
         self._leaf = state[0].detach().requires_grad_()
         self._weights = step.weights.detach().requires_grad_()
-        loss = (self._weights * step.losses(self._leaf)).sum()
+        with traceable():
+            loss = (self._weights * step.losses(self._leaf)).sum()
         (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
         self.gradient = self._graph.detach()
 
@@ -209,7 +213,7 @@ def _products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
         return product
 
     try:
-        with unhurried():
+        with quiet():
             return pull(cotangents, True)
     except RuntimeError as error:
         if "memory" in str(error):

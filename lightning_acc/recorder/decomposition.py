@@ -68,13 +68,23 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int) 
 
 def _gradient(step: Step, theta: Tensor) -> Tensor:
     try:
-        return step.gradients(theta[None], step.weights[None])[0]
+        return step.gradient(theta)
     except RunError as error:
         raise RecordingRefused(str(error)) from error
     except Exception as error:
         raise RecordingRefused(
             f"The loss of single samples cannot be computed ({type(error).__name__}: {error}). {REMEDY}"
         ) from error
+
+
+def can_be_vectorised(step: Step, theta: Tensor) -> bool:
+    """Whether many parameter vectors can be evaluated at once with the result of one at a time.
+
+    They cannot where dropout acts on a tensor that is not contiguous: the order its mask is drawn in then depends on the
+    layout in memory, which vectorisation changes.
+    """
+    together = step.gradients(theta[None], step.weights[None])[0]
+    return relative_difference(together, step.gradient(theta)) <= GRADIENT_TOLERANCE[theta.dtype]
 
 
 PASSED_THROUGH = ("ViewBackward0", "ReshapeAliasBackward0", "MulBackward0", "DivBackward0", "NegBackward0", "CloneBackward0")

@@ -273,6 +273,7 @@ class TrajectoryRecorder(Callback):
             mean, total = (self._step(trainer, groups, everyone, summed) for summed in (False, True))
             self._summed = decomposition.fits_better(total, mean, theta, gradient)
             decomposition.compare_gradients(total if self._summed else mean, theta, gradient, 0)
+            vectorised = decomposition.can_be_vectorised(mean, theta)
             first = everyone[0]
             if not hasattr(pl_module, "per_sample_loss"):
                 decomposition.refuse_penalty(self._objective, theta, first.leaves)
@@ -303,6 +304,7 @@ class TrajectoryRecorder(Callback):
                     "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
                     "reduction": "sum" if self._summed else "mean",
                     "independent_rows": independent,
+                    "vectorised": vectorised,
                 },
                 "optimizer": {
                     "name": type(optimizer).__name__,
