@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from lightning_acc.replay import Replay
+from lightning_acc.replay import Replay, as_trained
 from lightning_acc.trajectory.run import Run
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
@@ -48,24 +46,24 @@ class AuditReport:
 def audit(run: Run) -> AuditReport:
     """Replay every step from the recorded parameters before it and compare with the recorded parameters after it.
 
-    The optimizer's slots are carried along by the replay. An error therefore points at the step that made it.
+    The optimizer's slots are carried along by the replay. An error therefore points at the step that made it, or, where the
+    parameters were not written at every step, at the one before the snapshot that shows it.
     """
     replay = Replay(run)
     state = replay.initial
-    scale, errors = 0.0, []
-    # As many threads as in training: the last bits of a product depend on how it is divided.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(run.manifest["threads"])
-    try:
+    scale = 0.0
+    errors: dict[int, float] = {}
+    snapshots = set(run.snapshots)
+    with as_trained(run):
         for t in range(len(replay)):
             state = replay.step(t)(state)
+            if t + 1 not in snapshots:
+                continue
             recorded = run.parameters(t + 1).to(replay.dtype)
-            errors.append(float((state[0] - recorded).abs().max()))
+            errors[t] = float((state[0] - recorded).abs().max())
             scale = max(scale, float(recorded.abs().max()))
             state = (recorded, *state[1:])
-    finally:
-        torch.set_num_threads(threads)
-    worst = max(errors, default=0.0)
+    worst = max(errors.values(), default=0.0)
     tolerance = TOLERANCE[run.dtype] * max(scale, 1e-30)
-    bad = next((t for t, error in enumerate(errors) if not error <= tolerance), None)
-    return AuditReport(bad is None, worst, bad, len(errors), tolerance)
+    bad = next((t for t, error in errors.items() if not error <= tolerance), None)
+    return AuditReport(bad is None, worst, bad, len(replay), tolerance)

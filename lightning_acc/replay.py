@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 
 import torch
@@ -85,6 +86,27 @@ class Replay:
             record.groups,
             rows_at_once=max(16, CACHE_BYTES // max(1, self.activation_bytes)),
         )
+
+
+def parameters_at(run: Run, t: int) -> Tensor:
+    """Parameters (p,) before step ``t``, by replaying the steps before it as they were trained."""
+    replay = Replay(run)
+    state = replay.initial
+    with as_trained(run):
+        for earlier in range(t):
+            state = replay.step(earlier)(state)
+    return state[0]
+
+
+@contextmanager
+def as_trained(run: Run) -> Iterator[None]:
+    """In here torch uses as many threads as the training: the last bits of a product depend on how it is divided."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.manifest["threads"])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Iterable[Tensor] = ()) -> int:

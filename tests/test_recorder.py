@@ -455,3 +455,31 @@ def test_a_convolutional_network_on_images(tmp_path: Path) -> None:
     truth = la.score(run, "loo", ray_address=None, dtype="float64", save=False).values
     estimate = la.score(run, "acc-sgd-ie", ray_address=None, dtype="float64", save=False).values
     assert abs(truth - estimate).max() < 0.1 * abs(truth).max()
+
+
+def test_every_kth_snapshot_fits_the_budget_and_the_others_are_computed_again(tmp_path: Path) -> None:
+    everything = record(tmp_path / "all", make(hidden=8, optimizer={"momentum": 0.9, "lr": 0.05}), max_epochs=10)
+    size = 8 * everything.n_parameters
+    recorder = la.TrajectoryRecorder(tmp_path / "some", parameters="every-k", budget_gb=12 * size / 2**30)
+    fit(make(hidden=8, optimizer={"momentum": 0.9, "lr": 0.05}), None, recorder, max_epochs=10)
+    sparse = la.Run(tmp_path / "some")
+    assert everything.snapshots == list(range(41))
+    assert sparse.snapshots == [0, 1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 40]
+    for t in range(41):
+        assert torch.equal(sparse.parameters(t), everything.parameters(t))
+    assert sparse.audit().max_abs_error == 0
+    scores = [la.score(run, "acc-sgd-ie", ray_address=None, save=False).values.tolist() for run in (everything, sparse)]
+    assert scores[0] == scores[1]
+
+
+def test_auto_keeps_what_two_percent_of_the_time_pays_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_acc.recorder import snapshots
+
+    monkeypatch.setattr(snapshots, "SMALL", 0)
+    run = record(tmp_path / "run", make(hidden=8), max_epochs=20)
+    assert run.snapshots[:4] == [0, 1, 2, 3]
+    assert run.snapshots[-1] == run.n_steps == 80
+    assert len(run.snapshots) < 80
+    assert run.audit().max_abs_error == 0
+    with pytest.raises(la.RequestError, match="parameters='sometimes' is no way to keep snapshots; choose one of auto"):
+        fit(make(), None, la.TrajectoryRecorder(tmp_path / "no", parameters="sometimes"))  # type: ignore[arg-type]

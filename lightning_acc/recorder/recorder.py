@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 import warnings
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from lightning_acc.recorder.first_steps import FirstSteps
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.snapshots import Snapshots
 from lightning_acc.step import Batch, Step
 from lightning_acc.trajectory import batches, rebuild
 from lightning_acc.trajectory import manifest as manifests
@@ -50,6 +52,10 @@ class TrajectoryRecorder(Callback):
     Args:
         directory: where the run directory is written, a local path or an fsspec URL.
         overwrite: replace a run that is already there; by default it is refused.
+        parameters: how often the parameters are written: ``"every-step"``, ``"every-k"`` (as often as the budget allows), or
+            ``"auto"``: every step where the whole trajectory is small, else as often as 2 % of the training's time pays for.
+            What is not written is computed again when it is needed.
+        budget_gb: disk for the parameters, under ``every-k`` and ``auto``.
         allow_untested: record under a strategy other than those named above; the first steps are still checked.
 
     Raises:
@@ -57,9 +63,18 @@ class TrajectoryRecorder(Callback):
         RunError: while training, when the parameters are not finite any more or the disk is full.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], overwrite: bool = False, allow_untested: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        overwrite: bool = False,
+        parameters: Literal["auto", "every-step", "every-k"] = "auto",
+        budget_gb: float = 4.0,
+        allow_untested: bool = False,
+    ) -> None:
         self.directory = os.fspath(directory)
         self.overwrite = overwrite
+        self.parameters = parameters
+        self.budget_gb = budget_gb
         self.allow_untested = allow_untested
 
     # ---- before training
@@ -121,7 +136,9 @@ class TrajectoryRecorder(Callback):
             self._group_of,
             max(len(self._rule.slots(group)) for group in optimizer.param_groups),
         )
-        self._expect_room(trainer)
+        size = sum(p.numel() * p.element_size() for p in self._parameters)
+        self._snapshots = Snapshots(self.parameters, size, trainer.estimated_stepping_batches, self.budget_gb * 2**30)
+        self._expect_room(trainer, size)
         reason = rebuild.why_not_rebuildable(pl_module)
         if reason:
             warnings.warn(reason, UserWarning, stacklevel=2)
@@ -166,20 +183,25 @@ class TrajectoryRecorder(Callback):
         self._seen = [batch for batch in self._seen if batch.counts]
         groups = self._hyperparameters(trainer, optimizer)
         self._refuse_missing_gradients(pl_module, groups, missing)
-        theta, number = self._theta(), self._own.n_steps
+        number = self._own.n_steps
         if number == 0:
             self._first_steps = FirstSteps(self._update, pl_module, self._processes)
-        self._first_steps.parameters(number, theta, pl_module)
-        if self._first_steps.due(number, sum(len(batch.ids) for batch in self._seen)):
-            everyone = ranks.gather(self._seen, self._processes)
-            if not self._begun:
-                self._begin(trainer, pl_module, theta, groups, everyone)
-            step = self._step(trainer, groups, everyone, self._summed)
-            self._first_steps.gradient(number, theta, step, self._gradient())
-        if self._main is not None:
-            self._main.add_state(theta)
-        else:
-            check_finite(theta, number)  # so that all processes stop together
+        compare = self._first_steps.due(number, sum(len(batch.ids) for batch in self._seen))
+        keep = self._snapshots.due(number)
+        if compare or keep:
+            started = time.perf_counter()
+            theta = self._theta()
+            self._first_steps.parameters(number, theta, pl_module)
+            if compare:
+                everyone = ranks.gather(self._seen, self._processes)
+                if not self._begun:
+                    self._begin(trainer, pl_module, theta, groups, everyone)
+                step = self._step(trainer, groups, everyone, self._summed)
+                self._first_steps.gradient(number, theta, step, self._gradient())
+            if keep and self._main is not None:
+                self._main.add_state(number, theta)
+                self._snapshots.taken(time.perf_counter() - started)
+            check_finite(theta, number)  # in every process, so that all stop together
         self._pending = {
             "sample_ids": [sample for batch in self._seen for sample in batch.ids],
             "contents": [number for batch in self._seen for number in batch.contents],
@@ -334,18 +356,19 @@ class TrajectoryRecorder(Callback):
                     "but its optimizer has weight decay or a memory: freeze it with requires_grad_(False), or use it always."
                 )
 
-    def _expect_room(self, trainer: Any) -> None:
+    def _expect_room(self, trainer: Any, size: int) -> None:
         store = Store(self.directory)
         free = store.free_bytes()
         steps = trainer.estimated_stepping_batches
         if free is None or steps == float("inf"):
             return
-        size = sum(p.numel() * p.element_size() for p in self._parameters)
         needed = size * (int(steps) + 1)
+        if self._snapshots.policy != "every-step":
+            needed = min(needed, int(self._snapshots.budget))
         if needed > free:
             self._refuse_if(
                 f"the parameters of {int(steps)} steps take {needed / 2**30:.2f} GB, but {store} has only "
-                f"{free / 2**30:.2f} GB free: choose another disk, fewer steps or a smaller model"
+                f"{free / 2**30:.2f} GB free: choose another disk, a smaller budget_gb, or parameters='every-k'"
             )
 
     def _finish(self, trainer: Any, stopped: str | None) -> None:
@@ -354,8 +377,8 @@ class TrajectoryRecorder(Callback):
             self._own.finish()
             trainer.strategy.barrier("recorded")
         if self._main is not None:
-            if self._main.n_states == self._own.n_steps:
-                self._main.add_state(self._theta())
+            if self._own.n_steps not in self._main.snapshots:
+                self._main.add_state(self._own.n_steps, self._theta())
             if self._own is not self._main:
                 ranks.merge(self._main, self._processes)
             self._main.finish(stopped=stopped)

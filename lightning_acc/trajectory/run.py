@@ -70,7 +70,7 @@ class Steps(Sequence[StepRecord]):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"step {index} of a run with {len(self)} steps")
-        tensors, i, metadata = self._run._locate("steps", index)
+        tensors, i, metadata = self._run._locate(index)
         first, last = tensors["offsets"][i : i + 2].tolist()
         start, end = tensors["batch_offsets"][i : i + 2].tolist()
         # Copies: set_rng_state crashes on memory that is not aligned, as inside a file.
@@ -156,11 +156,29 @@ class Run:
         return Steps(self)
 
     def parameters(self, t: int) -> Tensor:
-        """Flat trained parameters before step ``t``, shape (p,); ``t = n_steps`` gives the final ones."""
+        """Flat trained parameters before step ``t``, shape (p,); ``t = n_steps`` gives the final ones.
+
+        Where no snapshot was taken they are computed again, by replaying the steps before.
+        """
         if not 0 <= t <= self.n_steps:
             raise RunError(f"There are no parameters at step {t}: this run has the steps 0 to {self.n_steps}.")
-        tensors, i, _ = self._locate("parameters", t)
-        return tensors["theta"][i].clone()
+        if t in self._snapshots:
+            name, i = self._snapshots[t]
+            return self._load(name)[0]["theta"][i].clone()
+        from lightning_acc.replay import parameters_at
+
+        return parameters_at(self, t)
+
+    @cached_property
+    def _snapshots(self) -> dict[int, tuple[str, int]]:
+        """File and row of the parameters at the steps they were written at."""
+        names = self._names("parameters")
+        return {step: (name, i) for name in names for i, step in enumerate(self._file(name)["steps"])}
+
+    @property
+    def snapshots(self) -> list[int]:
+        """The steps whose parameters were written, in order."""
+        return sorted(self._snapshots)
 
     def batches(self, t: int) -> list[Leaves]:
         """The leaves of each batch whose gradient step ``t`` accumulated; usually one."""
@@ -251,18 +269,15 @@ class Run:
         return self._loaded[name]
 
     @cached_property
-    def _firsts(self) -> dict[str, list[int]]:
-        """First index in each of the files of a folder."""
-        firsts: dict[str, list[int]] = {}
-        for folder in ("steps", "parameters"):
-            counts = [self._file(name)["count"] for name in self._names(folder)]
-            firsts[folder] = [sum(counts[:i]) for i in range(len(counts))]
-        return firsts
+    def _firsts(self) -> list[int]:
+        """First step in each of the files of steps."""
+        counts = [self._file(name)["count"] for name in self._names("steps")]
+        return [sum(counts[:i]) for i in range(len(counts))]
 
-    def _locate(self, folder: str, index: int) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
-        file = bisect.bisect_right(self._firsts[folder], index) - 1
-        tensors, metadata = self._load(self._names(folder)[file])
-        return tensors, index - self._firsts[folder][file], metadata
+    def _locate(self, step: int) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+        file = bisect.bisect_right(self._firsts, step) - 1
+        tensors, metadata = self._load(self._names("steps")[file])
+        return tensors, step - self._firsts[file], metadata
 
     @cached_property
     def _content_places(self) -> Tensor:

@@ -47,11 +47,12 @@ class RunWriter:
         self.header: dict[str, Any] = {}
         self.files: dict[str, dict[str, Any]] = {}
         self.n_steps = 0
-        self.n_states = 0
+        self.snapshots: list[int] = []
         self._contents: dict[bytes, int] = {}
         self._new_contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]] = defaultdict(list)
         self._steps: list[dict[str, Any]] = []
         self._states: list[Tensor] = []
+        """The newest ones of ``snapshots``, not written yet."""
         self._pending_bytes = 0
         self._counters: dict[str, int] = defaultdict(int)
 
@@ -82,16 +83,18 @@ class RunWriter:
             numbers.append(self._contents[key])
         return numbers
 
-    def add_state(self, theta: Tensor) -> None:
-        """The flat parameters before the next step (after the last step: the final ones).
+    def add_state(self, step: int, theta: Tensor) -> None:
+        """The flat parameters before ``step`` (the number of steps: the final ones).
 
         Raises:
             RunError: they are not finite.
         """
-        check_finite(theta, self.n_states)
+        check_finite(theta, step)
         self._states.append(theta)
-        self.n_states += 1
+        self.snapshots.append(step)
         self._pending_bytes += theta.nbytes
+        if self._pending_bytes >= FLUSH_BYTES:
+            self.flush()
 
     def add_step(
         self,
@@ -129,30 +132,31 @@ class RunWriter:
             tensors["#"] = torch.tensor([number for number, _ in collected])
             self._write("samples", tensors)
         if self._states:
-            self._write("parameters", {"theta": torch.stack(self._states)})
+            steps = self.snapshots[-len(self._states) :]
+            self._write("parameters", {"theta": torch.stack(self._states)}, steps=steps)
             self._states.clear()
         if self._steps:
-            steps, self._steps = self._steps, []
+            records, self._steps = self._steps, []
             tensors = {
-                "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in steps]).cumsum(0),
-                "sample_ids": torch.tensor([i for step in steps for i in step["sample_ids"]], dtype=torch.int64),
-                "contents": torch.tensor([i for step in steps for i in step["contents"]], dtype=torch.int64),
-                "weights": torch.tensor([w for step in steps for w in step["weights"]], dtype=torch.float64),
+                "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in records]).cumsum(0),
+                "sample_ids": torch.tensor([i for step in records for i in step["sample_ids"]], dtype=torch.int64),
+                "contents": torch.tensor([i for step in records for i in step["contents"]], dtype=torch.int64),
+                "weights": torch.tensor([w for step in records for w in step["weights"]], dtype=torch.float64),
             }
-            tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in steps]).cumsum(0)
-            tensors["batch_sizes"] = torch.tensor([size for step in steps for size in step["sizes"]])
-            states = [state for step in steps for state in step["rng"]]
+            tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in records]).cumsum(0)
+            tensors["batch_sizes"] = torch.tensor([size for step in records for size in step["sizes"]])
+            states = [state for step in records for state in step["rng"]]
             random = [(i, state) for i, state in enumerate(states) if state is not None]
             if random:
                 tensors["rng_batches"] = torch.tensor([i for i, _ in random])
                 tensors["rng"] = torch.stack([state for _, state in random])
-            self._write("steps", tensors, {"groups": json.dumps([step["groups"] for step in steps])})
+            self._write("steps", tensors, {"groups": json.dumps([step["groups"] for step in records])})
         self._pending_bytes = 0
 
-    def _write(self, folder: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    def _write(self, folder: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, **facts: Any) -> None:
         name = f"{folder}/{self._counters[folder]:06d}.safetensors"
         count = len(next(iter(tensors.values()))) - (folder == "steps")
-        self.write_file(name, safetensors.torch.save(tensors, metadata), count=count)
+        self.write_file(name, safetensors.torch.save(tensors, metadata), count=count, **facts)
         self._counters[folder] += 1
 
     def write_file(self, name: str, data: bytes, **facts: Any) -> None:

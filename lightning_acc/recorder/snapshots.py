@@ -1,0 +1,62 @@
+"""Which steps the parameters are written at. Those between two snapshots are computed again when they are needed."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from lightning_acc.errors import RequestError
+from lightning_acc.recorder.first_steps import CHECKED_STEPS
+
+POLICIES = ("auto", "every-step", "every-k")
+SMALL = 64 * 2**20
+"""A whole trajectory of at most so many bytes is written without a second thought."""
+SHARE = 0.02
+"""Of the training's time that ``auto`` spends on snapshots of larger ones."""
+
+
+class Snapshots:
+    """Decides at which steps a snapshot of the parameters is due.
+
+    ``every-step``: at all. ``every-k``: at every k-th, k such that they fit into the budget. ``auto``: at all where the
+    trajectory is small; else as often as the budget allows and 2 % of the training's time pays for. The first steps and the
+    final parameters are always there.
+
+    Args:
+        policy: one of the three.
+        size: bytes of one snapshot.
+        steps: expected number of steps, or infinity.
+        budget: bytes for all of them.
+
+    Raises:
+        RequestError: there is no such policy.
+    """
+
+    def __init__(self, policy: str, size: int, steps: float, budget: float) -> None:
+        if policy not in POLICIES:
+            raise RequestError(f"parameters={policy!r} is no way to keep snapshots; choose one of {', '.join(POLICIES)}.")
+        self.policy, self.size, self.budget = policy, size, budget
+        whole = size * (steps + 1)
+        self.every = 1
+        if policy == "every-k" and math.isfinite(whole):
+            self.every = max(1, math.ceil(whole / budget))
+        if policy == "auto" and whole <= min(SMALL, budget):
+            self.policy = "every-step"
+        self._taken = 0
+        self._spent = 0.0
+        self._started = time.perf_counter()
+
+    def due(self, number: int) -> bool:
+        """Whether the parameters before step ``number`` are written."""
+        if number <= CHECKED_STEPS or self.policy == "every-step":
+            return True
+        if (self._taken + 2) * self.size > self.budget:  # the final ones need room too
+            return False
+        if self.policy == "every-k":
+            return number % self.every == 0
+        return self._spent <= SHARE * (time.perf_counter() - self._started)
+
+    def taken(self, seconds: float) -> None:
+        """A snapshot was written, in so many seconds."""
+        self._taken += 1
+        self._spent += seconds
