@@ -87,8 +87,8 @@ class Objective:
         self.dtype = dtype
         self.independent_rows = independent_rows
         module = silent_copy(module)
+        module.to("cpu", dtype).train()  # before the values: a narrower dtype would round them
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
-        module.to("cpu", dtype).train()
         for name in evaluation_modules or []:
             module.get_submodule(name).training = False
         self._call = _Call(module.requires_grad_(False))

@@ -483,3 +483,91 @@ def test_auto_keeps_what_two_percent_of_the_time_pays_for(tmp_path: Path, monkey
     assert run.audit().max_abs_error == 0
     with pytest.raises(la.RequestError, match="parameters='sometimes' is no way to keep snapshots; choose one of auto"):
         fit(make(), None, la.TrajectoryRecorder(tmp_path / "no", parameters="sometimes"))  # type: ignore[arg-type]
+
+
+class Augmented(Dataset[Any]):
+    """Another content at every visit."""
+
+    def __init__(self) -> None:
+        self.x, self.y = data().tensors
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> Any:
+        return self.x[i] + 0.1 * torch.randn(FEATURES, dtype=torch.float64), self.y[i]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_keeps_the_content_of_each_visit_and_equal_contents_once(tmp_path: Path, workers: int) -> None:
+    module = make(hidden=4)
+    run = record(tmp_path / "run", module, DataLoader(Augmented(), 6, shuffle=True, num_workers=workers))
+    assert run.audit().max_abs_error == 0
+    assert torch.equal(run.parameters(run.n_steps), flat(module))
+    assert max(int(step.contents.max()) for step in run.steps) == 3 * N - 1
+    plain = record(tmp_path / "plain", make(hidden=4), DataLoader(data(), 6, shuffle=True))
+    assert max(int(step.contents.max()) for step in plain.steps) == N - 1
+    assert la.score(run, "loo", [3], ray_address=None).values[0] != 0
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy", None])
+def test_hugging_face_datasets_of_any_format(tmp_path: Path, format: str | None) -> None:
+    from datasets import Dataset as HubDataset
+
+    x, y = data(dtype=torch.float32).tensors
+    rows = HubDataset.from_dict({"x": x.tolist(), "y": y.tolist(), "name": [f"row {i}" for i in range(N)]})
+    rows = rows.select_columns(["x", "y"]).with_format(format)
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {
+            "x": torch.stack([torch.as_tensor(row["x"], dtype=torch.float32) for row in batch]),
+            "y": torch.stack([torch.as_tensor(row["y"], dtype=torch.int64) for row in batch]),
+        }
+
+    module = make(hidden=4).float()
+    run = record(tmp_path / "run", module, DataLoader(rows, 7, shuffle=True, collate_fn=collate), precision="32-true")
+    assert run.audit().max_abs_error == 0
+    sample = run.content_of(5)
+    assert sample is not None
+    assert torch.equal(sample["x"], x[5])
+
+
+class FrozenNorm(Normalised):
+    def on_train_epoch_start(self) -> None:
+        self.net[0].eval()
+
+    def on_train_start(self) -> None:
+        self.net[0].eval()
+
+
+def test_batch_norm_in_evaluation_mode_is_a_layer_like_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = FrozenNorm().double()
+    module.net[0].running_mean.normal_()
+    run = record(tmp_path / "run", module)
+    assert run.manifest["evaluation_modules"] == ["net.0"]
+    assert run.audit().max_abs_error == 0
+    assert la.score(run, "acc-sgd-ie", [1, 2], ray_address=None).values.all()
+
+
+class Adapted(Net):
+    """A frozen backbone with a low-rank addition that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=6)
+        self.net.requires_grad_(False)
+        self.down, self.up = nn.Linear(FEATURES, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        hidden = self.net[1](self.net[0](x) + self.up(self.down(x)))
+        return nn.functional.cross_entropy(self.net[3](hidden), y, reduction="none")
+
+
+def test_only_trained_parameters_count(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", Adapted().double())
+    assert run.n_parameters == 2 * FEATURES + 2 * 6
+    assert run.audit().max_abs_error == 0
+    truth, estimate = (la.score(run, method, ray_address=None).values for method in ("loo", "acc-sgd-ie"))
+    assert abs(truth - estimate).max() < 0.2 * abs(truth).max()
