@@ -74,7 +74,7 @@ def loop_seconds(replay: object) -> float:
         for j in range(N):
             weights = step.weights.clone()
             source = torch.zeros_like(theta)
-            losses = replay.objective.losses(theta, step.leaves)
+            losses = step.losses(theta)
             if j in position:
                 weights[position[j]] = 0
                 (source,) = torch.autograd.grad(step.weights[position[j]] * losses[position[j]], theta, retain_graph=True)
