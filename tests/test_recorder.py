@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from pathlib import Path
 from typing import Any
@@ -375,8 +376,12 @@ class Width:
 
 
 def test_a_module_that_cannot_be_rebuilt_is_said_at_the_start_and_can_be_given(tmp_path: Path) -> None:
+    module = Unsaved(Width()).double()
     with pytest.warns(UserWarning, match=r"Unsaved cannot be rebuilt.*save_hyperparameters.*module="):
-        run = record(tmp_path / "run", Unsaved(Width()).double())
+        run = record(tmp_path / "run", module)
+    assert la.Run(tmp_path / "run").audit().ok  # as long as this process still has the module
+    del module
+    gc.collect()
     with pytest.raises(la.RunError, match="save_hyperparameters"):
         la.score(run, "sgd-ie", ray_address=None)
     given = la.Run(tmp_path / "run", module=Unsaved(Width()))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
+import platform
 import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,23 @@ from torch import Tensor
 
 from lightning_acc import queries
 from lightning_acc.errors import InfluenceError, RunError
+from lightning_acc.trajectory import rebuild
 from lightning_acc.trajectory.store import Store
 from lightning_acc.trajectory.writer import RunWriter
+
+
+def header(trainer: Any, module: Any) -> dict[str, Any]:
+    """The part of the manifest that says where the run comes from."""
+    versions = {name: importlib.metadata.version(name) for name in ("lightning-acc", "torch")}
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "packages": {**versions, "python": platform.python_version()},
+        "world_size": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "module": rebuild.describe(module),
+        "data": data(trainer),
+        "logger": logger(trainer),
+    }
 
 
 def data(trainer: Any) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import time
 import warnings
-from datetime import datetime, timezone
 from typing import Any, Literal
 
 import torch
@@ -302,10 +299,6 @@ class TrajectoryRecorder(Callback):
             independent = decomposition.rows_are_independent(self._objective, theta, first.leaves, first.random)
         except RunError as error:
             raise RecordingRefused(str(error)) from error
-        trained = {name for name, _ in self._layout.shapes}
-        frozen = {name: value for name, value in pl_module.state_dict().items() if name not in trained}
-        versions = {name: importlib.metadata.version(name) for name in ("lightning-acc", "torch")}
-        optimizer = trainer.optimizers[0]
         self._begun = True
         if self._own is not self._main:
             self._own.begin({"batch_structure": self._structure})
@@ -313,14 +306,10 @@ class TrajectoryRecorder(Callback):
             return
         self._main.begin(
             {
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "packages": {**versions, "python": platform.python_version()},
-                "world_size": trainer.world_size,
-                "threads": torch.get_num_threads(),
+                **description.header(trainer, pl_module),
                 "dtype": str(theta.dtype).removeprefix("torch."),
                 "n_samples": self._tap.n_samples,
                 "layout": [[name, list(shape)] for name, shape in self._layout.shapes],
-                "module": rebuild.describe(pl_module),
                 "evaluation_modules": evaluation_modules,
                 "loss": {
                     "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
@@ -329,15 +318,16 @@ class TrajectoryRecorder(Callback):
                     "vectorised": vectorised,
                 },
                 "optimizer": {
-                    "name": type(optimizer).__name__,
+                    "name": type(trainer.optimizers[0]).__name__,
                     "group_of": self._group_of,
                     "slots": self._update.slots,
                 },
                 "batch_structure": self._structure,
-                "data": description.data(trainer),
-                "logger": description.logger(trainer),
             }
         )
+        rebuild.LIVE[self._main.header["run_id"]] = pl_module
+        trained = {name for name, _ in self._layout.shapes}
+        frozen = {name: value for name, value in pl_module.state_dict().items() if name not in trained}
         description.write_frozen(self._main, frozen)
         description.write_sample_info(self._main, trainer)
         description.write_queries(self._main.store, trainer)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from lightning_acc.errors import RunError
 REMEDY = (
     "call self.save_hyperparameters() in its __init__, with arguments JSON can hold, or open the run as Run(path, module=...)"
 )
+
+
+LIVE: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
+"""Modules recorded in this process that are still in use, by the id of their run: a notebook need not rebuild them."""
 
 
 def describe(module: torch.nn.Module) -> dict[str, Any]:

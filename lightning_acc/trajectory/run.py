@@ -210,7 +210,12 @@ class Run:
             RunError: it cannot be rebuilt here.
         """
         if self._module is None:
-            self._module = rebuild.build(self.manifest["module"])
+            try:
+                self._module = rebuild.build(self.manifest["module"])
+            except RunError:
+                self._module = rebuild.LIVE.get(self.manifest["run_id"])
+                if self._module is None:
+                    raise
         return self._module
 
     def frozen_tensors(self) -> dict[str, Tensor]:
