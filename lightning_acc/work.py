@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_acc import planning, sweep
+from lightning_acc.errors import RequestError
 from lightning_acc.methods import FORWARD, REVERSE
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal
@@ -57,6 +58,11 @@ def compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay:
     try:
         with torch.enable_grad():
             return _compute(job, removals, progress, replay)
+    except NotImplementedError as error:
+        raise RequestError(
+            f"{job.method} differentiates the loss twice, which an operation of this module does not allow ({error}): use "
+            "method='loo', or another operation (nn.Embedding and a mean for nn.EmbeddingBag)."
+        ) from error
     finally:
         torch.set_num_threads(threads)
 
