@@ -28,6 +28,7 @@ def map_chunks(job: Job, chunks: list[list[Removal]], address: str, bar: Progres
     Raises:
         RequestError: the cluster cannot be reached or has no CPU.
     """
+    bar.note(f"connecting to Ray ({address})")
     with connect(address) as ray:
         work = ray.remote(_work).options(num_cpus=1, num_returns="streaming", max_retries=3)
         # In a list, the reference reaches the worker as it is, and the worker can set up its path before unpacking it.

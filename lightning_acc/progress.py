@@ -33,8 +33,15 @@ class Progress:
 
     def update(self, part: int, fraction: float) -> None:
         """Piece ``part`` is done to ``fraction``, from 0 to 1."""
+        if not any(self._fractions):
+            self._bar.reset()  # what went before, such as starting workers, says nothing of the time left
         self._fractions[part] = fraction
         self._bar.update(100.0 * sum(self._fractions) / len(self._fractions) - self._bar.n)
+
+    def note(self, text: str) -> None:
+        """Say what is being waited for before the first piece begins."""
+        if not self._bar.disable:
+            tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self
