@@ -97,7 +97,7 @@ def test_opening_executes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
         monkeypatch.setattr(module, name, forbidden)
-    edit_manifest(path, module={"class": "no_such_module:Evil", "hyper_parameters": {}})
+    edit_manifest(path, run_id="recorded elsewhere", module={"class": "no_such_module:Evil", "hyper_parameters": {}})
     run = la.Run(path)
     assert run.parameters(0).shape == (run.n_parameters,)
     assert len(run.steps[0].sample_ids) == 7
