@@ -440,6 +440,22 @@ def test_ctrl_c_while_training_keeps_the_whole_steps(tmp_path: Path) -> None:
     assert torch.equal(run.parameters(5), flat(module))
 
 
+def test_ctrl_c_within_a_step_does_not_take_the_parameters_after_it_for_those_before(tmp_path: Path) -> None:
+    class InterruptingAtStep6(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 6:  # the optimizer has stepped; the recorder, called later, has not been told
+                raise KeyboardInterrupt
+
+    whole = record(tmp_path / "whole", make(hidden=4))
+    recorder = la.TrajectoryRecorder(tmp_path / "run", parameters="every-k", budget_gb=1e-9)
+    with pytest.raises(SystemExit):
+        fit(make(hidden=4), None, InterruptingAtStep6(), recorder)
+    run = la.Run(tmp_path / "run")
+    assert run.n_steps == 5
+    assert run.audit().ok
+    assert torch.equal(run.parameters(5), whole.parameters(5))
+
+
 class Image(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -198,7 +198,8 @@ class TrajectoryRecorder(Callback):
             if keep and self._main is not None:
                 self._main.add_state(number, theta)
                 self._snapshots.taken(time.perf_counter() - started)
-            check_finite(theta, number)  # in every process, so that all stop together
+            else:
+                check_finite(theta, number)  # as add_state does, so that all processes stop together
         self._pending = {
             "sample_ids": [sample for batch in self._seen for sample in batch.ids],
             "contents": [number for batch in self._seen for number in batch.contents],
@@ -367,7 +368,8 @@ class TrajectoryRecorder(Callback):
             self._own.finish()
             trainer.strategy.barrier("recorded")
         if self._main is not None:
-            if self._own.n_steps not in self._main.snapshots:
+            # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
+            if self._own.n_steps not in self._main.snapshots and self._pending is None:
                 self._main.add_state(self._own.n_steps, self._theta())
             if self._own is not self._main:
                 ranks.merge(self._main, self._processes)
