@@ -116,6 +116,7 @@ def fit(
     batch_size: int = 7,
     seed: int = 1,
     validation: bool = True,
+    ckpt_path: Path | None = None,
     **options: Any,
 ) -> Tensor:
     """Train as ``record`` does, and return the final flat parameters."""
@@ -125,7 +126,7 @@ def fit(
     loader = train if isinstance(train, DataLoader) else DataLoader(train, batch_size, shuffle=True)
     held_out = DataLoader(data(loss, n=16, seed=9, dtype=dtype), 16) if validation else None
     pl.seed_everything(seed)
-    trainer(*callbacks, **options).fit(module, loader, held_out)
+    trainer(*callbacks, **options).fit(module, loader, held_out, ckpt_path=ckpt_path)
     return flat(module)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_acc.optimizers import State, Update
+from lightning_acc.optimizers import State
 from lightning_acc.recorder import decomposition
 from lightning_acc.recorder.refusals import RecordingRefused
 from lightning_acc.step import Step
@@ -21,18 +21,19 @@ class FirstSteps:
     """Follows the training for some steps with F.
 
     Args:
-        update: U of the training's optimizer.
         module: the LightningModule, whose buffers must stay as they are.
         processes: number of processes that train together.
+        start: the first step that is followed; not 0 where a training is resumed.
+        state: the state before it.
     """
 
-    def __init__(self, update: Update, module: Any, processes: int) -> None:
-        self._update = update
+    def __init__(self, module: Any, processes: int, start: int, state: State) -> None:
         self._buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
         self._alone = processes == 1
         self._sizes: set[int] = set()
-        self._before = torch.empty(0)
-        self._replayed: State = ()
+        self._start = start
+        self._before = state[0]
+        self._replayed = state
 
     def due(self, number: int, size: int) -> bool:
         """Whether the gradient of step ``number``, on ``size`` samples of this process, is to be compared.
@@ -41,7 +42,7 @@ class FirstSteps:
         """
         new_size = self._alone and size not in self._sizes and len(self._sizes) < CHECKED_SIZES
         self._sizes.add(size)
-        return number < CHECKED_STEPS or new_size
+        return number < self._start + CHECKED_STEPS or new_size
 
     def parameters(self, number: int, theta: Tensor, module: Any) -> None:
         """Compare the parameters (p,) before step ``number`` with what the steps so far should have made of them.
@@ -49,9 +50,7 @@ class FirstSteps:
         Raises:
             RecordingRefused: something else changed them, or a buffer.
         """
-        if number == 0:
-            self._replayed = self._update.initial(theta)
-        if not 0 < number <= CHECKED_STEPS:
+        if not 0 < number - self._start <= CHECKED_STEPS:
             return
         for name, value in module.named_buffers():
             if not torch.equal(value, self._buffers.get(name, value)):
@@ -77,6 +76,6 @@ class FirstSteps:
             RecordingRefused: they differ.
         """
         decomposition.compare_gradients(step, theta, gradient, number)
-        if number < CHECKED_STEPS:
+        if number < self._start + CHECKED_STEPS:
             self._before = theta
             self._replayed = step(self._replayed)

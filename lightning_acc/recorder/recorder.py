@@ -17,12 +17,13 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
 
 from lightning_acc.errors import RunError
 from lightning_acc.objective import Objective, ParameterLayout
-from lightning_acc.optimizers import RULES, Update
-from lightning_acc.recorder import decomposition, description, ranks, refusals
+from lightning_acc.optimizers import RULES, State, Update
+from lightning_acc.recorder import decomposition, description, ranks, refusals, resume
 from lightning_acc.recorder.first_steps import FirstSteps
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.resume import Place
 from lightning_acc.recorder.snapshots import Snapshots
 from lightning_acc.step import Batch, Step
 from lightning_acc.trajectory import batches, rebuild
@@ -81,17 +82,8 @@ class TrajectoryRecorder(Callback):
         if stage != "fit":
             return
         self._refuse_if(refusals.trainer_refusal(trainer, pl_module, self.allow_untested))
-        store = Store(self.directory)
-        if store.exists(manifests.NAME):
-            if not self.overwrite:
-                raise RecordingRefused(
-                    f"{store} already holds a run: choose another directory, delete it, or pass overwrite=True."
-                )
-            if trainer.is_global_zero:
-                store.remove()
-        elif store.exists() and store.names("parameters"):
-            raise RecordingRefused(f"{store} holds files of another kind: choose another directory.")
         self._processes = trainer.world_size
+        store = Store(self.directory)
         self._main = RunWriter(store) if trainer.is_global_zero else None
         """The run as it will be read: parameters, queries and, at last, the steps; rank 0 alone writes it."""
         if self._processes == 1 and self._main is not None:
@@ -100,12 +92,53 @@ class TrajectoryRecorder(Callback):
         else:
             self._own = RunWriter(ranks.part_of(store, trainer.global_rank))
         self._begun = False
+        self._place: Place | None = None
+        """Where the record goes on, in a training that is resumed."""
+        self._left_open = False
+        """Whether that record is unfinished and nothing has been added to it yet."""
         self._pending: dict[str, Any] | None = None
         self._seen: list[SeenBatch] = []
         self._with_gradient: list[bool] | None = None
         self._structure: batches.Structure = {}
         self._tap = SampleTap()
         self._tap.install(trainer)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """See which record the checkpoint belongs to."""
+        self._place = Place.load(checkpoint)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Decide what becomes of a run that is already in the directory."""
+        store = Store(self.directory)
+        if not store.exists(manifests.NAME):
+            if store.exists() and store.names("parameters"):
+                raise RecordingRefused(f"{store} holds files of another kind: choose another directory.")
+            if self._place is not None:
+                self._refuse_if(f"the checkpoint continues the record {self._place.run_id}, which is not in {store}")
+        elif self._place is not None:
+            self._take_up(store, self._place)
+        elif not self.overwrite:
+            raise RecordingRefused(
+                f"{store} already holds a run: choose another directory, delete it, pass overwrite=True, or resume it with "
+                "trainer.fit(..., ckpt_path=...) from a checkpoint written beside it."
+            )
+
+    def _take_up(self, store: Store, place: Place) -> None:
+        held = manifests.read(store, unfinished=True)
+        if held["run_id"] != place.run_id:
+            self._refuse_if(f"the checkpoint continues the record {place.run_id}, but {store} holds {held['run_id']}")
+        if held["status"] == "complete" and self._processes > 1:
+            self._refuse_if(f"the run in {store} was finished, and its processes' parts are merged: train on in a new one")
+        if self._main is not None:
+            self._main.resume(place.n_steps)
+        if self._own is not self._main:
+            self._own.resume(place.n_steps)
+        self._left_open = held["status"] != "complete"
+        if self._own.n_steps != place.n_steps:
+            self._refuse_if(
+                f"the checkpoint was written after step {place.n_steps}, but {self._own.store} has a record up to step "
+                f"{self._own.n_steps} only: resume from an earlier checkpoint"
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own methods back."""
@@ -114,7 +147,7 @@ class TrajectoryRecorder(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
-        self._refuse_if(refusals.optimizer_refusal(trainer))
+        self._refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
         if self._tap.loaders != 1:
             self._refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
         optimizer = trainer.optimizers[0]
@@ -133,6 +166,11 @@ class TrajectoryRecorder(Callback):
             self._group_of,
             max(len(self._rule.slots(group)) for group in optimizer.param_groups),
         )
+        if self._place is not None and resume.fingerprint(self._state(trainer)) != self._place.state:
+            self._refuse_if(
+                f"the parameters or the optimizer's state are not those the record has after step {self._place.n_steps}: "
+                "resume from the checkpoint as it was written"
+            )
         size = sum(p.numel() * p.element_size() for p in self._parameters)
         self._snapshots = Snapshots(self.parameters, size, trainer.estimated_stepping_batches, self.budget_gb * 2**30)
         self._expect_room(trainer, size)
@@ -181,10 +219,11 @@ class TrajectoryRecorder(Callback):
         groups = self._hyperparameters(trainer, optimizer)
         self._refuse_missing_gradients(pl_module, groups, missing)
         number = self._own.n_steps
-        if number == 0:
-            self._first_steps = FirstSteps(self._update, pl_module, self._processes)
+        if not self._begun:
+            self._first_steps = FirstSteps(pl_module, self._processes, number, self._state(trainer))
         compare = self._first_steps.due(number, sum(len(batch.ids) for batch in self._seen))
-        keep = self._snapshots.due(number)
+        taken = self._main is not None and number in self._main.snapshots  # by what this training resumes
+        keep = not taken and (not self._begun or self._snapshots.due(number))
         if compare or keep:
             started = time.perf_counter()
             theta = self._theta()
@@ -216,14 +255,31 @@ class TrajectoryRecorder(Callback):
             self._pending = None
             self._seen = []
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write what is recorded so far, and into the checkpoint where that is."""
+        if self._pending is not None or not self._own.n_steps:  # within a step, or before the first
+            return
+        if self._begun:
+            self._own.checkpoint()
+            if self._main is not None and self._main is not self._own:
+                self._main.checkpoint()
+        if self._main is not None:
+            state = resume.fingerprint(self._state(trainer))
+            Place(self._main.header["run_id"], self._own.n_steps, state, self._with_gradient).save(checkpoint)
+
     # ---- after training
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the final parameters and the manifest."""
-        if not self._begun:
+        if not self._begun and not self._left_open:
             warnings.warn("No optimizer step was taken, so no run was recorded.", UserWarning, stacklevel=2)
             return
         self._finish(trainer, stopped=None)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Finish a record whose training was killed after its last step and has none left to take."""
+        if self._left_open:
+            self._finish(trainer, stopped=None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """After Ctrl-C the run of one process is kept up to its last whole step; after an error it stays unfinished."""
@@ -236,6 +292,10 @@ class TrajectoryRecorder(Callback):
     def _refuse_if(self, reason: str | None) -> None:
         if reason:
             raise RecordingRefused(f"TrajectoryRecorder cannot record this training: {reason}.")
+
+    def _state(self, trainer: Any) -> State:
+        slots = resume.optimizer_state(trainer.optimizers[0], self._parameters, self._update.slots, self._rule)
+        return self._theta(), *slots
 
     def _theta(self) -> Tensor:
         return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu()
@@ -300,38 +360,54 @@ class TrajectoryRecorder(Callback):
             independent = decomposition.rows_are_independent(self._objective, theta, first.leaves, first.random)
         except RunError as error:
             raise RecordingRefused(str(error)) from error
+        header = {
+            **description.header(trainer, pl_module),
+            "dtype": str(theta.dtype).removeprefix("torch."),
+            "n_samples": self._tap.n_samples,
+            "layout": [[name, list(shape)] for name, shape in self._layout.shapes],
+            "evaluation_modules": evaluation_modules,
+            "loss": {
+                "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
+                "reduction": "sum" if self._summed else "mean",
+                "independent_rows": independent,
+                "vectorised": vectorised,
+            },
+            "optimizer": {
+                "name": type(trainer.optimizers[0]).__name__,
+                "group_of": self._group_of,
+                "slots": self._update.slots,
+            },
+            "batch_structure": self._structure,
+        }
         self._begun = True
+        if self._place is not None:
+            self._continue(header)
+            rebuild.LIVE[self._place.run_id] = pl_module
+            return
         if self._own is not self._main:
+            self._own.store.remove()
             self._own.begin({"batch_structure": self._structure})
         if self._main is None:
             return
-        self._main.begin(
-            {
-                **description.header(trainer, pl_module),
-                "dtype": str(theta.dtype).removeprefix("torch."),
-                "n_samples": self._tap.n_samples,
-                "layout": [[name, list(shape)] for name, shape in self._layout.shapes],
-                "evaluation_modules": evaluation_modules,
-                "loss": {
-                    "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
-                    "reduction": "sum" if self._summed else "mean",
-                    "independent_rows": independent,
-                    "vectorised": vectorised,
-                },
-                "optimizer": {
-                    "name": type(trainer.optimizers[0]).__name__,
-                    "group_of": self._group_of,
-                    "slots": self._update.slots,
-                },
-                "batch_structure": self._structure,
-            }
-        )
+        if self.overwrite:
+            self._main.store.remove(*manifests.RUN_FILES)
+        self._main.begin(header)
         rebuild.LIVE[self._main.header["run_id"]] = pl_module
         trained = {name for name, _ in self._layout.shapes}
         frozen = {name: value for name, value in pl_module.state_dict().items() if name not in trained}
         description.write_frozen(self._main, frozen)
         description.write_sample_info(self._main, trainer)
         description.write_queries(self._main.store, trainer)
+
+    def _continue(self, header: dict[str, Any]) -> None:
+        if self._main is not None:
+            different = resume.difference(self._main.header, header)
+            self._refuse_if(different and f"it does not go on with the training it resumes: {different}")
+            self._main.header["resumed_at"] = [*self._main.header.get("resumed_at", []), self._own.n_steps]
+            self._main.drop_later()
+        if self._own is not self._main:
+            self._own.drop_later()
+        self._left_open = False
 
     def _refuse_missing_gradients(self, module: Any, groups: list[dict[str, Any]], missing: list[Tensor]) -> None:
         # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the parameter
@@ -363,13 +439,14 @@ class TrajectoryRecorder(Callback):
             )
 
     def _finish(self, trainer: Any, stopped: str | None) -> None:
-        self._begun = False
+        self._begun = self._left_open = False
         if self._own is not self._main:
             self._own.finish()
             trainer.strategy.barrier("recorded")
         if self._main is not None:
             # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-            if self._own.n_steps not in self._main.snapshots and self._pending is None:
+            known = self._pending is None and not self._left_open
+            if known and self._own.n_steps not in self._main.snapshots:
                 self._main.add_state(self._own.n_steps, self._theta())
             if self._own is not self._main:
                 ranks.merge(self._main, self._processes)

@@ -68,8 +68,11 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
     return None
 
 
-def optimizer_refusal(trainer: Any) -> str | None:
-    """Why the configured optimizers cannot be recorded; None where they can."""
+def optimizer_refusal(trainer: Any, resumed: bool = False) -> str | None:
+    """Why the configured optimizers cannot be recorded; None where they can.
+
+    ``resumed`` tells that the record of what was before is at hand.
+    """
     if len(trainer.optimizers) != 1:
         return f"there are {len(trainer.optimizers)} optimizers: configure exactly one"
     optimizer = trainer.optimizers[0]
@@ -79,10 +82,10 @@ def optimizer_refusal(trainer: Any) -> str | None:
             f"the optimizer {type(optimizer).__module__}.{name} is not known: use one of {', '.join(sorted(RULES))}, or teach "
             "it with lightning_acc.register_optimizer"
         )
-    if optimizer.state or trainer.global_step:
+    if (optimizer.state or trainer.global_step) and not resumed:
         return (
-            f"training goes on from an earlier state (global_step={trainer.global_step}), whose record is not here: "
-            "record from the start, without ckpt_path and with a fresh optimizer"
+            f"training goes on from an earlier state (global_step={trainer.global_step}), whose record is not here: record "
+            "from the start with a fresh optimizer, or resume from a checkpoint that was written while it was recorded"
         )
     return None
 

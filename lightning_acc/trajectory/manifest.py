@@ -18,6 +18,16 @@ SCHEMA = 1
 CONVENTION = "fixed-denominator"
 """A removed sample's loss weight becomes 0 and no other weight changes (DESIGN of both papers; see the README)."""
 
+RUN_FILES = (
+    NAME,
+    "module.safetensors",
+    *("steps", "parameters", "samples", "queries", "scores", "report"),
+    *("evaluation.json", "cleaning.parquet"),
+)
+"""What belongs to a run in its directory; anything else there is left alone."""
+NOT_OF_THE_HEADER = ("status", "n_steps", "files", "stopped", "hash", "format", "schema", "convention")
+"""What is only known at the end, or the same in all manifests."""
+
 Manifest = dict[str, Any]
 
 
@@ -35,8 +45,8 @@ def write(store: Store, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def read(store: Store) -> Manifest:
-    """Read and check the manifest of a finished run.
+def read(store: Store, unfinished: bool = False) -> Manifest:
+    """Read and check the manifest of a finished run; with ``unfinished`` also that of a run in the making.
 
     Raises:
         RunError: there is no run, it is unfinished, damaged, or written by a newer version; names the file and the remedy.
@@ -61,10 +71,10 @@ def read(store: Store) -> Manifest:
         )
     if manifest["hash"] != content_hash(manifest):
         raise RunError(f"{where} is damaged: its content does not match its hash. Restore it, or record the run again.")
-    if manifest["status"] != "complete":
+    if manifest["status"] != "complete" and not unfinished:
         raise RunError(
-            f"{store} is half written: the training that recorded it has not finished, or was killed. "
-            "Wait for it, or delete the directory and record the run again."
+            f"{store} is half written: the training that recorded it has not finished, or was killed. Wait for it, resume "
+            "it from a checkpoint (trainer.fit(..., ckpt_path=...)), or delete the directory and record the run again."
         )
     for name, file in manifest["files"].items():
         size = store.size(name)

@@ -97,10 +97,11 @@ class Store:
             return []
         return sorted(f"{folder}/{str(entry).rsplit('/', 1)[-1]}" for entry in entries)
 
-    def remove(self) -> None:
-        """Delete the root and everything in it."""
-        if self.exists():
-            self.filesystem.rm(self.path, recursive=True)
+    def remove(self, *names: str) -> None:
+        """Delete these files and folders, where they exist; without names the root and everything in it."""
+        for path in [self.locate(name) for name in names] or [self.path]:
+            if self.filesystem.exists(path):
+                self.filesystem.rm(path, recursive=True)
 
     def free_bytes(self) -> int | None:
         """Bytes left where the root is or will be; None where that cannot be known."""

@@ -1,7 +1,8 @@
 """Writing a run directory while training goes on.
 
-Steps, parameters and samples are collected in memory and written as numbered files; the manifest says ``recording``
-until ``finish`` has listed them all.
+Steps, parameters and samples are collected in memory and written as numbered files, by a thread of their own; the manifest
+says ``recording`` until ``finish`` has listed them all. A run in the making can be taken up again where ``checkpoint``
+has listed what was there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lightning_acc.errors import RunError
 from lightning_acc.trajectory import manifest as manifests
+from lightning_acc.trajectory.background import Background
 from lightning_acc.trajectory.batches import Leaves
 from lightning_acc.trajectory.store import Store, digest
 
@@ -55,30 +57,68 @@ class RunWriter:
         """The newest ones of ``snapshots``, not written yet."""
         self._pending_bytes = 0
         self._counters: dict[str, int] = defaultdict(int)
+        self._background = Background()
 
     def begin(self, header: dict[str, Any]) -> None:
         """Mark the directory as a run in the making; ``header`` is the part of the manifest known by now."""
         self.header = {"run_id": uuid.uuid4().hex, **header}
-        manifests.write(self.store, {**self.header, "status": "recording", "files": {}})
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        manifests.write(self.store, {**self.header, "status": "recording", "files": self.files})
+
+    def checkpoint(self) -> None:
+        """Write everything collected so far, so that ``resume`` can go on from here."""
+        self.flush()
+        self._background.wait()
+        self._write_manifest()
+
+    def resume(self, n_steps: int) -> None:
+        """Go on with the run in the store after its first ``n_steps`` steps; what was written of later ones is dropped.
+
+        Nothing in the store changes before ``checkpoint``, ``flush`` or ``finish``; ``self.n_steps`` tells how many of
+        the steps are there.
+
+        Raises:
+            RunError: the run is damaged.
+        """
+        recorded = manifests.read(self.store, unfinished=True)
+        self.header = {key: value for key, value in recorded.items() if key not in manifests.NOT_OF_THE_HEADER}
+        for name, facts in recorded["files"].items():
+            folder = name.partition("/")[0]
+            if folder == "steps":
+                if self.n_steps + facts["count"] > n_steps:
+                    continue
+                self.n_steps += facts["count"]
+            if folder == "parameters":
+                if facts["steps"][-1] > n_steps:
+                    continue
+                self.snapshots += facts["steps"]
+            if folder == "samples" and "count" in facts:
+                leaves = safetensors.torch.load(manifests.read_file(self.store, name, facts["sha256"]))
+                numbers = leaves.pop("#").tolist()
+                self._contents.update(zip(_digests(leaves), numbers, strict=True))
+            self.files[name] = facts
+            if "count" in facts:
+                self._counters[folder] = int(name.partition("/")[2].partition(".")[0]) + 1
+
+    def drop_later(self) -> None:
+        """Delete what a run that was taken up again has written beyond the step it is taken up at."""
+        self._write_manifest()
+        written = [name for folder in ("steps", "parameters", "samples") for name in self.store.names(folder)]
+        later = [name for name in written if name not in self.files]
+        if later:
+            self.store.remove(*later)
 
     def content_ids(self, leaves: Leaves) -> list[int]:
         """Numbers of the samples of a batch, by content: equal contents get the same number and are stored once."""
         flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}
-        signature = tuple((name, leaf.dtype, tuple(leaf.shape[1:])) for name, leaf in flat.items())
-        n = next(iter(flat.values())).shape[0]
-        prefix = repr(signature).encode()
-        buffers = [leaf.reshape(n, -1).view(torch.uint8).numpy() if leaf.numel() else None for leaf in flat.values()]
         numbers = []
-        for row in range(n):
-            hasher = hashlib.blake2b(prefix, digest_size=16)
-            for buffer in buffers:
-                if buffer is not None:
-                    hasher.update(buffer[row])
-            key = hasher.digest()
+        for row, key in enumerate(_digests(flat)):
             if key not in self._contents:
                 self._contents[key] = len(self._contents)
                 content = {name: leaf[row].clone() for name, leaf in flat.items()}
-                self._new_contents[signature].append((self._contents[key], content))
+                self._new_contents[_signature(flat)].append((self._contents[key], content))
                 self._pending_bytes += sum(leaf.nbytes for leaf in content.values())
             numbers.append(self._contents[key])
         return numbers
@@ -125,18 +165,28 @@ class RunWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been collected so far."""
-        for signature in sorted(self._new_contents, key=repr):
-            collected = self._new_contents.pop(signature)
+        """Have what has been collected so far written, after what was collected before."""
+        contents, states, records = self._new_contents, self._states, self._steps
+        self._new_contents, self._states, self._steps = defaultdict(list), [], []
+        self._pending_bytes = 0
+        snapshots = self.snapshots[len(self.snapshots) - len(states) :]
+        self._background.run(lambda: self._write_collected(contents, states, snapshots, records))
+
+    def _write_collected(
+        self,
+        contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]],
+        states: list[Tensor],
+        snapshots: list[int],
+        records: list[dict[str, Any]],
+    ) -> None:
+        for signature in sorted(contents, key=repr):
+            collected = contents[signature]
             tensors = {name: torch.stack([content[name] for _, content in collected]) for name in collected[0][1]}
             tensors["#"] = torch.tensor([number for number, _ in collected])
             self._write("samples", tensors)
-        if self._states:
-            steps = self.snapshots[-len(self._states) :]
-            self._write("parameters", {"theta": torch.stack(self._states)}, steps=steps)
-            self._states.clear()
-        if self._steps:
-            records, self._steps = self._steps, []
+        if states:
+            self._write("parameters", {"theta": torch.stack(states)}, steps=snapshots)
+        if records:
             tensors = {
                 "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in records]).cumsum(0),
                 "sample_ids": torch.tensor([i for step in records for i in step["sample_ids"]], dtype=torch.int64),
@@ -151,7 +201,6 @@ class RunWriter:
                 tensors["rng_batches"] = torch.tensor([i for i, _ in random])
                 tensors["rng"] = torch.stack([state for _, state in random])
             self._write("steps", tensors, {"groups": json.dumps([step["groups"] for step in records])})
-        self._pending_bytes = 0
 
     def _write(self, folder: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, **facts: Any) -> None:
         name = f"{folder}/{self._counters[folder]:06d}.safetensors"
@@ -167,5 +216,25 @@ class RunWriter:
     def finish(self, **facts: Any) -> None:
         """Write the rest and the manifest; from here on the directory is a run."""
         self.flush()
+        self._background.wait()
         complete = {**self.header, **facts, "status": "complete", "n_steps": self.n_steps, "files": self.files}
         manifests.write(self.store, complete)
+
+
+def _signature(leaves: Leaves) -> tuple[Any, ...]:
+    return tuple((name, leaves[name].dtype, tuple(leaves[name].shape[1:])) for name in sorted(leaves))
+
+
+def _digests(leaves: Leaves) -> list[bytes]:
+    """A hash of the content of each row of contiguous leaves."""
+    prefix = repr(_signature(leaves)).encode()
+    n = next(iter(leaves.values())).shape[0]
+    ordered = [leaves[name] for name in sorted(leaves)]
+    buffers = [leaf.reshape(n, -1).view(torch.uint8).numpy() for leaf in ordered if leaf.numel()]
+    digests = []
+    for row in range(n):
+        hasher = hashlib.blake2b(prefix, digest_size=16)
+        for buffer in buffers:
+            hasher.update(buffer[row])
+        digests.append(hasher.digest())
+    return digests

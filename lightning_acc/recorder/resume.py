@@ -1,0 +1,69 @@
+"""Checkpoint and resume: what a Lightning checkpoint says about the record, and whether both still belong together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_acc.optimizers import OptimizerRule, State
+from lightning_acc.trajectory.store import digest
+
+KEY = "lightning_acc"
+"""Where a checkpoint keeps the place in the record."""
+
+SAME = ("module", "layout", "dtype", "n_samples", "loss", "optimizer", "world_size", "batch_structure")
+"""What the header of a resumed run must share with that of its beginning."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a record a checkpoint was written.
+
+    Attributes:
+        run_id: which record.
+        n_steps: its optimizer steps by then.
+        state: hash of the parameters and the optimizer's slots.
+        with_gradient: for each parameter, whether it had a gradient in the last step.
+    """
+
+    run_id: str
+    n_steps: int
+    state: str
+    with_gradient: list[bool] | None
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Put the place into a checkpoint."""
+        checkpoint[KEY] = asdict(self)
+
+    @classmethod
+    def load(cls, checkpoint: dict[str, Any]) -> Place | None:
+        """The place in a checkpoint; None where it was written without a recorder."""
+        return cls(**checkpoint[KEY]) if KEY in checkpoint else None
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], slots: int, rule: OptimizerRule) -> State:
+    """The optimizer's slots as F keeps them, flat (p,) each; 0 where it has none yet."""
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+    def piece(parameter: nn.Parameter, slot: int) -> Tensor:
+        names = rule.slots(group_of[id(parameter)])
+        value = optimizer.state.get(parameter, {}).get(names[slot]) if slot < len(names) else None
+        return torch.zeros_like(parameter).reshape(-1) if value is None else value.detach().reshape(-1)
+
+    return tuple(torch.cat([piece(parameter, slot) for parameter in parameters]).cpu() for slot in range(slots))
+
+
+def fingerprint(state: State) -> str:
+    """Hash of a state, bit for bit."""
+    return digest(b"".join(part.numpy().tobytes() for part in state))
+
+
+def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What a resumed training has changed that a run cannot change on the way; None where all is as it was."""
+    for key in SAME:
+        if recorded.get(key) != now.get(key):
+            return f"its {key} is {now.get(key)!r}, but was {recorded.get(key)!r}"
+    return None
