@@ -91,6 +91,9 @@ class Objective:
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
         for name in evaluation_modules or []:
             module.get_submodule(name).training = False
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+                part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
         self._call = _Call(module.requires_grad_(False))
         self._loss = per_sample_loss if hasattr(module, "per_sample_loss") else losses_of_training_step
         self._vmap = vectorised

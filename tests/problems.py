@@ -59,6 +59,38 @@ class Net(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, self.decay_lr)]
 
 
+class Normalised(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(0, nn.BatchNorm1d(FEATURES))
+
+
+class StepOnly(pl.LightningModule):
+    """Only a ``training_step``, with no arguments beyond the batch, returning a dict."""
+
+    def __init__(self, reduction: str = "mean", penalty: float = 0.0, contrast: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.options = {"reduction": reduction, "penalty": penalty, "contrast": contrast}
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        x, y = batch
+        logits = self.layer(x)
+        if self.options["contrast"]:
+            logits = logits - logits.mean(0)
+        loss = nn.functional.cross_entropy(logits, y, reduction=self.options["reduction"])
+        loss = loss + self.options["penalty"] * self.layer.weight.square().sum()
+        self.log("train", loss)
+        return {"loss": loss}
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val", nn.functional.cross_entropy(self.layer(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
 def data(loss: str = "cross-entropy", n: int = N, seed: int = 0, dtype: torch.dtype = torch.float64) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, FEATURES, generator=generator, dtype=dtype)
@@ -93,13 +125,14 @@ def record(
     seed: int = 1,
     callbacks: tuple[Any, ...] = (),
     validation: bool = True,
+    recorder: dict[str, Any] | None = None,
     **options: Any,
 ) -> la.Run:
     """Train ``module`` with the recorder and open the run; the module keeps its final weights."""
     fit(
         module,
         train,
-        la.TrajectoryRecorder(path),
+        la.TrajectoryRecorder(path, **(recorder or {})),
         *callbacks,
         batch_size=batch_size,
         seed=seed,

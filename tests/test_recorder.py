@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import CLASSES, FEATURES, N, Net, data, fit, flat, make, record, trainer
+from problems import CLASSES, FEATURES, N, Net, StepOnly, data, fit, flat, make, record, trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 import lightning_acc as la
 from lightning_acc.recorder import RecordingRefused
@@ -153,32 +153,6 @@ def test_frozen_parameters_count_as_given(tmp_path: Path) -> None:
     assert la.score(run, "loo", [1], ray_address=None).values[0] != 0
 
 
-class StepOnly(pl.LightningModule):
-    """Only a ``training_step``, with no arguments beyond the batch, returning a dict."""
-
-    def __init__(self, reduction: str = "mean", penalty: float = 0.0, contrast: bool = False) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.layer = nn.Linear(FEATURES, CLASSES)
-        self.options = {"reduction": reduction, "penalty": penalty, "contrast": contrast}
-
-    def training_step(self, batch: Any) -> dict[str, Tensor]:
-        x, y = batch
-        logits = self.layer(x)
-        if self.options["contrast"]:
-            logits = logits - logits.mean(0)
-        loss = nn.functional.cross_entropy(logits, y, reduction=self.options["reduction"])
-        loss = loss + self.options["penalty"] * self.layer.weight.square().sum()
-        self.log("train", loss)
-        return {"loss": loss}
-
-    def validation_step(self, batch: Any) -> None:
-        self.log("val", nn.functional.cross_entropy(self.layer(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_module_without_per_sample_loss_gives_the_same_scores(tmp_path: Path, reduction: str) -> None:
     torch.manual_seed(0)
@@ -234,109 +208,6 @@ def test_a_loss_averaged_over_tokens_is_fine(tmp_path: Path) -> None:
     truth, estimate = (la.score(run, method, ray_address=None).values for method in ("loo", "acc-sgd-ie"))
     assert la.evaluate(run).to_pylist()[1]["kendall"] > 0.9
     assert abs(truth - estimate).max() < 0.3 * abs(truth).max()
-
-
-class Normalised(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net.insert(0, nn.BatchNorm1d(FEATURES))
-
-
-class Contrastive(Net):
-    """Per-sample losses that add up to the training loss, but see the other samples."""
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        out = self.net(batch[0])
-        return nn.functional.cross_entropy(out @ out.T, torch.arange(len(out)), reduction="none")
-
-
-class WrongSum(Net):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) * 1.01
-
-
-class Penalised(Net):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + 1e-3 * sum(p.square().sum() for p in self.parameters())
-
-
-class Peeking(StepOnly):
-    """A step that needs more than a batch."""
-
-    def training_step(self, batch: Any) -> dict[str, Tensor]:
-        return {"loss": super().training_step(batch)["loss"] * (1 + 0 * self.trainer.current_epoch)}
-
-
-class Manual(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
-class Unknown(Net):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adagrad(self.parameters())
-
-
-class Clipping(Net):
-    def on_after_backward(self) -> None:
-        for p in self.parameters():
-            p.grad.clamp_(-0.01, 0.01)
-
-
-class Moving(pl.Callback):
-    """Moves a weight behind everybody's back, from the first step on."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        with torch.no_grad():
-            next(pl_module.parameters()).mul_(0.999)
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        yield from zip(*data().tensors, strict=True)
-
-
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "penalty": (
-        lambda: StepOnly(penalty=0.01),
-        {},
-        r"term to the loss that no sample is in.*weight_decay",
-    ),
-    "coupled step": (lambda: StepOnly(contrast=True), {}, r"gradients differ by .* %.*per_sample_loss"),
-    "coupled losses": (Contrastive, {}, r"samples of a batch are coupled.*cosine"),
-    "batch norm": (Normalised, {}, r"'net.0' is a BatchNorm1d in training mode.*GroupNorm"),
-    "penalty beside per_sample_loss": (Penalised, {}, r"gradients differ by .* %.*weight_decay"),
-    "wrong sum": (WrongSum, {}, r"differ by 0?\.?\d.* %"),
-    "neither": (Peeking, {}, r"loss of single samples cannot be computed.*per_sample_loss"),
-    "manual": (Manual, {}, r"automatic_optimization=False"),
-    "optimizer": (Unknown, {}, r"Adagrad is not known: use one of Adam, AdamW, SGD.*register_optimizer"),
-    "hook": (Clipping, {}, r"overrides on_after_backward"),
-    "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
-    "precision": (Net, {"precision": "bf16-mixed"}, r"precision='bf16-mixed'"),
-    "iterable": (Net, {"train": DataLoader(Stream(), 5)}, r"iterable dataset .*map-style"),
-    "out of order": (Net, {"train": DataLoader(data(), 5, num_workers=2, in_order=False)}, r"in_order=False"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_exact_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
-    make_module, options, message = REFUSED[case]
-    module = make_module().double()
-    start = flat(module)
-    with pytest.raises(RecordingRefused, match=f"(?s){message}") as refusal:
-        record(tmp_path / "run", module, **options)
-    assert "\n" not in str(refusal.value)
-    if case != "callback":
-        assert torch.equal(flat(module), start)
-    with pytest.raises(la.RunError):
-        la.Run(tmp_path / "run")
-
-
-def test_several_loaders_are_refused(tmp_path: Path) -> None:
-    loaders = [DataLoader(data(), 6), DataLoader(data(), 6)]
-    with pytest.raises(RecordingRefused, match="2 training loaders"):
-        trainer(la.TrajectoryRecorder(tmp_path / "run")).fit(make(), loaders)
 
 
 def test_a_run_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
@@ -551,24 +422,6 @@ def test_hugging_face_datasets_of_any_format(tmp_path: Path, format: str | None)
     sample = run.content_of(5)
     assert sample is not None
     assert torch.equal(sample["x"], x[5])
-
-
-class FrozenNorm(Normalised):
-    def on_train_epoch_start(self) -> None:
-        self.net[0].eval()
-
-    def on_train_start(self) -> None:
-        self.net[0].eval()
-
-
-def test_batch_norm_in_evaluation_mode_is_a_layer_like_others(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    module = FrozenNorm().double()
-    module.net[0].running_mean.normal_()
-    run = record(tmp_path / "run", module)
-    assert run.manifest["evaluation_modules"] == ["net.0"]
-    assert run.audit().max_abs_error == 0
-    assert la.score(run, "acc-sgd-ie", [1, 2], ray_address=None).values.all()
 
 
 class Adapted(Net):

@@ -144,7 +144,7 @@ def _reaches(node: Any, wanted: set[int]) -> bool:
     return False
 
 
-def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, random: bool) -> bool:
+def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, in_evaluation_mode: bool) -> bool:
     """Whether a sample alone has the loss it has within its batch.
 
     Losses that differ by a factor only (a mean over the tokens of a batch) are allowed and answered with False.
@@ -153,7 +153,8 @@ def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, ra
         objective: the per-sample losses.
         theta: parameters (p,).
         leaves: a batch.
-        random: whether the forward pass draws random numbers; it is then looked at in evaluation mode.
+        in_evaluation_mode: look at them in evaluation mode, and answer False: where the forward pass draws random numbers,
+            or normalises with the statistics of a batch.
 
     Raises:
         RecordingRefused: the samples of a batch change each other's gradient.
@@ -180,7 +181,7 @@ def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, ra
             same = same and relative_difference(alone, within) <= GRADIENT_TOLERANCE[theta.dtype]
         return same
 
-    if not random:
+    if not in_evaluation_mode:
         return look()
     with objective.evaluating():
         look()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_acc import queries
 from lightning_acc.errors import InfluenceError, RunError
@@ -62,9 +62,11 @@ def logger(trainer: Any) -> dict[str, Any] | None:
     return None
 
 
-def write_frozen(writer: RunWriter, tensors: dict[str, Any]) -> None:
+def write_frozen(writer: RunWriter, module: nn.Module) -> None:
     """Buffers and untrained parameters, which the losses depend on too."""
-    values = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
+    trained = {name for name, _ in writer.header["layout"]}
+    frozen = {name: value for name, value in module.state_dict().items() if name not in trained}
+    values = {name: value.detach().cpu().contiguous().clone() for name, value in frozen.items() if isinstance(value, Tensor)}
     if values:
         writer.write_file("module.safetensors", safetensors.torch.save(values))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_acc.optimizers import State
 from lightning_acc.recorder import decomposition
-from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.refusals import RecordingRefused, batch_norms
 from lightning_acc.step import Step
 
 CHECKED_STEPS = 3
@@ -52,7 +52,10 @@ class FirstSteps:
         """
         if not 0 < number - self._start <= CHECKED_STEPS:
             return
+        statistics = {f"{layer}." for layer in batch_norms(module)}  # a known change, which no loss in training depends on
         for name, value in module.named_buffers():
+            if name.rpartition(".")[0] + "." in statistics:
+                continue
             if not torch.equal(value, self._buffers.get(name, value)):
                 raise RecordingRefused(
                     f"The buffer {name!r} changes while training, and it is not known how: keep it fixed, or set the layer "

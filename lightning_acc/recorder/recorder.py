@@ -54,6 +54,9 @@ class TrajectoryRecorder(Callback):
             ``"auto"``: every step where the whole trajectory is small, else as often as 2 % of the training's time pays for.
             What is not written is computed again when it is needed.
         budget_gb: disk for the parameters, under ``every-k`` and ``auto``.
+        batch_norm: what to do about batch normalisation in training mode, which couples the samples of a batch.
+            ``"keep-batch-statistics"``: a removed sample leaves the loss, but stays in the batches, and so in the statistics
+            its batches are normalised with; queries read the running statistics the recorded training ended with.
         allow_untested: record under a strategy other than those named above; the first steps are still checked.
 
     Raises:
@@ -67,12 +70,14 @@ class TrajectoryRecorder(Callback):
         overwrite: bool = False,
         parameters: Literal["auto", "every-step", "every-k"] = "auto",
         budget_gb: float = 4.0,
+        batch_norm: Literal["refuse", "keep-batch-statistics"] = "refuse",
         allow_untested: bool = False,
     ) -> None:
         self.directory = os.fspath(directory)
         self.overwrite = overwrite
         self.parameters = parameters
         self.budget_gb = budget_gb
+        self.batch_norm = batch_norm
         self.allow_untested = allow_untested
 
     # ---- before training
@@ -200,10 +205,14 @@ class TrajectoryRecorder(Callback):
             )
         self._structure = structure
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
+        if not self._begun:
+            self._foreign = refusals.foreign_random_state()
         self._seen.append(SeenBatch(ids, self._own.content_ids(leaves), leaves, torch.get_rng_state()))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
+        if not self._begun and self._foreign != refusals.foreign_random_state():
+            self._refuse_if("training_step draws random numbers from Python or NumPy: draw them with torch, or in the data set")
         batch = self._seen[-1]
         batch.counts = True
         batch.random = not torch.equal(batch.rng, torch.get_rng_state())
@@ -274,18 +283,18 @@ class TrajectoryRecorder(Callback):
         if not self._begun and not self._left_open:
             warnings.warn("No optimizer step was taken, so no run was recorded.", UserWarning, stacklevel=2)
             return
-        self._finish(trainer, stopped=None)
+        self._finish(trainer, pl_module, stopped=None)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish a record whose training was killed after its last step and has none left to take."""
         if self._left_open:
-            self._finish(trainer, stopped=None)
+            self._finish(trainer, pl_module, stopped=None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """After Ctrl-C the run of one process is kept up to its last whole step; after an error it stays unfinished."""
         interrupted = isinstance(exception, KeyboardInterrupt) and getattr(self, "_processes", 0) == 1
         if interrupted and self._begun and self._own.n_steps:
-            self._finish(trainer, stopped="interrupted")
+            self._finish(trainer, pl_module, stopped="interrupted")
 
     # ---- parts of the above
 
@@ -343,7 +352,7 @@ class TrajectoryRecorder(Callback):
     def _begin(
         self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]], everyone: list[SeenBatch]
     ) -> None:
-        self._refuse_if(refusals.module_refusal(pl_module))
+        self._refuse_if(refusals.module_refusal(pl_module, self.batch_norm))
         evaluation_modules = [name for name, part in pl_module.named_modules() if name and not part.training]
         self._objective = Objective(
             pl_module, self._layout, self._structure, evaluation_modules=evaluation_modules, dtype=theta.dtype
@@ -357,7 +366,9 @@ class TrajectoryRecorder(Callback):
             first = everyone[0]
             if not hasattr(pl_module, "per_sample_loss"):
                 decomposition.refuse_penalty(self._objective, theta, first.leaves)
-            independent = decomposition.rows_are_independent(self._objective, theta, first.leaves, first.random)
+            independent = decomposition.rows_are_independent(
+                self._objective, theta, first.leaves, first.random or bool(refusals.batch_norms(pl_module))
+            )
         except RunError as error:
             raise RecordingRefused(str(error)) from error
         header = {
@@ -371,6 +382,7 @@ class TrajectoryRecorder(Callback):
                 "reduction": "sum" if self._summed else "mean",
                 "independent_rows": independent,
                 "vectorised": vectorised,
+                "batch_norm": self.batch_norm if refusals.batch_norms(pl_module) else None,
             },
             "optimizer": {
                 "name": type(trainer.optimizers[0]).__name__,
@@ -393,9 +405,7 @@ class TrajectoryRecorder(Callback):
             self._main.store.remove(*manifests.RUN_FILES)
         self._main.begin(header)
         rebuild.LIVE[self._main.header["run_id"]] = pl_module
-        trained = {name for name, _ in self._layout.shapes}
-        frozen = {name: value for name, value in pl_module.state_dict().items() if name not in trained}
-        description.write_frozen(self._main, frozen)
+        description.write_frozen(self._main, pl_module)
         description.write_sample_info(self._main, trainer)
         description.write_queries(self._main.store, trainer)
 
@@ -438,16 +448,17 @@ class TrajectoryRecorder(Callback):
                 f"{free / 2**30:.2f} GB free: choose another disk, a smaller budget_gb, or parameters='every-k'"
             )
 
-    def _finish(self, trainer: Any, stopped: str | None) -> None:
+    def _finish(self, trainer: Any, pl_module: Any, stopped: str | None) -> None:
+        last_known = self._begun and self._pending is None
         self._begun = self._left_open = False
         if self._own is not self._main:
             self._own.finish()
             trainer.strategy.barrier("recorded")
         if self._main is not None:
             # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-            known = self._pending is None and not self._left_open
-            if known and self._own.n_steps not in self._main.snapshots:
+            if last_known and self._own.n_steps not in self._main.snapshots:
                 self._main.add_state(self._own.n_steps, self._theta())
+            description.write_frozen(self._main, pl_module)  # again, for running statistics have moved
             if self._own is not self._main:
                 ranks.merge(self._main, self._processes)
             self._main.finish(stopped=stopped)

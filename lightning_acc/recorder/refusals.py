@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 try:
@@ -34,6 +36,7 @@ ALTERING_HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "
 """LightningModule methods that, overridden, may change gradients or parameters unseen."""
 
 
+KEEP_BATCH_STATISTICS = "keep-batch-statistics"
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 """What is tested: one device; ``ddp``, ``ddp_fork``, ``ddp_spawn``."""
 
@@ -51,9 +54,16 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
     if not module.automatic_optimization:
         return "automatic_optimization=False hides the optimizer's steps: use automatic optimisation"
     if str(trainer.precision) not in ("32-true", "64-true"):
-        return f'precision={trainer.precision!r} is not supported yet: use "32-true" or "64-true"'
-    if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
-        return "a compiled module is not supported yet: give trainer.fit the module itself"
+        return (
+            f"precision={trainer.precision!r} rounds to fewer digits than the effect of one sample has, so that retraining "
+            'without it would give noise: use "32-true" or "64-true"'
+        )
+    compiled = _compiled(module)
+    if compiled:
+        return (
+            f"{compiled} is compiled by torch.compile, whose rounding F does not repeat and which cannot be differentiated "
+            "twice: record the training of the plain module"
+        )
     names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
     altering = sorted(names & ALTERING_CALLBACKS)
     if altering:
@@ -65,6 +75,15 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
             f"{type(module).__name__} overrides {overridden[0]}, which may change gradients or parameters unseen: "
             "leave it to Lightning"
         )
+    return None
+
+
+def _compiled(module: Any) -> str | None:
+    if getattr(module, "_compiler_ctx", None) is not None or module._compiled_call_impl is not None:
+        return "the module"
+    for name, part in module.named_modules():
+        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
+            return f"the layer {name!r}"
     return None
 
 
@@ -90,12 +109,39 @@ def optimizer_refusal(trainer: Any, resumed: bool = False) -> str | None:
     return None
 
 
-def module_refusal(module: nn.Module) -> str | None:
-    """Why the module's layers, in the modes they are in now, couple the samples of a batch; None where they do not."""
-    for name, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+def module_refusal(module: nn.Module, batch_norm: str) -> str | None:
+    """Why the module's layers, in the modes they are in now, couple the samples of a batch; None where they do not.
+
+    ``batch_norm`` is the recorder's argument.
+    """
+    for name, part in batch_norms(module).items():
+        if isinstance(part, nn.SyncBatchNorm):
+            return (
+                f"the layer {name!r} is a SyncBatchNorm in training mode, whose statistics couple the processes: freeze it in "
+                "evaluation mode (.eval()), or use GroupNorm or LayerNorm"
+            )
+        if batch_norm != KEEP_BATCH_STATISTICS:
             return (
                 f"the layer {name!r} is a {type(part).__name__} in training mode, whose statistics couple the samples of a "
-                "batch: freeze it in evaluation mode (.eval()), or use GroupNorm or LayerNorm"
+                "batch: freeze it in evaluation mode (.eval()), use GroupNorm or LayerNorm, or pass "
+                f"TrajectoryRecorder(..., batch_norm={KEEP_BATCH_STATISTICS!r}), under which a removed sample leaves the "
+                "loss but stays in the statistics of its batches"
+            )
+        if not hasattr(module, "per_sample_loss"):
+            return (
+                f"the statistics of the layer {name!r} are those of whole batches, but without per_sample_loss losses are "
+                f"taken one sample at a time: define per_sample_loss(self, batch) on {type(module).__name__}"
             )
     return None
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """The batch normalisation layers in training mode, by name."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: part for name, part in module.named_modules() if isinstance(part, kind) and part.training}
+
+
+def foreign_random_state() -> tuple[Any, ...]:
+    """State of the random number generators that are not recorded: Python's and NumPy's."""
+    state: dict[str, Any] = np.random.get_state(legacy=False)
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]

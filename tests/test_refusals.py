@@ -1,0 +1,157 @@
+"""What the recorder cannot describe exactly is refused before the first step, with the reason and the remedy."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from problems import FEATURES, Net, Normalised, StepOnly, data, flat, make, record, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import lightning_acc as la
+from lightning_acc.recorder import RecordingRefused
+
+
+class Contrastive(Net):
+    """Per-sample losses that add up to the training loss, but see the other samples."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        out = self.net(batch[0])
+        return nn.functional.cross_entropy(out @ out.T, torch.arange(len(out)), reduction="none")
+
+
+class WrongSum(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * 1.01
+
+
+class Penalised(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 1e-3 * sum(p.square().sum() for p in self.parameters())
+
+
+class Peeking(StepOnly):
+    """A step that needs more than a batch."""
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        return {"loss": super().training_step(batch)["loss"] * (1 + 0 * self.trainer.current_epoch)}
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Unknown(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters())
+
+
+class Clipping(Net):
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            p.grad.clamp_(-0.01, 0.01)
+
+
+class Moving(pl.Callback):
+    """Moves a weight behind everybody's back, from the first step on."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            next(pl_module.parameters()).mul_(0.999)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from zip(*data().tensors, strict=True)
+
+
+class Compiled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net)
+
+
+def compiled_in_place() -> Net:
+    net = Net()
+    net.compile()
+    return net
+
+
+class Drawing(Net):
+    """Draws random numbers in its training step."""
+
+    source: Any = staticmethod(np.random.rand)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + 1e-12 * self.source())
+
+
+class DrawingInPython(Drawing):
+    source = staticmethod(random.random)
+
+
+class NormalisedStep(StepOnly):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.BatchNorm1d(FEATURES)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "penalty": (
+        lambda: StepOnly(penalty=0.01),
+        {},
+        r"term to the loss that no sample is in.*weight_decay",
+    ),
+    "coupled step": (lambda: StepOnly(contrast=True), {}, r"gradients differ by .* %.*per_sample_loss"),
+    "coupled losses": (Contrastive, {}, r"samples of a batch are coupled.*cosine"),
+    "batch norm": (Normalised, {}, r"'net.0' is a BatchNorm1d in training mode.*GroupNorm"),
+    "batch norm without per_sample_loss": (
+        NormalisedStep,
+        {"recorder": {"batch_norm": "keep-batch-statistics"}},
+        r"without per_sample_loss.*define per_sample_loss",
+    ),
+    "compiled module": (lambda: torch.compile(Net()), {}, r"the module is compiled by torch.compile"),
+    "compiled in place": (compiled_in_place, {}, r"the module is compiled by torch.compile"),
+    "compiled layer": (Compiled, {}, r"the layer 'net' is compiled by torch.compile"),
+    "NumPy's random numbers": (Drawing, {}, r"random numbers from Python or NumPy"),
+    "Python's random numbers": (DrawingInPython, {}, r"random numbers from Python or NumPy"),
+    "penalty beside per_sample_loss": (Penalised, {}, r"gradients differ by .* %.*weight_decay"),
+    "wrong sum": (WrongSum, {}, r"differ by 0?\.?\d.* %"),
+    "neither": (Peeking, {}, r"loss of single samples cannot be computed.*per_sample_loss"),
+    "manual": (Manual, {}, r"automatic_optimization=False"),
+    "optimizer": (Unknown, {}, r"Adagrad is not known: use one of Adam, AdamW, SGD.*register_optimizer"),
+    "hook": (Clipping, {}, r"overrides on_after_backward"),
+    "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
+    "precision": (Net, {"precision": "bf16-mixed"}, r"precision='bf16-mixed'"),
+    "iterable": (Net, {"train": DataLoader(Stream(), 5)}, r"iterable dataset .*map-style"),
+    "out of order": (Net, {"train": DataLoader(data(), 5, num_workers=2, in_order=False)}, r"in_order=False"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_exact_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
+    make_module, options, message = REFUSED[case]
+    module = make_module().double()
+    start = flat(module)
+    with pytest.raises(RecordingRefused, match=f"(?s){message}") as refusal:
+        record(tmp_path / "run", module, **options)
+    assert "\n" not in str(refusal.value)
+    if case != "callback":
+        assert torch.equal(flat(module), start)
+    with pytest.raises(la.RunError):
+        la.Run(tmp_path / "run")
+
+
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    loaders = [DataLoader(data(), 6), DataLoader(data(), 6)]
+    with pytest.raises(RecordingRefused, match="2 training loaders"):
+        trainer(la.TrajectoryRecorder(tmp_path / "run")).fit(make(), loaders)
