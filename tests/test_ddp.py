@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from problems import Net, data, make, record, trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,14 +32,12 @@ class Weighted(Net):
         return batch[2] * super().per_sample_loss(batch[:2])
 
 
-def train(kept: Tensor, *callbacks: Any, dropout: float = 0.0, **options: Any) -> Tensor:
-    import pytorch_lightning as pl
-
+def train(kept: Tensor, *callbacks: Any, dropout: float = 0.0, ckpt_path: Path | None = None, **options: Any) -> Tensor:
     torch.manual_seed(0)
     module = Weighted(hidden=5, activation="gelu", dropout=dropout, optimizer=options.pop("optimizer", None)).double()
     loader = DataLoader(TensorDataset(*data(n=N).tensors, kept), 5, shuffle=True)
     pl.seed_everything(1)
-    trainer(*callbacks, **DDP, **options).fit(module, loader)
+    trainer(*callbacks, **DDP, **options).fit(module, loader, ckpt_path=ckpt_path)
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
 
@@ -110,6 +112,63 @@ def test_two_ranks_and_one_process_give_the_same_scores(tmp_path: Path) -> None:
         ours, theirs = (la.score(run, method, ray_address=None, save=False).values for run in (two, one))
         np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-14)
         assert np.abs(ours).min() > 0
+
+
+class Stop(pl.Callback):
+    """Ends the training in every process."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended", "ignore:.*Checkpoint directory .* exists")
+def test_two_ranks_resume_their_record(tmp_path: Path) -> None:
+    everything = torch.ones(N, dtype=torch.float64)
+    options = {**SETUPS["adamw-clipped-dropout"], "enable_checkpointing": True}
+
+    def keep() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="stopped"):
+        train(everything, la.TrajectoryRecorder(tmp_path / "run"), keep(), Stop(), **options)
+    path = tmp_path / "step=4.ckpt"
+    alone = train(everything, keep(), ckpt_path=path, **options)
+    final = train(everything, la.TrajectoryRecorder(tmp_path / "run"), keep(), ckpt_path=path, **options)
+    assert torch.equal(final, alone)
+    run = la.Run(tmp_path / "run")
+    assert run.manifest["resumed_at"] == [4]
+    assert run.steps[5].sizes == [5, 5]
+    assert run.audit().ok
+    assert torch.equal(run.parameters(run.n_steps), final)
+    assert not (tmp_path / "run/ranks").exists()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from problems import data, make, record
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    record({path!r}, make(hidden=5, optimizer={{"momentum": 0.8, "lr": 0.05}}), data(n=23), strategy={strategy!r}, devices=2)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_processes_that_are_started_anew(tmp_path: Path, strategy: str) -> None:
+    """The same run as with ``ddp_fork``, to the last bit."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run"), strategy=strategy))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    run = la.Run(tmp_path / "run")
+    forked = record(tmp_path / "forked", make(hidden=5, optimizer={"momentum": 0.8, "lr": 0.05}), data(n=23), **DDP)
+    assert run.manifest["world_size"] == 2
+    assert [step.sample_ids.tolist() for step in run.steps] == [step.sample_ids.tolist() for step in forked.steps]
+    assert torch.equal(run.parameters(run.n_steps), forked.parameters(forked.n_steps))
+    assert run.audit().max_abs_error == 0
 
 
 def test_another_strategy_is_refused_by_name_unless_allowed(tmp_path: Path) -> None:

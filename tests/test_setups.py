@@ -29,31 +29,61 @@ CLIPPING: dict[str, dict[str, Any]] = {
     "clip-norm": {"gradient_clip_val": 0.3},
     "clip-value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
 }
+SCHEDULES: dict[str, Any] = {
+    "exponential": None,
+    "warm-up-cosine": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 11),
+        ],
+        milestones=[4],
+    ),
+    "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=15),
+}
+"""By the epoch, or by the step; OneCycleLR moves the momentum too."""
 SETUPS = [
-    (optimizer, accumulate, clipping, dropout)
+    (optimizer, accumulate, clipping, schedule, dropout, workers)
     for optimizer in OPTIMIZERS
-    for accumulate, clipping, dropout in ((1, "", 0.0), (1, "clip-norm", 0.3), (2, "clip-value", 0.0), (3, "clip-norm", 0.3))
+    for accumulate, clipping, schedule, dropout, workers in (
+        (1, "", "exponential", 0.0, 0),
+        (1, "clip-norm", "warm-up-cosine", 0.3, 2),
+        (2, "clip-value", "one-cycle", 0.0, 0),
+        (3, "clip-norm", "exponential", 0.3, 0),
+    )
 ]
 
 
 class Weighted(Net):
-    """Multiplies each sample's loss with a weight the data set carries; decays its learning rate every epoch."""
+    """Multiplies each sample's loss with a weight the data set carries."""
+
+    schedule = "exponential"
 
     def per_sample_loss(self, batch: Any) -> Tensor:
         return batch[2] * super().per_sample_loss(batch[:2])
 
+    def configure_optimizers(self) -> Any:
+        if SCHEDULES[self.schedule] is None:
+            return super().configure_optimizers()
+        optimizer = self.optimizer_class(self.parameters(), **self.options)
+        return [optimizer], [{"scheduler": SCHEDULES[self.schedule](optimizer), "interval": "step"}]
 
-def train(kept: Tensor, optimizer: str, accumulate: int, clipping: str, dropout: float, *callbacks: Any) -> Tensor:
+
+def train(
+    kept: Tensor, optimizer: str, accumulate: int, clipping: str, schedule: str, dropout: float, workers: int, *callbacks: Any
+) -> Tensor:
     torch.manual_seed(0)
     module = Weighted(hidden=5, activation="gelu", dropout=dropout, optimizer=OPTIMIZERS[optimizer], decay_lr=0.8).double()
-    loader = DataLoader(TensorDataset(*data().tensors, kept), 5, shuffle=True)
+    module.schedule = schedule
+    samples = TensorDataset(*data().tensors, kept)
+    loader = DataLoader(samples, 5, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     options = {"accumulate_grad_batches": accumulate, **CLIPPING[clipping]}
     return fit(module, loader, *callbacks, validation=False, **options)
 
 
-@pytest.mark.parametrize(("optimizer", "accumulate", "clipping", "dropout"), SETUPS)
-def test_audit_and_loo_are_exact(tmp_path: Path, optimizer: str, accumulate: int, clipping: str, dropout: float) -> None:
-    setup = (optimizer, accumulate, clipping, dropout)
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: "-".join(map(str, setup)))
+def test_audit_and_loo_are_exact(tmp_path: Path, setup: tuple[Any, ...]) -> None:
+    accumulate = setup[1]
     everything = torch.ones(N, dtype=torch.float64)
     without_callback = train(everything, *setup)
     base = train(everything, *setup, la.TrajectoryRecorder(tmp_path / "run"))
