@@ -16,13 +16,13 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
 from lightning_acc.errors import RunError
-from lightning_acc.objective import Objective, ParameterLayout
-from lightning_acc.optimizers import RULES, State, Update
+from lightning_acc.objective import Objective
 from lightning_acc.recorder import decomposition, description, ranks, refusals, resume
 from lightning_acc.recorder.first_steps import FirstSteps
 from lightning_acc.recorder.loader import SampleTap
+from lightning_acc.recorder.optimizer import TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
-from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.resume import Place
 from lightning_acc.recorder.snapshots import Snapshots
 from lightning_acc.step import Batch, Step
@@ -86,7 +86,7 @@ class TrajectoryRecorder(Callback):
         """Refuse what cannot be recorded; tap the training loader."""
         if stage != "fit":
             return
-        self._refuse_if(refusals.trainer_refusal(trainer, pl_module, self.allow_untested))
+        refuse_if(refusals.trainer_refusal(trainer, pl_module, self.allow_untested))
         self._processes = trainer.world_size
         store = Store(self.directory)
         self._main = RunWriter(store) if trainer.is_global_zero else None
@@ -103,7 +103,6 @@ class TrajectoryRecorder(Callback):
         """Whether that record is unfinished and nothing has been added to it yet."""
         self._pending: dict[str, Any] | None = None
         self._seen: list[SeenBatch] = []
-        self._with_gradient: list[bool] | None = None
         self._structure: batches.Structure = {}
         self._tap = SampleTap()
         self._tap.install(trainer)
@@ -119,7 +118,7 @@ class TrajectoryRecorder(Callback):
             if store.exists() and store.names("parameters"):
                 raise RecordingRefused(f"{store} holds files of another kind: choose another directory.")
             if self._place is not None:
-                self._refuse_if(f"the checkpoint continues the record {self._place.run_id}, which is not in {store}")
+                refuse_if(f"the checkpoint continues the record {self._place.run_id}, which is not in {store}")
         elif self._place is not None:
             self._take_up(store, self._place)
         elif not self.overwrite:
@@ -131,16 +130,16 @@ class TrajectoryRecorder(Callback):
     def _take_up(self, store: Store, place: Place) -> None:
         held = manifests.read(store, unfinished=True)
         if held["run_id"] != place.run_id:
-            self._refuse_if(f"the checkpoint continues the record {place.run_id}, but {store} holds {held['run_id']}")
+            refuse_if(f"the checkpoint continues the record {place.run_id}, but {store} holds {held['run_id']}")
         if held["status"] == "complete" and self._processes > 1:
-            self._refuse_if(f"the run in {store} was finished, and its processes' parts are merged: train on in a new one")
+            refuse_if(f"the run in {store} was finished, and its processes' parts are merged: train on in a new one")
         if self._main is not None:
             self._main.resume(place.n_steps)
         if self._own is not self._main:
             self._own.resume(place.n_steps)
         self._left_open = held["status"] != "complete"
         if self._own.n_steps != place.n_steps:
-            self._refuse_if(
+            refuse_if(
                 f"the checkpoint was written after step {place.n_steps}, but {self._own.store} has a record up to step "
                 f"{self._own.n_steps} only: resume from an earlier checkpoint"
             )
@@ -152,33 +151,21 @@ class TrajectoryRecorder(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
-        self._refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
+        refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
         if self._tap.loaders != 1:
-            self._refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
-        optimizer = trainer.optimizers[0]
-        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in group_of]
-        dtypes = {p.dtype for _, p in trained}
-        if len(dtypes) != 1 or not dtypes <= decomposition.GRADIENT_TOLERANCE.keys():
-            self._refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use all float32 or all float64")
-        self._parameters = [p for _, p in trained]
-        self._layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
-        self._group_of = [group_of[id(p)] for p in self._parameters]
-        self._rule = RULES[type(optimizer).__name__]
-        self._update = Update(
-            type(optimizer).__name__,
-            self._layout,
-            self._group_of,
-            max(len(self._rule.slots(group)) for group in optimizer.param_groups),
-        )
-        if self._place is not None and resume.fingerprint(self._state(trainer)) != self._place.state:
-            self._refuse_if(
+            refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
+        self._optimizer = TrainedOptimizer(trainer, pl_module)
+        if self._place is not None:
+            self._optimizer.with_gradient = self._place.with_gradient
+        if self._place is not None and resume.fingerprint(self._optimizer.state()) != self._place.state:
+            refuse_if(
                 f"the parameters or the optimizer's state are not those the record has after step {self._place.n_steps}: "
                 "resume from the checkpoint as it was written"
             )
-        size = sum(p.numel() * p.element_size() for p in self._parameters)
-        self._snapshots = Snapshots(self.parameters, size, trainer.estimated_stepping_batches, self.budget_gb * 2**30)
-        self._expect_room(trainer, size)
+        self._snapshots = Snapshots(
+            self.parameters, self._optimizer.parameter_bytes, trainer.estimated_stepping_batches, self.budget_gb * 2**30
+        )
+        refuse_if(self._snapshots.no_room(Store(self.directory)))
         reason = rebuild.why_not_rebuildable(pl_module)
         if reason:
             warnings.warn(reason, UserWarning, stacklevel=2)
@@ -212,37 +199,35 @@ class TrajectoryRecorder(Callback):
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
         if not self._begun and self._foreign != refusals.foreign_random_state():
-            self._refuse_if("training_step draws random numbers from Python or NumPy: draw them with torch, or in the data set")
+            refuse_if("training_step draws random numbers from Python or NumPy: draw them with torch, or in the data set")
         batch = self._seen[-1]
         batch.counts = True
         batch.random = not torch.equal(batch.rng, torch.get_rng_state())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Keep the parameters and hyper-parameters of the step; check the first ones against F."""
-        missing = [p for p in self._parameters if p.grad is None]
-        if len(missing) == len(self._parameters):
+        if not self._optimizer.has_gradient():
             self._seen = []  # training_step returned None: torch.optim leaves everything as it is
             return
         # A batch whose training_step returned None has no part in the step.
         self._seen = [batch for batch in self._seen if batch.counts]
-        groups = self._hyperparameters(trainer, optimizer)
-        self._refuse_missing_gradients(pl_module, groups, missing)
         number = self._own.n_steps
+        groups = self._optimizer.hyperparameters(number)
         if not self._begun:
-            self._first_steps = FirstSteps(pl_module, self._processes, number, self._state(trainer))
+            self._first_steps = FirstSteps(pl_module, self._processes, number, self._optimizer.state())
         compare = self._first_steps.due(number, sum(len(batch.ids) for batch in self._seen))
         taken = self._main is not None and number in self._main.snapshots  # by what this training resumes
         keep = not taken and (not self._begun or self._snapshots.due(number))
         if compare or keep:
             started = time.perf_counter()
-            theta = self._theta()
+            theta = self._optimizer.parameters()
             self._first_steps.parameters(number, theta, pl_module)
             if compare:
                 everyone = ranks.gather(self._seen, self._processes)
                 if not self._begun:
                     self._begin(trainer, pl_module, theta, groups, everyone)
                 step = self._step(trainer, groups, everyone, self._summed)
-                self._first_steps.gradient(number, theta, step, self._gradient())
+                self._first_steps.gradient(number, theta, step, self._optimizer.gradient(number))
             if keep and self._main is not None:
                 self._main.add_state(number, theta)
                 self._snapshots.taken(time.perf_counter() - started)
@@ -273,8 +258,8 @@ class TrajectoryRecorder(Callback):
             if self._main is not None and self._main is not self._own:
                 self._main.checkpoint()
         if self._main is not None:
-            state = resume.fingerprint(self._state(trainer))
-            Place(self._main.header["run_id"], self._own.n_steps, state, self._with_gradient).save(checkpoint)
+            state = resume.fingerprint(self._optimizer.state())
+            Place(self._main.header["run_id"], self._own.n_steps, state, self._optimizer.with_gradient).save(checkpoint)
 
     # ---- after training
 
@@ -298,38 +283,6 @@ class TrajectoryRecorder(Callback):
 
     # ---- parts of the above
 
-    def _refuse_if(self, reason: str | None) -> None:
-        if reason:
-            raise RecordingRefused(f"TrajectoryRecorder cannot record this training: {reason}.")
-
-    def _state(self, trainer: Any) -> State:
-        slots = resume.optimizer_state(trainer.optimizers[0], self._parameters, self._update.slots, self._rule)
-        return self._theta(), *slots
-
-    def _theta(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu()
-
-    def _gradient(self) -> Tensor:
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
-        if not torch.isfinite(gradient).all():
-            raise RunError(
-                f"The loss or its gradient is not finite in step {self._own.n_steps} of the training, so there is "
-                "nothing to attribute: look for NaN or infinite values in the data, or lower the learning rate."
-            )
-        return gradient
-
-    def _hyperparameters(self, trainer: Any, optimizer: Any) -> list[dict[str, Any]]:
-        algorithm = trainer.gradient_clip_algorithm
-        for_all = {
-            "step": self._own.n_steps + 1,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
-        }
-        return [
-            {**{key: _plain(group[key]) for key in self._rule.hyperparameters}, **for_all} for group in optimizer.param_groups
-        ]
-
     def _weights(self, trainer: Any, seen: list[SeenBatch], summed: bool) -> list[float]:
         """Loss weights of the batches' samples.
 
@@ -342,7 +295,7 @@ class TrajectoryRecorder(Callback):
     def _step(self, trainer: Any, groups: list[dict[str, Any]], seen: list[SeenBatch], summed: bool) -> Step:
         return Step(
             self._objective,
-            self._update,
+            self._optimizer.update,
             [Batch(batch.leaves, batch.rng if batch.random else None) for batch in seen],
             torch.tensor([sample for batch in seen for sample in batch.ids]),
             torch.tensor(self._weights(trainer, seen, summed), dtype=torch.float64),
@@ -352,13 +305,13 @@ class TrajectoryRecorder(Callback):
     def _begin(
         self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]], everyone: list[SeenBatch]
     ) -> None:
-        self._refuse_if(refusals.module_refusal(pl_module, self.batch_norm))
+        refuse_if(refusals.module_refusal(pl_module, self.batch_norm))
         evaluation_modules = [name for name, part in pl_module.named_modules() if name and not part.training]
         self._objective = Objective(
-            pl_module, self._layout, self._structure, evaluation_modules=evaluation_modules, dtype=theta.dtype
+            pl_module, self._optimizer.layout, self._structure, evaluation_modules=evaluation_modules, dtype=theta.dtype
         )
         try:
-            gradient = self._gradient()
+            gradient = self._optimizer.gradient(self._own.n_steps)
             mean, total = (self._step(trainer, groups, everyone, summed) for summed in (False, True))
             self._summed = decomposition.fits_better(total, mean, theta, gradient)
             decomposition.compare_gradients(total if self._summed else mean, theta, gradient, 0)
@@ -375,7 +328,7 @@ class TrajectoryRecorder(Callback):
             **description.header(trainer, pl_module),
             "dtype": str(theta.dtype).removeprefix("torch."),
             "n_samples": self._tap.n_samples,
-            "layout": [[name, list(shape)] for name, shape in self._layout.shapes],
+            "layout": [[name, list(shape)] for name, shape in self._optimizer.layout.shapes],
             "evaluation_modules": evaluation_modules,
             "loss": {
                 "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
@@ -385,9 +338,9 @@ class TrajectoryRecorder(Callback):
                 "batch_norm": self.batch_norm if refusals.batch_norms(pl_module) else None,
             },
             "optimizer": {
-                "name": type(trainer.optimizers[0]).__name__,
-                "group_of": self._group_of,
-                "slots": self._update.slots,
+                "name": self._optimizer.name,
+                "group_of": self._optimizer.group_of,
+                "slots": self._optimizer.update.slots,
             },
             "batch_structure": self._structure,
         }
@@ -412,41 +365,12 @@ class TrajectoryRecorder(Callback):
     def _continue(self, header: dict[str, Any]) -> None:
         if self._main is not None:
             different = resume.difference(self._main.header, header)
-            self._refuse_if(different and f"it does not go on with the training it resumes: {different}")
+            refuse_if(different and f"it does not go on with the training it resumes: {different}")
             self._main.header["resumed_at"] = [*self._main.header.get("resumed_at", []), self._own.n_steps]
             self._main.drop_later()
         if self._own is not self._main:
             self._own.drop_later()
         self._left_open = False
-
-    def _refuse_missing_gradients(self, module: Any, groups: list[dict[str, Any]], missing: list[Tensor]) -> None:
-        # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the parameter
-        # would still move, by weight decay or by what its slots have gathered.
-        present = [not any(parameter is other for other in missing) for parameter in self._parameters]
-        before = self._with_gradient or present
-        self._with_gradient = present
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        for parameter, group, now, then in zip(self._parameters, self._group_of, present, before, strict=True):
-            if (not now and groups[group].get("weight_decay")) or (now != then and self._rule.slots(groups[group])):
-                raise RecordingRefused(
-                    f"The parameter {names[id(parameter)]!r} gets no gradient in step {self._own.n_steps - (now and 1)}, "
-                    "but its optimizer has weight decay or a memory: freeze it with requires_grad_(False), or use it always."
-                )
-
-    def _expect_room(self, trainer: Any, size: int) -> None:
-        store = Store(self.directory)
-        free = store.free_bytes()
-        steps = trainer.estimated_stepping_batches
-        if free is None or steps == float("inf"):
-            return
-        needed = size * (int(steps) + 1)
-        if self._snapshots.policy != "every-step":
-            needed = min(needed, int(self._snapshots.budget))
-        if needed > free:
-            self._refuse_if(
-                f"the parameters of {int(steps)} steps take {needed / 2**30:.2f} GB, but {store} has only "
-                f"{free / 2**30:.2f} GB free: choose another disk, a smaller budget_gb, or parameters='every-k'"
-            )
 
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None) -> None:
         last_known = self._begun and self._pending is None
@@ -457,14 +381,10 @@ class TrajectoryRecorder(Callback):
         if self._main is not None:
             # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
             if last_known and self._own.n_steps not in self._main.snapshots:
-                self._main.add_state(self._own.n_steps, self._theta())
+                self._main.add_state(self._own.n_steps, self._optimizer.parameters())
             description.write_frozen(self._main, pl_module)  # again, for running statistics have moved
             if self._own is not self._main:
                 ranks.merge(self._main, self._processes)
             self._main.finish(stopped=stopped)
         if self._own is not self._main:
             trainer.strategy.barrier("merged")
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value

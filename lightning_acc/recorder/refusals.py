@@ -21,6 +21,16 @@ class RecordingRefused(RunError, MisconfigurationException):
     """The training cannot be recorded exactly; says why and what to do."""
 
 
+def refuse_if(reason: str | None) -> None:
+    """Refuse the training for this reason, where there is one.
+
+    Raises:
+        RecordingRefused: there is.
+    """
+    if reason:
+        raise RecordingRefused(f"TrajectoryRecorder cannot record this training: {reason}.")
+
+
 ALTERING_CALLBACKS = {
     "StochasticWeightAveraging",
     "WeightAveraging",

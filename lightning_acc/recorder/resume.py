@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from lightning_acc.optimizers import OptimizerRule, State
+from lightning_acc.optimizers import State
 from lightning_acc.trajectory.store import digest
 
 KEY = "lightning_acc"
@@ -42,18 +39,6 @@ class Place:
     def load(cls, checkpoint: dict[str, Any]) -> Place | None:
         """The place in a checkpoint; None where it was written without a recorder."""
         return cls(**checkpoint[KEY]) if KEY in checkpoint else None
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], slots: int, rule: OptimizerRule) -> State:
-    """The optimizer's slots as F keeps them, flat (p,) each; 0 where it has none yet."""
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-
-    def piece(parameter: nn.Parameter, slot: int) -> Tensor:
-        names = rule.slots(group_of[id(parameter)])
-        value = optimizer.state.get(parameter, {}).get(names[slot]) if slot < len(names) else None
-        return torch.zeros_like(parameter).reshape(-1) if value is None else value.detach().reshape(-1)
-
-    return tuple(torch.cat([piece(parameter, slot) for parameter in parameters]).cpu() for slot in range(slots))
 
 
 def fingerprint(state: State) -> str:

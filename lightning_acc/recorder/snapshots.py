@@ -7,6 +7,7 @@ import time
 
 from lightning_acc.errors import RequestError
 from lightning_acc.recorder.first_steps import CHECKED_STEPS
+from lightning_acc.trajectory.store import Store
 
 POLICIES = ("auto", "every-step", "every-k")
 SMALL = 64 * 2**20
@@ -35,7 +36,7 @@ class Snapshots:
     def __init__(self, policy: str, size: int, steps: float, budget: float) -> None:
         if policy not in POLICIES:
             raise RequestError(f"parameters={policy!r} is no way to keep snapshots; choose one of {', '.join(POLICIES)}.")
-        self.policy, self.size, self.budget = policy, size, budget
+        self.policy, self.size, self.budget, self._steps = policy, size, budget, steps
         whole = size * (steps + 1)
         self.every = 1
         if policy == "every-k" and math.isfinite(whole):
@@ -45,6 +46,21 @@ class Snapshots:
         self._taken = 0
         self._spent = 0.0
         self._started = time.perf_counter()
+
+    def no_room(self, store: Store) -> str | None:
+        """Why the snapshots will not fit on the disk; None where they do, or that cannot be known."""
+        free = store.free_bytes()
+        if free is None or not math.isfinite(self._steps):
+            return None
+        needed = self.size * (self._steps + 1)
+        if self.policy != "every-step":
+            needed = min(needed, self.budget)
+        if needed <= free:
+            return None
+        return (
+            f"the parameters of {int(self._steps)} steps take {needed / 2**30:.2f} GB, but {store} has only "
+            f"{free / 2**30:.2f} GB free: choose another disk, a smaller budget_gb, or parameters='every-k'"
+        )
 
     def due(self, number: int) -> bool:
         """Whether the parameters before step ``number`` are written."""
