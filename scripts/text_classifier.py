@@ -144,13 +144,15 @@ def scores_for_plain_sgd(run: la.Run) -> Any:
     return reverse(replay, PlainSgd(), run.query("val"), memory=2**30).numpy()
 
 
-def agreement(run: la.Run, samples: list[int]) -> dict[str, float]:
+def agreement(run: la.Run, samples: list[int], ray_address: str | None = "local") -> dict[str, float]:
     """Spearman correlation of each method's scores of ``samples`` with the truth."""
-    truth = la.score(run, "loo", samples, dtype="float64").values
+
+    def scores(method: str) -> Any:
+        return la.score(run, method, samples, dtype="float64", ray_address=ray_address).values
+
+    truth = scores("loo")
     methods = {
-        "acc-sgd-ie": la.score(run, "acc-sgd-ie", samples, dtype="float64").values,
-        "sgd-ie": la.score(run, "sgd-ie", dtype="float64").values[samples],
-        "tracin": la.score(run, "tracin", dtype="float64").values[samples],
+        **{method: scores(method) for method in ("acc-sgd-ie", "sgd-ie", "tracin")},
         "sgd-ie, optimizer ignored": scores_for_plain_sgd(run)[samples],
     }
     return {method: float(stats.spearmanr(values, truth).statistic) for method, values in methods.items()}

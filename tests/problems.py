@@ -59,6 +59,14 @@ class Net(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, self.decay_lr)]
 
 
+class Weighted(Net):
+    """Multiplies each sample's loss with the weight a training batch carries, so that retraining can leave samples out."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        losses = super().per_sample_loss(batch)
+        return losses * batch[2] if len(batch) > 2 else losses
+
+
 class Normalised(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FEATURES, N, Net, Normalised, data, fit, flat, record
+from problems import FEATURES, N, Normalised, Weighted, data, fit, flat, record
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -38,21 +38,16 @@ def test_batch_norm_in_evaluation_mode_is_a_layer_like_others(tmp_path: Path) ->
     assert la.score(run, "acc-sgd-ie", [1, 2], ray_address=None).values.all()
 
 
-class Weighted(Net):
-    """A network with batch normalisation, whose samples carry a loss weight."""
-
+class DeeplyNormalised(Weighted):
     def __init__(self) -> None:
         super().__init__(hidden=4, activation="gelu", dropout=0.2, optimizer={"class": "AdamW", "lr": 0.02})
         self.net.insert(1, nn.BatchNorm1d(4))
         self.net.insert(0, nn.BatchNorm1d(FEATURES, momentum=0.3))
 
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        return batch[2] * super().per_sample_loss(batch[:2])
-
 
 def train(kept: Tensor, *callbacks: Any, **options: Any) -> Tensor:
     torch.manual_seed(0)
-    module = Weighted().double()
+    module = DeeplyNormalised().double()
     fit(module, DataLoader(TensorDataset(*data().tensors, kept), 6, shuffle=True), *callbacks, validation=False, **options)
     return torch.cat([flat(module), *(b.double().reshape(-1) for b in module.buffers())])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import Net, data, make, record, trainer
+from problems import Weighted, data, make, record, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,13 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*sync_dist", "ignore:.*validation_step", "ignore:Training has no validation data", "ignore:.*fork"
 )
 DDP = {"strategy": "ddp_fork", "devices": 2}
-
-
-class Weighted(Net):
-    """Multiplies each sample's loss with a weight the data set carries."""
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        return batch[2] * super().per_sample_loss(batch[:2])
 
 
 def train(kept: Tensor, *callbacks: Any, dropout: float = 0.0, ckpt_path: Path | None = None, **options: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import N, Net, data, fit, make, record
+from problems import N, Net, Weighted, data, fit, make, record
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -54,13 +54,8 @@ SETUPS = [
 ]
 
 
-class Weighted(Net):
-    """Multiplies each sample's loss with a weight the data set carries."""
-
+class Scheduled(Weighted):
     schedule = "exponential"
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        return batch[2] * super().per_sample_loss(batch[:2])
 
     def configure_optimizers(self) -> Any:
         if SCHEDULES[self.schedule] is None:
@@ -73,7 +68,7 @@ def train(
     kept: Tensor, optimizer: str, accumulate: int, clipping: str, schedule: str, dropout: float, workers: int, *callbacks: Any
 ) -> Tensor:
     torch.manual_seed(0)
-    module = Weighted(hidden=5, activation="gelu", dropout=dropout, optimizer=OPTIMIZERS[optimizer], decay_lr=0.8).double()
+    module = Scheduled(hidden=5, activation="gelu", dropout=dropout, optimizer=OPTIMIZERS[optimizer], decay_lr=0.8).double()
     module.schedule = schedule
     samples = TensorDataset(*data().tensors, kept)
     loader = DataLoader(samples, 5, shuffle=True, num_workers=workers, persistent_workers=workers > 0)

@@ -199,7 +199,10 @@ class TrajectoryRecorder(Callback):
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
         if not self._begun and self._foreign != refusals.foreign_random_state():
-            refuse_if("training_step draws random numbers from Python or NumPy: draw them with torch, or in the data set")
+            refuse_if(
+                "training_step draws random numbers from Python, NumPy or the GPU, which are not recorded: draw them with "
+                "torch on the CPU or in the data set, or switch dropout off on a GPU"
+            )
         batch = self._seen[-1]
         batch.counts = True
         batch.random = not torch.equal(batch.rng, torch.get_rng_state())

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 try:
@@ -152,6 +153,7 @@ def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def foreign_random_state() -> tuple[Any, ...]:
-    """State of the random number generators that are not recorded: Python's and NumPy's."""
+    """State of the random number generators that are not recorded: Python's, NumPy's, the GPU's."""
     state: dict[str, Any] = np.random.get_state(legacy=False)
-    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
+    gpu = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else None
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"], gpu
