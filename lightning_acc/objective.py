@@ -24,6 +24,10 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 """Module and batch to values of shape (B,), or one value for the whole batch."""
 
 
+AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}
+"""For each of Lightning's precisions that can be replayed, what its forward passes are cast to."""
+
+
 class ParameterLayout:
     """The order of a module's trained parameters in a flat vector of length p: that of ``named_parameters``."""
 
@@ -68,6 +72,8 @@ class Objective:
         independent_rows: whether the loss of a sample alone equals its loss within a batch, so that single samples may
             be taken out of a batch to save time.
         vectorised: whether many parameter vectors may be evaluated at once; one by one is slower.
+        autocast: the narrower dtype training's forward passes compute in (mixed precision), or None. It acts on float32
+            alone: in float64 everything is computed in full, as are queries.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         independent_rows: bool = False,
         vectorised: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.layout = layout
         self.structure = structure
@@ -97,12 +104,19 @@ class Objective:
         self._call = _Call(module.requires_grad_(False))
         self._loss = per_sample_loss if hasattr(module, "per_sample_loss") else losses_of_training_step
         self._vmap = vectorised
+        self._autocast = autocast
 
     def call(self, theta: Tensor, function: LossFunction, batch: Any) -> Tensor:
         """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,)."""
         named = {f"module.{name}": value for name, value in self.layout.named(theta).items()}
-        values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
+        with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
+            values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
         return values
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether everything is computed in ``dtype``."""
+        return self._autocast is None
 
     def tensors(self) -> list[Tensor]:
         """The module's own tensors, which all parameter vectors share."""
@@ -134,13 +148,15 @@ class Objective:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """In here the whole module is in evaluation mode, as a query reads it."""
-        module = self._call.module
+        """In here the whole module is in evaluation mode and full precision, as a query reads it."""
+        module, autocast = self._call.module, self._autocast
+        self._autocast = None
         modes = [(part, part.training) for part in module.modules()]
         module.eval()
         try:
             yield
         finally:
+            self._autocast = autocast
             for part, mode in modes:
                 part.training = mode
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.errors import RequestError
-from lightning_acc.objective import Objective, ParameterLayout
+from lightning_acc.objective import AUTOCAST, Objective, ParameterLayout
 from lightning_acc.optimizers import State, Update
 from lightning_acc.step import Batch, Step
 from lightning_acc.trajectory import batches
@@ -47,6 +47,7 @@ class Replay:
             dtype=self.dtype,
             independent_rows=manifest["loss"]["independent_rows"],
             vectorised=manifest["loss"]["vectorised"],
+            autocast=AUTOCAST[manifest.get("precision", "32-true")],
         )
         optimizer = manifest["optimizer"]
         self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])

@@ -130,7 +130,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "optimizer": (Unknown, {}, r"Adagrad is not known: use one of Adam, AdamW, SGD.*register_optimizer"),
     "hook": (Clipping, {}, r"overrides on_after_backward"),
     "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
-    "precision": (Net, {"precision": "bf16-mixed"}, r"precision='bf16-mixed'"),
+    "precision": (Net, {"precision": "bf16-true"}, r"precision='bf16-true' is not repeated.*use one of 32-true"),
+    "mixed precision without per_sample_loss": (StepOnly, {"precision": "bf16-mixed"}, r"define per_sample_loss"),
     "iterable": (Net, {"train": DataLoader(Stream(), 5)}, r"iterable dataset .*map-style"),
     "out of order": (Net, {"train": DataLoader(data(), 5, num_workers=2, in_order=False)}, r"in_order=False"),
 }

@@ -228,3 +228,30 @@ def test_a_parameter_without_a_gradient_now_and_then_is_refused_where_it_would_m
 
     with pytest.raises(RecordingRefused, match=r"'extra.weight' gets no gradient in step 4.*requires_grad_\(False\)"):
         record(tmp_path / "run", UsedAtFirst().double())
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """The audit is bit-exact; the truth is retraining up to what bfloat16 rounds away of an effect."""
+    samples = data(dtype=torch.float32).tensors
+
+    def train(kept: Tensor, *callbacks: Any) -> Tensor:
+        torch.manual_seed(0)
+        module = Weighted(hidden=8, activation="gelu", dropout=0.2, optimizer=OPTIMIZERS["adamw"])
+        loader = DataLoader(TensorDataset(*samples, kept), 6, shuffle=True)
+        return fit(module, loader, *callbacks, validation=False, precision="bf16-mixed", gradient_clip_val=0.5)
+
+    everything = torch.ones(N)
+    base = train(everything, la.TrajectoryRecorder(tmp_path / "run"))
+    assert torch.equal(base, train(everything))
+    run = la.Run(tmp_path / "run")
+    assert (run.manifest["precision"], run.dtype) == ("bf16-mixed", "float32")
+    assert run.audit().max_abs_error == 0
+    held_out = la.Query("held-out", [data(n=8, seed=5, dtype=torch.float32).tensors])
+    for method, dtype in (("loo", None), ("loo", "float64"), ("acc-sgd-ie", None)):
+        found = la.score(run, method, SAMPLES, held_out, keep_shifts=True, ray_address=None, save=False, dtype=dtype).shifts
+        assert found is not None
+        for sample, shift in zip(SAMPLES, found, strict=True):
+            kept = everything.clone()
+            kept[sample] = 0
+            change = train(kept) - base
+            assert float((shift - change).norm() / change.norm()) < (0.05 if method == "loo" else 0.1)

@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
 from lightning_acc.errors import RunError
-from lightning_acc.objective import Objective
+from lightning_acc.objective import AUTOCAST, Objective
 from lightning_acc.recorder import decomposition, description, ranks, refusals, resume
 from lightning_acc.recorder.first_steps import FirstSteps
 from lightning_acc.recorder.loader import SampleTap
@@ -40,7 +40,8 @@ class TrajectoryRecorder(Callback):
 
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
     Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
-    accumulation and clipping, map-style datasets under any sampler, dropout in modules with ``per_sample_loss``.
+    accumulation and clipping, map-style datasets under any sampler, dropout and ``bf16-mixed`` precision in modules with
+    ``per_sample_loss``, resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``).
 
     Example::
 
@@ -311,7 +312,12 @@ class TrajectoryRecorder(Callback):
         refuse_if(refusals.module_refusal(pl_module, self.batch_norm))
         evaluation_modules = [name for name, part in pl_module.named_modules() if name and not part.training]
         self._objective = Objective(
-            pl_module, self._optimizer.layout, self._structure, evaluation_modules=evaluation_modules, dtype=theta.dtype
+            pl_module,
+            self._optimizer.layout,
+            self._structure,
+            evaluation_modules=evaluation_modules,
+            dtype=theta.dtype,
+            autocast=AUTOCAST[str(trainer.precision)],
         )
         try:
             gradient = self._optimizer.gradient(self._own.n_steps)
@@ -329,6 +335,7 @@ class TrajectoryRecorder(Callback):
             raise RecordingRefused(str(error)) from error
         header = {
             **description.header(trainer, pl_module),
+            "precision": str(trainer.precision),
             "dtype": str(theta.dtype).removeprefix("torch."),
             "n_samples": self._tap.n_samples,
             "layout": [[name, list(shape)] for name, shape in self._optimizer.layout.shapes],

@@ -15,6 +15,7 @@ except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
 from lightning_acc.errors import RunError
+from lightning_acc.objective import AUTOCAST
 from lightning_acc.optimizers import RULES
 
 
@@ -64,10 +65,15 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
         return "a DDP communication hook changes the gradients between the processes unseen: leave it out"
     if not module.automatic_optimization:
         return "automatic_optimization=False hides the optimizer's steps: use automatic optimisation"
-    if str(trainer.precision) not in ("32-true", "64-true"):
+    if str(trainer.precision) not in AUTOCAST:
         return (
-            f"precision={trainer.precision!r} rounds to fewer digits than the effect of one sample has, so that retraining "
-            'without it would give noise: use "32-true" or "64-true"'
+            f"precision={trainer.precision!r} is not repeated exactly by a replay (the loss is scaled, steps are left out, or "
+            f"the parameters themselves are rounded): use one of {', '.join(AUTOCAST)}"
+        )
+    if AUTOCAST[str(trainer.precision)] and not hasattr(module, "per_sample_loss"):
+        return (
+            f"under precision={trainer.precision!r} losses taken one sample at a time round otherwise than those of a whole "
+            f"batch: define per_sample_loss(self, batch) on {type(module).__name__}"
         )
     compiled = _compiled(module)
     if compiled:

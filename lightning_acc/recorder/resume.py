@@ -11,7 +11,7 @@ from lightning_acc.trajectory.store import digest
 KEY = "lightning_acc"
 """Where a checkpoint keeps the place in the record."""
 
-SAME = ("module", "layout", "dtype", "n_samples", "loss", "optimizer", "world_size", "batch_structure")
+SAME = ("module", "layout", "dtype", "precision", "n_samples", "loss", "optimizer", "world_size", "batch_structure")
 """What the header of a resumed run must share with that of its beginning."""
 
 
