@@ -7,6 +7,7 @@ import sys
 from typing import Any, Literal
 
 from lightning_acc.errors import InfluenceError, RunError
+from lightning_acc.grid import Study
 
 Method = Literal["loo", "acc-sgd-ie", "sgd-ie", "tracin"]
 
@@ -125,6 +126,20 @@ def report(run: str) -> None:
     print(f"report: {write_report(run)}")
 
 
+def study(study: Study, ray_address: str | None = "local") -> None:
+    """Train, score and compare every cell of a grid of small trainings; goes on where it was stopped.
+
+    Args:
+        study: the grid.
+        ray_address: local, auto, ray://host:port, or null for this process.
+    """
+    from lightning_acc.study import run_study, summary
+
+    table = run_study(study, ray_address)
+    print(summary(table))
+    print(f"{len(table)} rows: {study.directory}/study.parquet")
+
+
 def track(run: str, project: str | None = None) -> None:
     """Log rankings, agreement and cost to W&B; offline where there is no key.
 
@@ -154,6 +169,7 @@ VERBS: dict[str, Any] = {
     "evaluate": evaluate,
     "report": report,
     "track": track,
+    "study": study,
 }
 
 

@@ -1,4 +1,4 @@
-"""Ray: chunks of removals farmed out to workers. Knows no mathematics; the only part that imports Ray."""
+"""Ray: pieces of work farmed out to workers. Knows no mathematics; the only part that imports Ray."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_acc.errors import InfluenceError, RequestError
-from lightning_acc.removals import Removal
 
 if TYPE_CHECKING:
     from lightning_acc.progress import Progress
-    from lightning_acc.work import Job, Result
 
 SECONDS_BETWEEN_REPORTS = 0.3
 
 
-def map_chunks(job: Job, chunks: list[list[Removal]], address: str, bar: Progress) -> list[Result]:
-    """Score every chunk on the Ray cluster at ``address`` and return the results in the order of the chunks.
+Work = Callable[[Any, Any, Callable[[float], None]], Any]
+"""A function ``(job, piece, progress) -> result`` that can be imported; ``progress`` is told the fraction done."""
+
+
+def map_pieces(work: Work, job: Any, pieces: Sequence[Any], address: str, bar: Progress) -> list[Any]:
+    """``work(job, piece, progress)`` for every piece on the Ray cluster at ``address``; results in the order of the pieces.
 
     Raises:
         RequestError: the cluster cannot be reached or has no CPU.
+        InfluenceError: what a piece raised; the others are stopped.
     """
     bar.note(f"connecting to Ray ({address})")
     with connect(address) as ray:
-        work = ray.remote(_work).options(num_cpus=1, num_returns="streaming", max_retries=3)
+        remote = ray.remote(_work).options(num_cpus=1, num_returns="streaming", max_retries=3)
         # In a list, the reference reaches the worker as it is, and the worker can set up its path before unpacking it.
-        shared = [ray.put(job)]
-        tasks = [work.remote(shared, chunk, sys.path) for chunk in chunks]
+        shared = [ray.put((work, job))]
+        tasks = [remote.remote(shared, piece, sys.path) for piece in pieces]
         results: list[Any] = [None] * len(tasks)
         running = dict(enumerate(tasks))
         try:
@@ -46,13 +50,18 @@ def map_chunks(job: Job, chunks: list[list[Removal]], address: str, bar: Progres
                     elif isinstance(message, float):
                         bar.update(i, message)
                     else:
-                        results[i] = message
+                        results[i] = message.result
                         bar.update(i, 1.0)
         except BaseException:
             for task in running.values():
                 ray.cancel(task, force=False)
             raise
         return results
+
+
+@dataclass(frozen=True)
+class _Done:
+    result: Any
 
 
 def _next(ray: Any, task: Any) -> Any:
@@ -66,19 +75,17 @@ def _next(ray: Any, task: Any) -> Any:
         raise
 
 
-def _work(shared: list[Any], removals: list[Removal], path: list[str]) -> Iterator[float | Result]:
+def _work(shared: list[Any], piece: Any, path: list[str]) -> Iterator[Any]:
     """In a worker: yields the fraction done now and then, and the result at last."""
     import ray
 
     sys.path.extend(entry for entry in path if entry not in sys.path)
-    from lightning_acc.work import compute
-
-    job = ray.get(shared[0])
+    work, job = ray.get(shared[0])
     messages: queue.Queue[Any] = queue.Queue()
 
     def run() -> None:
         try:
-            messages.put(compute(job, removals, lambda done: messages.put(float(done))))
+            messages.put(_Done(work(job, piece, lambda done: messages.put(float(done)))))
         except BaseException as error:
             messages.put(error)
 
@@ -88,7 +95,7 @@ def _work(shared: list[Any], removals: list[Removal], path: list[str]) -> Iterat
         message = messages.get()
         if isinstance(message, BaseException):
             raise message
-        if not isinstance(message, float):
+        if isinstance(message, _Done):
             yield message
             return
         if time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:

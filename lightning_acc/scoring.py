@@ -96,7 +96,7 @@ def score(
         else:
             from lightning_acc import cluster
 
-            results = cluster.map_chunks(job, parts, ray_address, bar)
+            results = cluster.map_pieces(compute, job, parts, ray_address, bar)
 
     conditions = {
         "method": method,

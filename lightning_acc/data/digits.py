@@ -1,8 +1,7 @@
-"""The studies' LightningDataModules, over Hugging Face ``datasets``."""
+"""scikit-learn's handwritten digits: small, and on every machine."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_acc.data.base import png
 from lightning_acc.errors import RequestError
 
 
@@ -84,12 +84,3 @@ class DigitsDataModule(pl.LightningDataModule):
 
 def _pairs(rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([row["image"] for row in rows]), torch.stack([row["label"] for row in rows])
-
-
-def png(image: np.ndarray) -> bytes:
-    """A grey image with values from 0 (black) to 1, as a PNG file."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray((255 * np.clip(image, 0, 1)).round().astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
