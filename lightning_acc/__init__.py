@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_acc.agreement import evaluate
     from lightning_acc.audit import AuditReport
+    from lightning_acc.cleaning import clean
     from lightning_acc.errors import InfluenceError, RequestError, RunError
     from lightning_acc.optimizers import OptimizerRule, register_optimizer
     from lightning_acc.queries import Query
@@ -31,6 +32,7 @@ __all__ = [
     "RunError",
     "Scores",
     "TrajectoryRecorder",
+    "clean",
     "evaluate",
     "register_optimizer",
     "score",
@@ -48,6 +50,7 @@ _HOMES = {
     "RunError": "errors",
     "Scores": "scores",
     "TrajectoryRecorder": "recorder",
+    "clean": "cleaning",
     "evaluate": "agreement",
     "register_optimizer": "optimizers",
     "write_report": "report",

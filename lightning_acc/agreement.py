@@ -88,9 +88,9 @@ def evaluate(run: Run | str | os.PathLike[str], save: bool = True) -> pa.Table:
         save: store the table as ``evaluation.json`` in the run directory.
 
     Returns:
-        One row per table of scores: method, query, readout, dtype, rmse, rmse_sd (in standard deviations of the truth),
-        kendall, spearman, jaccard_10 to jaccard_70, n (removals compared), seconds (of all workers together) and
-        peak_memory_gb. The truth is among them, for its cost.
+        One row per table of scores and kind of removals: method, query, readout, dtype, removals (``samples``: single ones;
+        ``groups``), rmse, rmse_sd (in standard deviations of the truth), kendall, spearman, jaccard_10 to jaccard_70, n
+        (removals compared), seconds (of all workers together) and peak_memory_gb. The truth is among them, for its cost.
 
     Raises:
         RequestError: there are no scores, or none of ``loo`` to compare with.
@@ -106,20 +106,21 @@ def evaluate(run: Run | str | os.PathLike[str], save: bool = True) -> pa.Table:
         if truth is None:
             continue
         expected, found = truth.by_removal(), estimate.by_removal()
-        common = [removal for removal in found if removal in expected]
-        if not common:
-            continue
         c = estimate.conditions
-        figures = agreement(np.array([found[r] for r in common]), np.array([expected[r] for r in common]))
-        rows.append(
-            {
-                **{key: c[key] for key in ("method", "query", "readout", "dtype")},
-                **figures,
-                "n": len(common),
-                "seconds": c["seconds"],
-                "peak_memory_gb": c["peak_memory_gb"],
-            }
-        )
+        # Groups move the query much more than single samples: together, one kind would hide the other.
+        for kind, is_kind in (("samples", lambda removal: len(removal) == 1), ("groups", lambda removal: len(removal) != 1)):
+            common = [removal for removal in found if removal in expected and is_kind(removal)]
+            if common:
+                rows.append(
+                    {
+                        **{key: c[key] for key in ("method", "query", "readout", "dtype")},
+                        "removals": kind,
+                        **agreement(np.array([found[r] for r in common]), np.array([expected[r] for r in common])),
+                        "n": len(common),
+                        "seconds": c["seconds"],
+                        "peak_memory_gb": c["peak_memory_gb"],
+                    }
+                )
     if not rows:
         raise RequestError(
             f"{run.path} has no leave-one-out truth for its scores: compute it with score(run, method='loo'), on the same "
@@ -133,7 +134,7 @@ def evaluate(run: Run | str | os.PathLike[str], save: bool = True) -> pa.Table:
 
 def as_text(table: pa.Table) -> str:
     """The table of ``evaluate`` for a terminal."""
-    columns = ["method", "readout", "rmse", "rmse_sd", "kendall", "spearman", "jaccard_10", "n", "seconds"]
+    columns = ["method", "readout", "removals", "rmse", "rmse_sd", "kendall", "spearman", "jaccard_10", "n", "seconds"]
     frame = table.select(columns).to_pandas()
     text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
     return text

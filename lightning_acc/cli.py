@@ -115,6 +115,32 @@ def evaluate(run: str) -> None:
     print(as_text(compare(run)))
 
 
+def clean(
+    run: str,
+    method: list[Method] = ["acc-sgd-ie"],  # noqa: B006
+    fractions: list[float] = [0.05, 0.1, 0.2],  # noqa: B006
+    seeds: int = 5,
+    test: str | None = None,
+    ray_address: str | None = "local",
+    memory_gb: float = 2.0,
+) -> None:
+    """Drop the most harmful samples, train anew over several seeds, and test; beside controls.
+
+    Args:
+        run: the run directory.
+        method: whose rankings to use.
+        fractions: of the training samples to drop.
+        seeds: how many trainings, each from new initial parameters and in a new order.
+        test: the recorded query to test on; by default test where there is one, else val.
+        ray_address: local, auto, ray://host:port, or null for this process.
+        memory_gb: budget of each process.
+    """
+    from lightning_acc.cleaning import as_text
+    from lightning_acc.cleaning import clean as compute
+
+    print(as_text(compute(run, method, fractions, seeds, test, ray_address, memory_gb=memory_gb)))
+
+
 def report(run: str) -> None:
     """Write the page report/index.html in the run directory.
 
@@ -167,6 +193,7 @@ VERBS: dict[str, Any] = {
     "score": score,
     "retrain": retrain,
     "evaluate": evaluate,
+    "clean": clean,
     "report": report,
     "track": track,
     "study": study,

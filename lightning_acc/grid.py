@@ -15,7 +15,7 @@ DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "adult": ("AdultDataModule", {}),
     "newsgroups": ("NewsgroupsDataModule", {}),
     "mnist": ("MNISTDataModule", {"digits": [1, 7]}),
-    "digits": ("DigitsDataModule", {}),
+    "digits": ("DigitsDataModule", {"label_noise": 0.0}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "logistic": {"hidden": ()},

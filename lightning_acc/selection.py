@@ -16,8 +16,9 @@ def select(run: Run, words: str) -> list[Removal] | None:
     """The removals ``words`` names.
 
     ``all``: every sample by itself. ``random:64``: 64 samples drawn at random, the same ones every time. ``top:50@sgd-ie``:
-    the 50 most harmful by the stored scores of a method. Anything else is a file with one removal on each line, its
-    sample ids separated by blanks or commas; empty lines and what follows a ``#`` are passed over.
+    the 50 most harmful by the stored scores of a method. ``group:label``: one removal for each value of a column that the
+    data module tells of its samples (``describe_samples``), such as a label or a source. Anything else is a file with one
+    removal on each line, its sample ids separated by blanks or commas; empty lines and what follows a ``#`` are passed over.
 
     Raises:
         RequestError: the words mean nothing, or there is no such file, method or sample.
@@ -39,9 +40,12 @@ def select(run: Run, words: str) -> list[Removal] | None:
         table = scores.read(run.store, match[2])
         order = sorted(zip(table.values.tolist(), table.removals, strict=True))
         return [removal for _, removal in order[: int(match[1])]]
+    if match := re.fullmatch(r"group:(.+)", words):
+        return list(groups(run, match[1]).values())
     if not os.path.isfile(words):
         raise RequestError(
-            f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, or a file with a removal on each line."
+            f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, group:COLUMN, or a file with a removal "
+            "on each line."
         )
     with open(words, encoding="utf-8") as file:
         lines = [line.partition("#")[0].replace(",", " ").split() for line in file]
@@ -49,3 +53,20 @@ def select(run: Run, words: str) -> list[Removal] | None:
         return parse([[int(word) for word in line] for line in lines if line], run.n_samples)
     except ValueError as error:
         raise RequestError(f"The file {words} names no removals: {error}") from error
+
+
+def groups(run: Run, column: str) -> dict[str, Removal]:
+    """The samples of each value of a column that is known of them, such as ``label``.
+
+    Raises:
+        RequestError: there is no such column.
+    """
+    info = run.sample_info()
+    known = [] if info is None else [name for name in info.column_names if name != "image"]
+    if column not in known:
+        has = f"known are {', '.join(known)}" if known else "nothing is known of them (define describe_samples)"
+        raise RequestError(f"The samples of this run have no column {column!r}: {has}.")
+    found: dict[str, list[int]] = {}
+    for sample, value in enumerate(info[column].to_pylist() if info is not None else []):
+        found.setdefault(str(value), []).append(sample)
+    return {value: tuple(samples) for value, samples in sorted(found.items())}

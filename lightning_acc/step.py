@@ -54,6 +54,7 @@ class Step:
         weights: recorded loss weights, (B,).
         groups: hyper-parameters of the parameter groups.
         rows_at_once: how many Hessian-vector products to take together.
+        own_rows: the leaves are (n, B, ...), a batch for each of n parameter vectors; only ``gradients`` can be asked then.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Step:
         weights: Tensor,
         groups: list[Hyperparameters],
         rows_at_once: int = 128,
+        own_rows: bool = False,
     ) -> None:
         self.objective = objective
         self.accumulated = [Batch(batches.cast(batch.leaves, objective.dtype), batch.rng) for batch in accumulated]
@@ -72,6 +74,7 @@ class Step:
         self.weights = weights.to(objective.dtype)
         self.groups = groups
         self.rows_at_once = rows_at_once
+        self._own_rows = own_rows
         self._update = update
 
     def update(self, state: State, gradient: Tensor) -> State:
@@ -109,7 +112,7 @@ class Step:
         parts = []
         for batch in self.accumulated:
             with batch.random_numbers():
-                parts.append(self.objective.losses_each(thetas, batch.leaves))
+                parts.append(self.objective.losses_each(thetas, batch.leaves, self._own_rows))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def single_samples(self, positions: Tensor) -> Leaves | None:

@@ -99,7 +99,8 @@ def data_of(study: Study, cell: Cell) -> Any:
     name, options = DATA[cell.data]
     noise = CORRUPTIONS[cell.corruption]
     shares = {noise: study.share} if noise else {}
-    return getattr(data, name)(n_train=study.n_train, batch_size=cell.batch_size, seed=cell.seed, **options, **shares)
+    options = {**options, **shares, "n_train": study.n_train, "batch_size": cell.batch_size, "seed": cell.seed}
+    return getattr(data, name)(**options)
 
 
 def _rows(study: Study, cell: Cell, run: Run, progress: Callable[[float], None]) -> list[dict[str, Any]]:

@@ -7,10 +7,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytorch_lightning import LightningDataModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_acc import cluster, tracking
 from lightning_acc.agreement import as_text, evaluate
+from lightning_acc.cleaning import as_text as as_lines
+from lightning_acc.cleaning import clean
 from lightning_acc.errors import RunError
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.report import write_report
@@ -30,6 +34,8 @@ class Influence:
         dtype: None as recorded, or float64.
         ray_address: local, auto, ray://..., or None for this process.
         memory_gb: budget of each process.
+        clean_fractions: of the training samples to drop by each estimator's ranking before training anew; none by default.
+        clean_seeds: trainings for each of them.
         project: W&B project.
         wandb: whether the training and the results are logged to W&B, offline where there is no key.
     """
@@ -40,6 +46,8 @@ class Influence:
     dtype: str | None = None
     ray_address: str | None = "local"
     memory_gb: float = DEFAULT_MEMORY_GB
+    clean_fractions: list[float] = field(default_factory=list)
+    clean_seeds: int = 5
     project: str = "lightning-acc"
     wandb: bool = True
 
@@ -81,8 +89,16 @@ def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
             tracking.finish()
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
+    _keep_test_data(cli)
     print(f"recorded in {cli.config.recorder.directory}")
     return cli
+
+
+def _keep_test_data(cli: RecordingCLI) -> None:
+    """Store the data module's test data as the query ``test``: what no ranking has seen."""
+    if cli.trainer.is_global_zero and is_overridden("test_dataloader", cli.datamodule, LightningDataModule):
+        cli.datamodule.setup("test")
+        Run(cli.config.recorder.directory).add_query("test", cli.datamodule.test_dataloader())
 
 
 def _wandb_logger(cli: RecordingCLI) -> Any:
@@ -137,3 +153,7 @@ def _score_all(recorded: Run, options: Any) -> None:
             memory_gb=options.memory_gb,
         )
         print(f"{scores}: {scores.conditions['seconds']:.1f} s of work")
+    if options.clean_fractions:
+        rankings = [method for method in options.methods if method not in ("loo", "tracin")]
+        cleaned = clean(recorded, rankings, options.clean_fractions, options.clean_seeds, ray_address=options.ray_address)
+        print(as_lines(cleaned))

@@ -1,0 +1,345 @@
+"""What cleaning gains: drop the most harmful samples, train anew over several seeds, and test.
+
+Beside every ranking stand controls: nothing removed, random samples, those of highest loss, cleanlab's ranking by
+out-of-sample predicted probabilities, the truth (``loo``) where it is known, and the oracle that knows the corrupted samples.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lightning_acc.agreement import stored_scores
+from lightning_acc.errors import RequestError
+from lightning_acc.progress import Progress
+from lightning_acc.queries import Query
+from lightning_acc.replay import Replay
+from lightning_acc.retraining import Retraining, contents, retrain
+from lightning_acc.scoring import DEFAULT_MEMORY_GB, METHODS, score
+from lightning_acc.trajectory import batches
+from lightning_acc.trajectory.run import Run
+
+NAME = "cleaning.parquet"
+CONTROLS = ("none", "random", "loss", "cleanlab", "loo", "oracle")
+FOLDS = 5
+"""Of the cross-validation that predicts every sample by a model that has not seen it."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    run: Run
+    test: Query
+    memory: int
+
+
+def clean(
+    run: Run | str | os.PathLike[str],
+    method: str | Sequence[str] = "acc-sgd-ie",
+    fractions: Sequence[float] = (0.05, 0.1, 0.2),
+    seeds: int = 5,
+    test: str | Query | None = None,
+    ray_address: str | None = "local",
+    *,
+    controls: Sequence[str] = CONTROLS,
+    memory_gb: float = DEFAULT_MEMORY_GB,
+    save: bool = True,
+    progress: bool | None = None,
+) -> pa.Table:
+    """Drop the most harmful samples, train anew, test: does the ranking clean the data?
+
+    Args:
+        run: a recorded run, or its path.
+        method: whose ranking to use, or several; computed now for all samples where it is not stored.
+        fractions: of the training samples to drop.
+        seeds: how many trainings, each from new initial parameters and in a new order (``lightning_acc.retraining``).
+        test: a query recorded with the run, or a Query, to test on; None takes ``test`` where it is recorded, else ``val``,
+            which the rankings have seen.
+        ray_address: where to compute, as for ``score``.
+        controls: which of none, random, loss, cleanlab, loo and oracle to show beside. cleanlab needs that package and a
+            classifier; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
+            missing, the control is left out.
+        memory_gb: budget of each process.
+        save: store the table as ``cleaning.parquet`` in the run directory.
+        progress: show a progress bar; None shows one in a terminal.
+
+    Returns:
+        One row per method and fraction: n_removed, seeds, means and 95 % intervals over the seeds of the test accuracy and
+        loss (``accuracy``, ``accuracy_low``, ``accuracy_high``, ``loss``, ...) and of the gain in accuracy over the
+        training with nothing removed from the same seed (``gain``, ...); a module without an accuracy gains in loss. The
+        single values are in ``accuracies`` and ``losses``.
+
+    Raises:
+        RequestError: a fraction, method or query cannot be used.
+        RunError: the run cannot be read, or its module not be built anew.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    methods = [method] if isinstance(method, str) else list(method)
+    for name in methods:
+        if name not in METHODS:
+            raise RequestError(f"There is no method {name!r} to clean by; choose from {', '.join(METHODS)}.")
+    for name in controls:
+        if name not in CONTROLS:
+            raise RequestError(f"There is no control {name!r}; choose from {', '.join(CONTROLS)}.")
+    for fraction in fractions:
+        if not 0 < fraction < 1:
+            raise RequestError(f"The fraction {fraction} cannot be removed: choose between 0 and 1.")
+    if seeds < 2:
+        raise RequestError(f"seeds={seeds} gives no interval: choose at least 2.")
+    job = _Job(run, _test_query(run, test), int(memory_gb * 2**30))
+    orders = {name: _ranking(run, name, ray_address, memory_gb, progress) for name in methods}
+    orders.update(_controls(run, [name for name in controls if name not in ("none", "random", *methods)], job, ray_address))
+    counts = {fraction: max(1, round(fraction * run.n_samples)) for fraction in sorted(fractions)}
+    plans = [_plan(run, seed, orders, counts, random="random" in controls) for seed in range(seeds)]
+    keys = list(plans[0])
+    retrainings = [Retraining(seed, [plan[key] for key in keys]) for seed, plan in enumerate(plans)]
+    with Progress(f"cleaning · {len(keys) * seeds} trainings", seeds, progress) as bar:
+        results = _map(_test_retrained, job, retrainings, ray_address, bar)
+    losses, accuracies = (np.array(values, dtype=float).T for values in zip(*results, strict=True))
+    shown = {key: i for i, key in enumerate(keys) if key[0] != "none" or "none" in controls}
+    table = pa.Table.from_pylist(
+        [
+            _row(key, len(plans[0][key]), losses[i], accuracies[i], losses[0], accuracies[0], job.test.name)
+            for key, i in shown.items()
+        ],
+        schema=SCHEMA,
+    )
+    table = table.replace_schema_metadata({"manifest_hash": run.hash, "test": job.test.name})
+    if save:
+        write(run, table)
+    return table
+
+
+SCHEMA = pa.schema(
+    [("method", pa.string()), ("fraction", pa.float64()), ("n_removed", pa.int64()), ("seeds", pa.int64())]
+    + [(f"{what}{end}", pa.float64()) for what in ("accuracy", "loss", "gain") for end in ("", "_low", "_high")]
+    + [("accuracies", pa.list_(pa.float64())), ("losses", pa.list_(pa.float64())), ("test", pa.string())]
+)
+
+
+def write(run: Run, table: pa.Table) -> None:
+    """Store a table of ``clean`` in the run directory."""
+    import pyarrow.parquet
+
+    if b"manifest_hash" not in (table.schema.metadata or {}):
+        table = table.replace_schema_metadata({"manifest_hash": run.hash})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    run.store.write(NAME, buffer.getvalue())
+
+
+def read(run: Run) -> pa.Table | None:
+    """The table of ``clean`` stored with the run; None where there is none that belongs to its present content."""
+    import pyarrow.parquet
+
+    if not run.store.exists(NAME):
+        return None
+    table = pyarrow.parquet.read_table(pa.BufferReader(run.store.read(NAME)))
+    return table if (table.schema.metadata or {}).get(b"manifest_hash") == run.hash.encode() else None
+
+
+def as_text(table: pa.Table) -> str:
+    """The table of ``clean`` for a terminal: gains in percentage points, or in loss."""
+    lines = [f"{'method':12} {'dropped':>8} {'accuracy':>9} {'loss':>8}   gain with 95 % interval"]
+    for row in table.to_pylist():
+        accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
+        scale, unit = (1, "") if row["accuracy"] is None else (100, " points")
+        gain = f"{scale * row['gain']:+.2f} ({scale * row['gain_low']:+.2f} to {scale * row['gain_high']:+.2f}){unit}"
+        lines.append(f"{row['method']:12} {100 * row['fraction']:6.1f} % {accuracy:>9} {row['loss']:8.4f}   {gain}")
+    return "\n".join(lines)
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of values (n,) and the ends of its 95 % confidence interval (Student's t)."""
+    mean, spread = float(np.mean(values)), float(stats.sem(values))
+    reach = float(stats.t.ppf(0.975, len(values) - 1)) * spread
+    return mean, mean - reach, mean + reach
+
+
+def _row(
+    key: tuple[str, float],
+    removed: int,
+    losses: np.ndarray,
+    accuracies: np.ndarray,
+    losses_before: np.ndarray,
+    accuracies_before: np.ndarray,
+    test: str,
+) -> dict[str, Any]:
+    known = not np.isnan(accuracies).any()
+    row: dict[str, Any] = {"method": key[0], "fraction": key[1], "n_removed": removed, "seeds": len(losses), "test": test}
+    gains = accuracies - accuracies_before if known else losses_before - losses
+    for what, values in (("accuracy", accuracies if known else None), ("loss", losses), ("gain", gains)):
+        if values is not None:
+            row.update(zip((what, f"{what}_low", f"{what}_high"), interval(values), strict=True))
+    return {**row, "accuracies": accuracies.tolist() if known else None, "losses": losses.tolist()}
+
+
+def _test_query(run: Run, test: str | Query | None) -> Query:
+    if isinstance(test, Query):
+        return test
+    if test is None:
+        test = "test" if "test" in run.query_names() else "val"
+        if test == "val":
+            warnings.warn(
+                "Cleaning is tested on val, which the rankings have seen: add other data with run.add_query('test', loader).",
+                UserWarning,
+                stacklevel=3,
+            )
+    return run.query(test)
+
+
+def _ranking(run: Run, method: str, ray_address: str | None, memory_gb: float, progress: bool | None) -> np.ndarray:
+    """All samples, the most harmful first."""
+    values = _stored(run, method)
+    if values is None:
+        values = score(run, method, ray_address=ray_address, memory_gb=memory_gb, progress=progress).values
+    return np.argsort(values, kind="stable")
+
+
+def _stored(run: Run, method: str) -> np.ndarray | None:
+    """Stored scores (n_samples,) of every single sample under the query ``val``; None where they are not complete."""
+    for table in stored_scores(run).values():
+        if table.conditions["method"] == method and table.conditions["query"] == "val":
+            single = {removal[0]: value for removal, value in table.by_removal().items() if len(removal) == 1}
+            if len(single) == run.n_samples:
+                return np.array([single[i] for i in range(run.n_samples)])
+    return None
+
+
+def _controls(run: Run, names: list[str], job: _Job, ray_address: str | None) -> dict[str, np.ndarray]:
+    """The controls' rankings, as far as what they need is there."""
+    orders = {}
+    if "loss" in names:
+        replay = Replay(run)
+        orders["loss"] = np.argsort(-_final_losses(replay), kind="stable")
+    if "cleanlab" in names:
+        quality = _label_quality(job, ray_address)
+        if quality is not None:
+            orders["cleanlab"] = np.argsort(quality, kind="stable")
+    if "loo" in names:
+        values = _stored(run, "loo")
+        if values is not None:
+            orders["loo"] = np.argsort(values, kind="stable")
+    info = run.sample_info()
+    if "oracle" in names and info is not None and "corrupted" in info.column_names:
+        orders["oracle"] = np.flatnonzero(info["corrupted"].to_numpy(zero_copy_only=False))
+    return orders
+
+
+def _plan(
+    run: Run, seed: int, orders: dict[str, np.ndarray], counts: dict[float, int], random: bool
+) -> dict[tuple[str, float], frozenset[int]]:
+    """The samples to drop from one seed, by method and fraction; first of all nothing."""
+    plan: dict[tuple[str, float], frozenset[int]] = {("none", 0.0): frozenset()}
+    orders = dict(orders)
+    if random:
+        orders["random"] = np.random.default_rng(seed).permutation(run.n_samples)
+    for name, order in orders.items():
+        for fraction, count in counts.items():
+            plan[name, fraction] = frozenset(order[:count].tolist())
+    return plan
+
+
+def _map(work: Callable[..., Any], job: Any, pieces: Sequence[Any], ray_address: str | None, bar: Progress) -> list[Any]:
+    if ray_address is None:
+        return [work(job, piece, bar.of(i)) for i, piece in enumerate(pieces)]
+    from lightning_acc import cluster
+
+    return cluster.map_pieces(work, job, pieces, ray_address, bar)
+
+
+def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float], None]) -> tuple[list[float], list[float]]:
+    """Test losses and accuracies (NaN where there is none) of the trainings."""
+    torch.set_num_threads(1)
+    thetas = retrain(job.run, retraining, job.memory, progress)
+    replay = Replay(job.run)
+    losses = job.test.values(replay.objective, thetas)
+    accuracy = Query("accuracy", (batches.unflatten(s, leaves) for leaves, s in job.test.batches), correct)
+    try:
+        accuracies = accuracy.values(replay.objective, thetas).tolist()
+    except NotAClassifier:
+        accuracies = [float("nan")] * len(thetas)
+    return losses.tolist(), accuracies
+
+
+class NotAClassifier(Exception):
+    """A module or batch that class probabilities cannot be read from."""
+
+
+def logits_of(module: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits (B, classes) and labels (B,) of a batch ``(inputs, labels)``.
+
+    Raises:
+        NotAClassifier: the batch is not of that kind, or ``module(inputs)`` gives something else.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise NotAClassifier
+    inputs, labels = batch
+    try:
+        logits = module(inputs)
+    except NotImplementedError:  # Lightning's own forward
+        raise NotAClassifier from None
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
+        raise NotAClassifier
+    return logits, labels
+
+
+def correct(module: torch.nn.Module, batch: Any) -> Tensor:
+    """Whether each sample is classified as labelled, (B,) of 0 and 1: the module's ``per_sample_accuracy``, or arg max."""
+    if hasattr(module, "per_sample_accuracy"):
+        found: Tensor = module.per_sample_accuracy(batch)  # type: ignore[operator]
+        return found
+    logits, labels = logits_of(module, batch)
+    return (logits.argmax(-1) == labels).to(logits.dtype)
+
+
+def _final_losses(replay: Replay) -> np.ndarray:
+    """Losses (n_samples,) of the training samples at the end of the run, in evaluation mode."""
+    leaves = batches.cast(contents(replay.run), replay.dtype)
+    theta = replay.run.parameters(len(replay)).to(replay.dtype)
+    with torch.no_grad(), replay.objective.evaluating():
+        losses = [
+            replay.objective.losses(theta, batches.rows(leaves, rows))
+            for rows in torch.arange(replay.run.n_samples).split(1000)
+        ]
+    found: np.ndarray = torch.cat(losses).double().numpy()
+    return found
+
+
+def _label_quality(job: _Job, ray_address: str | None) -> np.ndarray | None:
+    """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; None where that cannot be had."""
+    try:
+        from cleanlab.rank import get_label_quality_scores  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        return None
+    fold_of = np.random.default_rng(0).permutation(job.run.n_samples) % FOLDS
+    folds = [frozenset(np.flatnonzero(fold_of == fold).tolist()) for fold in range(FOLDS)]
+    thetas = retrain(job.run, Retraining(0, folds), job.memory)
+    replay = Replay(job.run)
+    samples = contents(job.run)
+    probabilities: np.ndarray | None = None
+    for theta, fold in zip(thetas, folds, strict=True):
+        rows = sorted(fold)
+        batch = batches.unflatten(job.run.structure(), batches.cast(batches.rows(samples, torch.tensor(rows)), replay.dtype))
+        try:
+            with torch.no_grad(), replay.objective.evaluating():
+                logits = replay.objective.call(theta, lambda module, batch: logits_of(module, batch)[0], batch)
+        except NotAClassifier:
+            return None
+        if probabilities is None:
+            probabilities = np.zeros((job.run.n_samples, logits.shape[1]))
+            labels = np.zeros(job.run.n_samples, dtype=int)
+        probabilities[rows] = logits.double().softmax(-1).numpy()
+        labels[rows] = batch[1].numpy()
+    assert probabilities is not None
+    quality: np.ndarray = get_label_quality_scores(labels, probabilities)
+    return quality

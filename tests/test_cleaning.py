@@ -1,0 +1,152 @@
+"""Cleaning: what is dropped, how it is trained anew, and what the table says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import CLASSES, FEATURES, Net, StepOnly, data, make, record, trainer
+from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_acc as la
+from lightning_acc import cleaning
+from lightning_acc.replay import Replay
+from lightning_acc.retraining import Retraining, fresh_parameters, retrain
+
+
+class LinearNet(Net):
+    """Gives logits when called, as classifiers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net(x)
+        return out
+
+
+def classified(n: int, seed: int = 0) -> TensorDataset:
+    """Separable classes, the first eight labels wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % CLASSES
+    x = 2.5 * torch.eye(FEATURES)[labels] + 0.5 * torch.randn(n, FEATURES, generator=generator)
+    if seed == 0:
+        labels[:8] = (labels[:8] + 1) % CLASSES
+    return TensorDataset(x.double(), labels)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
+    torch.manual_seed(0)
+    module = LinearNet(hidden=6, optimizer={"momentum": 0.5, "lr": 0.1}).double()
+    path = tmp_path_factory.mktemp("clean") / "run"
+    loaders = DataLoader(classified(48), 8, shuffle=True), DataLoader(classified(60, seed=2), 60)
+    trainer(la.TrajectoryRecorder(path), max_epochs=8).fit(module, *loaders)
+    run = la.Run(path)
+    run.add_query("test", [classified(90, seed=3).tensors])
+    return run
+
+
+def test_dropping_the_most_harmful_beats_dropping_at_random(run: la.Run) -> None:
+    table = la.clean(run, ["acc-sgd-ie", "sgd-ie"], [0.05, 8 / 48], seeds=4, ray_address=None)
+    rows = {(row["method"], row["n_removed"]): row for row in table.to_pylist()}
+    assert {method for method, _ in rows} == {"none", "random", "loss", "cleanlab", "acc-sgd-ie", "sgd-ie"}
+    assert rows["acc-sgd-ie", 8]["loss"] < rows["random", 8]["loss"] - 0.05
+    assert rows["acc-sgd-ie", 8]["gain"] >= rows["random", 8]["gain"]
+    assert {row["test"] for row in rows.values()} == {"test"}
+    assert cleaning.read(run).equals(table)  # type: ignore[union-attr]
+    assert "acc-sgd-ie" in cleaning.as_text(table)
+
+
+def test_truth_and_oracle_are_shown_where_they_are_known(tmp_path: Path, run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+
+    info = pa.table({"corrupted": [i < 8 for i in range(48)]})
+    monkeypatch.setattr(la.Run, "sample_info", lambda self: info)
+    la.score(run, "loo", ray_address=None)
+    table = la.clean(run, "loo", [8 / 48, 0.5], seeds=2, ray_address=None, controls=("none", "oracle"), save=False)
+    rows = {(row["method"], round(row["fraction"], 2)): row for row in table.to_pylist()}
+    assert list(rows) == [("none", 0.0), ("loo", 0.17), ("loo", 0.5), ("oracle", 0.17), ("oracle", 0.5)]
+    assert rows["oracle", 0.5]["n_removed"] == 8  # no more than there are
+    assert rows["oracle", 0.17]["losses"] == rows["oracle", 0.5]["losses"]
+
+
+def test_gains_are_paired_and_intervals_are_students(run: la.Run) -> None:
+    table = la.clean(run, "sgd-ie", [0.1], seeds=3, ray_address=None, controls=("none",), save=False)
+    none, cleaned = table.to_pylist()
+    gains = np.array(cleaned["accuracies"]) - np.array(none["accuracies"])
+    low, high = stats.t.interval(0.95, 2, loc=gains.mean(), scale=stats.sem(gains))
+    assert (cleaned["gain"], cleaned["gain_low"], cleaned["gain_high"]) == pytest.approx((gains.mean(), low, high))
+    assert none["gain"] == 0
+    assert len(set(none["losses"])) == 3  # three seeds, three trainings
+
+
+def test_retraining_is_training_on_what_is_kept(run: la.Run) -> None:
+    """Against a plain loop with torch.optim over the same initial parameters and the same order."""
+    dropped = frozenset({1, 5, 40})
+    found = retrain(run, Retraining(3, [frozenset(), dropped]), memory=2**28)
+    module = run.module()
+    theta, position = fresh_parameters(run, Replay(run), 3), 0
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(theta[position : position + p.numel()].view_as(p))
+            position += p.numel()
+    module = module.double().train()
+    x, y = classified(48).tensors
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
+    generator = torch.Generator().manual_seed(3)
+    order: list[int] = []
+    while len(order) < 8 * 48:
+        order += [i for i in torch.randperm(48, generator=generator).tolist() if i not in dropped]
+    for t in range(48):
+        rows = order[8 * t : 8 * t + 8]
+        for group in optimizer.param_groups:
+            group["lr"] = run.steps[t].hyperparameters["lr"]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module.net(x[rows]), y[rows]).backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    torch.testing.assert_close(found[1], expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_workers_give_the_same_table(run: la.Run) -> None:
+    here, there = (
+        la.clean(run, "sgd-ie", [0.1], seeds=2, ray_address=address, controls=("none", "random"), save=False)
+        for address in (None, "local")
+    )
+    assert here.equals(there)
+
+
+def test_a_module_without_classes_gains_in_loss(tmp_path: Path) -> None:
+    squared = record(tmp_path / "run", make(loss="squared", optimizer={"lr": 0.02}))
+    with pytest.warns(UserWarning, match="tested on val, which the rankings have seen"):
+        table = la.clean(squared, "sgd-ie", [0.1], seeds=2, ray_address=None)
+    none, *_, cleaned = table.to_pylist()
+    assert {row["method"] for row in table.to_pylist()} == {"none", "random", "loss", "sgd-ie"}
+    assert none["accuracy"] is None
+    assert cleaned["gain"] == pytest.approx(np.mean(np.array(none["losses"]) - np.array(cleaned["losses"])))
+
+
+CALLS: dict[str, tuple[dict[str, Any], str]] = {
+    "fraction": ({"fractions": [1.5]}, "fraction 1.5 cannot be removed"),
+    "method": ({"method": "magic"}, "no method 'magic'"),
+    "control": ({"controls": ["luck"]}, "no control 'luck'"),
+    "seeds": ({"seeds": 1}, "seeds=1 gives no interval"),
+    "query": ({"test": "nowhere"}, "no query 'nowhere'"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_clear_errors(run: la.Run, case: str) -> None:
+    options, message = CALLS[case]
+    with pytest.raises(la.RequestError, match=message):
+        la.clean(run, ray_address=None, **options)
+
+
+def test_a_module_that_cannot_be_built_anew(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", StepOnly().double(), data())
+    run.manifest["module"]["class"] = "nowhere:Net"
+    with pytest.raises(la.RunError, match="cannot be imported here"):
+        la.clean(run, "sgd-ie", ray_address=None, test="val", controls=("none",))
