@@ -184,6 +184,17 @@ def track(run: str, project: str | None = None) -> None:
     print(f"W&B ({mode()}): {log(opened, rows, project)}")
 
 
+def dashboards(project: str | None = None) -> None:
+    """Say how to open what was logged to W&B: its address, or the commands for runs that are offline.
+
+    Args:
+        project: by default lightning-acc.
+    """
+    from lightning_acc import tracking
+
+    print(tracking.dashboards(project))
+
+
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 DESCRIPTION = "Which training samples made your PyTorch Lightning model better or worse?"
 VERBS: dict[str, Any] = {
@@ -196,6 +207,7 @@ VERBS: dict[str, Any] = {
     "clean": clean,
     "report": report,
     "track": track,
+    "dashboards": dashboards,
     "study": study,
 }
 

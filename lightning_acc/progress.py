@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from tqdm import tqdm
+
+Watcher = Callable[[float, float | None, float | None], None]
+"""Told the fraction done, pieces of work a second, and the seconds left."""
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """In here ``watcher`` follows every progress bar too, shown or not."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 class Progress:
@@ -19,6 +36,7 @@ class Progress:
 
     def __init__(self, title: str, parts: int, show: bool | None) -> None:
         self._fractions = [0.0] * parts
+        self._started = time.monotonic()
         self._bar = tqdm(
             total=100.0,
             desc=title,
@@ -35,8 +53,13 @@ class Progress:
         """Piece ``part`` is done to ``fraction``, from 0 to 1."""
         if not any(self._fractions):
             self._bar.reset()  # what went before, such as starting workers, says nothing of the time left
+            self._started = time.monotonic()
         self._fractions[part] = fraction
-        self._bar.update(100.0 * sum(self._fractions) / len(self._fractions) - self._bar.n)
+        done = sum(self._fractions) / len(self._fractions)
+        self._bar.update(100.0 * done - self._bar.n)
+        gone = time.monotonic() - self._started
+        for watcher in _watchers:
+            watcher(done, len(self._fractions) * done / gone if gone else None, gone * (1 - done) / done if done else None)
 
     def note(self, text: str) -> None:
         """Say what is being waited for before the first piece begins."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_acc.agreement import as_text, evaluate
 from lightning_acc.cleaning import as_text as as_lines
 from lightning_acc.cleaning import clean
 from lightning_acc.errors import RunError
+from lightning_acc.progress import watched_by
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.report import write_report
 from lightning_acc.scoring import DEFAULT_MEMORY_GB, score
@@ -123,21 +125,25 @@ def run(args: list[str]) -> None:
     print(report)
     if not report:
         raise RunError(f"The record in {recorded.path} does not reproduce the training, so it is not scored.")
-    address = options.ray_address
-    if address is None:
-        _score_all(recorded, options)
-    else:
-        with cluster.connect(address):
-            _score_all(recorded, options)
-    if "loo" in options.methods:
-        evaluation = evaluate(recorded)
-        print(as_text(evaluation))
-    else:
-        evaluation = None
     if options.wandb:
-        rows = None if evaluation is None else evaluation.to_pylist()
-        print(f"W&B ({tracking.mode()}): {tracking.track(recorded, rows, options.project)}")
+        # One W&B run shows the progress and then the results.
+        with tracking.live(recorded, "influence", options.project) as shown, watched_by(shown.update):
+            rows = _score_and_evaluate(recorded, options)
+            print(f"W&B ({tracking.mode()}): {tracking.track(recorded, rows, options.project, into=shown)}")
+    else:
+        _score_and_evaluate(recorded, options)
     print(f"report: {write_report(recorded)}")
+
+
+def _score_and_evaluate(recorded: Run, options: Any) -> list[dict[str, Any]] | None:
+    with nullcontext() if options.ray_address is None else cluster.connect(options.ray_address):
+        _score_all(recorded, options)
+    if "loo" not in options.methods:
+        return None
+    evaluation = evaluate(recorded)
+    print(as_text(evaluation))
+    rows: list[dict[str, Any]] = evaluation.to_pylist()
+    return rows
 
 
 def _score_all(recorded: Run, options: Any) -> None:

@@ -94,7 +94,7 @@ def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.Captu
         (["score", "RUN", "--removals", "nofile"], "'nofile' names no removals and no file"),
         (["score", "RUN", "--removals", "random:100"], "random:100 asks for 100 samples, but this run has 60"),
         (["score", "RUN", "--removals", "top:3@magic"], r"needs the scores of magic.*it has acc-sgd-ie"),
-        (["score", "RUN", "--query", "test"], "no query 'test': it has val"),
+        (["score", "RUN", "--query", "train"], "no query 'train': it has test, val"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_a_status(

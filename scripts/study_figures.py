@@ -1,0 +1,215 @@
+"""The study's table and figures, as they stand in scripts/study and in the README.
+
+    lightning-acc study --config configs/study/paper.yaml
+    lightning-acc run   --config configs/study/clean-mnist.yaml
+    lightning-acc run   --config configs/study/clean-adult.yaml
+    python scripts/study_figures.py
+
+It writes paper.csv (every cell), the figures, and claims.md: what was expected, and every cell where it is not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pyarrow.parquet
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent / "study"
+COLOURS = {
+    "acc-sgd-ie, exact": "#0b6e99",
+    "acc-sgd-ie, linear": "#7cc0dc",
+    "sgd-ie, linear": "#d9730d",
+    "tracin, linear": "#9b9a97",
+}
+CLEANING = {"acc-sgd-ie": "#0b6e99", "sgd-ie": "#d9730d", "loo": "#1f1f1f", "cleanlab": "#7a4ea3", "loss": "#b8a14a"} | {
+    "oracle": "#3a8f4d",
+    "random": "#9b9a97",
+}
+NAMES = {"adult": "Adult", "newsgroups": "20 Newsgroups", "mnist": "MNIST 1 v 7"}
+KEYS = ["data", "model", "corruption", "epochs", "batch_size", "seed"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="runs/study/paper/study.parquet")
+    parser.add_argument("--cleaning", nargs="*", default=["runs/study/clean-mnist", "runs/study/clean-adult"])
+    options = parser.parse_args()
+    HERE.mkdir(exist_ok=True)
+    table = pyarrow.parquet.read_table(options.study)
+    facts = {key.decode(): value.decode() for key, value in table.schema.metadata.items() if not key.startswith(b"pandas")}
+    frame = table.to_pandas()
+    frame["way"] = frame["method"] + ", " + frame["readout"]
+    write_csv(frame, facts)
+    frame = frame[frame["method"] != "loo"]
+    error_against_epochs(frame)
+    batch_size(frame)
+    by_model(frame)
+    claims = [*expectations(frame), "", *cost(table.to_pandas())]
+    runs = [Path(path) for path in options.cleaning if (Path(path) / "cleaning.parquet").exists()]
+    if runs:
+        claims += ["", *cleaning(runs)]
+    (HERE / "claims.md").write_text("\n".join(claims) + "\n")
+    print("\n".join(claims))
+
+
+def write_csv(frame: pd.DataFrame, facts: dict[str, str]) -> None:
+    """Every cell, rounded to six digits, after lines that say where it comes from."""
+    head = "# lightning-acc study --config configs/study/paper.yaml; " + ", ".join(f"{k} {v}" for k, v in facts.items())
+    body = frame.drop(columns="way").to_csv(index=False, float_format="%.6g")
+    (HERE / "paper.csv").write_text(head + "\n" + body)
+
+
+def panels(n: int) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(1, n, figsize=(3.2 * n, 2.9), sharey=True, squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def error_against_epochs(frame: pd.DataFrame) -> None:
+    frame = frame[frame["batch_size"] == 100]
+    figure, axes = panels(3)
+    for axis, model in zip(axes, ("logistic", "gelu", "relu"), strict=True):
+        for way, colour in COLOURS.items():
+            part = frame[(frame["model"] == model) & (frame["way"] == way)].groupby("epochs")["rmse_sd"]
+            middle = part.median()
+            axis.plot(middle.index, middle, "o-", color=colour, label=way, lw=1.5, ms=4)
+            axis.fill_between(middle.index, part.quantile(0.25), part.quantile(0.75), color=colour, alpha=0.15, lw=0)
+        axis.set(title=model, xscale="log", yscale="log", xlabel="epochs", xticks=[2, 10, 38], xticklabels=["2", "10", "38"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("RMSE / sd of the truth")
+    axes[0].legend(fontsize=7, frameon=False)
+    save(figure, "error-against-epochs")
+
+
+def batch_size(frame: pd.DataFrame) -> None:
+    frame = frame[frame["epochs"] == 10]
+    figure, axes = panels(3)
+    for axis, model in zip(axes, ("logistic", "gelu", "relu"), strict=True):
+        for i, (way, colour) in enumerate(list(COLOURS.items())[:3]):
+            for j, size in enumerate((100, 20)):
+                values = frame[(frame["model"] == model) & (frame["way"] == way) & (frame["batch_size"] == size)]["rmse_sd"]
+                axis.boxplot(
+                    values,
+                    positions=[4 * j + i],
+                    widths=0.7,
+                    patch_artist=True,
+                    showfliers=False,
+                    boxprops={"facecolor": colour, "lw": 0},
+                    medianprops={"color": "black"},
+                )
+        axis.set(title=model, yscale="log", xticks=[1, 5], xticklabels=["batch 100\n20 steps", "batch 20\n100 steps"])
+    axes[0].set_ylabel("RMSE / sd of the truth")
+    save(figure, "batch-size")
+
+
+def by_model(frame: pd.DataFrame) -> None:
+    """Where ACC helps: its error beside SGD-IE's, a point a cell."""
+    wide = frame.pivot_table(index=KEYS, columns="way", values="rmse_sd").reset_index()
+    figure, axes = panels(3)
+    for axis, model in zip(axes, ("logistic", "gelu", "relu"), strict=True):
+        part = wide[wide["model"] == model]
+        for name, colour in zip(NAMES, ("#0b6e99", "#3a8f4d", "#d9730d"), strict=True):
+            points = part[part["data"] == name]
+            axis.scatter(points["sgd-ie, linear"], points["acc-sgd-ie, exact"], s=9, color=colour, label=NAMES[name], alpha=0.7)
+        limits = [1e-6, 10]
+        axis.plot(limits, limits, color="#9b9a97", lw=0.8)
+        axis.set(title=model, xscale="log", yscale="log", xlabel="RMSE of sgd-ie / sd")
+    axes[0].set_ylabel("RMSE of acc-sgd-ie / sd")
+    axes[0].legend(fontsize=7, frameon=False)
+    save(figure, "where-acc-helps")
+
+
+def expectations(frame: pd.DataFrame) -> list[str]:
+    wide = frame.pivot_table(index=KEYS, columns="way", values=["rmse", "rmse_sd", "kendall"])
+    ratio = wide["rmse"]["acc-sgd-ie, exact"] / wide["rmse"]["sgd-ie, linear"]
+    tau = wide["kendall"]["acc-sgd-ie, exact"]
+    lines = [
+        "| model | cells | RMSE/sd: acc exact | acc linear | sgd-ie | tau: acc exact | acc linear | sgd-ie | acc better in |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for model in ("logistic", "gelu", "relu"):
+        part = wide.xs(model, level="model")
+        rmse = [f"{part['rmse_sd'][way].median():.3g}" for way in list(COLOURS)[:3]]
+        kendall = [f"{part['kendall'][way].median():.3f}" for way in list(COLOURS)[:3]]
+        better = (ratio.xs(model, level="model") < 1).mean()
+        lines.append(f"| {model} | {len(part)} | {' | '.join(rmse + kendall)} | {100 * better:.0f} % |")
+    logistic = ratio.index.get_level_values("model") == "logistic"
+    lines += ["", f"Expected of every logistic cell: tau of acc-sgd-ie (exact) at least 0.98; {failed(tau[logistic] < 0.98)}"]
+    lines += [f"- {name(cell)}: tau {tau[cell]:.3f}" for cell in tau[logistic][tau[logistic] < 0.98].index]
+    bad = ratio[logistic][ratio[logistic] > 0.2]
+    lines += ["", f"Expected of every logistic cell: RMSE at most a fifth of sgd-ie's; {failed(ratio[logistic] > 0.2)}"]
+    lines += [f"- {name(cell)}: {ratio[cell]:.2f} of it" for cell in bad.index]
+    worse = ratio[~logistic][ratio[~logistic] >= 1]
+    lines += ["", f"Hoped of every network: RMSE below sgd-ie's; {failed(ratio[~logistic] >= 1)}"]
+    lines += [f"- {name(cell)}: {ratio[cell]:.2f} of it" for cell in worse.index]
+    return lines
+
+
+def failed(wrong: pd.Series) -> str:
+    return f"not so in {int(wrong.sum())} of {len(wrong)} cells" + (":" if wrong.any() else ".")
+
+
+def name(cell: tuple[Any, ...]) -> str:
+    data, model, corruption, epochs, batch, seed = cell
+    return f"{data}, {model}, {corruption}, {epochs} epochs of batch {batch}, seed {seed}"
+
+
+def cost(frame: pd.DataFrame) -> list[str]:
+    frame = frame[frame["readout"] != "linear"].pivot_table(index=KEYS, columns="method", values="seconds")
+    ratio = (frame["acc-sgd-ie"] / frame["loo"]).median()
+    return [f"Cost of acc-sgd-ie in retrainings of loo, median over the cells: {ratio:.2f}."]
+
+
+def cleaning(runs: list[Path]) -> list[str]:
+    figure, axes = panels(len(runs))
+    lines = []
+    for axis, run in zip(axes, runs, strict=True):
+        frame = pyarrow.parquet.read_table(run / "cleaning.parquet").to_pandas()
+        axis.axhline(0, color="#9b9a97", lw=0.8)
+        for i, (method, colour) in enumerate(CLEANING.items()):
+            part = frame[frame["method"] == method]
+            x = 100 * part["fraction"] + 0.25 * (i - 3)
+            axis.errorbar(
+                x,
+                100 * part["gain"],
+                100 * np.array([part["gain"] - part["gain_low"], part["gain_high"] - part["gain"]]),
+                color=colour,
+                label=method,
+                lw=1.2,
+                marker="o",
+                ms=3,
+                capsize=2,
+            )
+        axis.set(title=run.name.removeprefix("clean-"), xlabel="% of the samples dropped")
+        lines += [f"{run.name}, {int(frame['seeds'].max())} seeds, gain in points of test accuracy (95 % interval):", ""]
+        lines += ["| dropped | " + " | ".join(CLEANING) + " |", "| --- |" + " --- |" * len(CLEANING)]
+        for fraction in sorted(set(frame["fraction"]) - {0.0}):
+            rows = frame[frame["fraction"] == fraction].set_index("method")
+            shown = [
+                f"{100 * rows.gain[m]:+.2f} ({100 * rows.gain_low[m]:+.2f} to {100 * rows.gain_high[m]:+.2f})" for m in CLEANING
+            ]
+            lines.append(f"| {100 * fraction:.0f} % | {' | '.join(shown)} |")
+        lines.append("")
+    axes[0].set_ylabel("gain in test accuracy, points")
+    axes[-1].legend(fontsize=7, frameon=False)
+    save(figure, "cleaning")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
