@@ -141,6 +141,43 @@ def clean(
     print(as_text(compute(run, method, fractions, seeds, test, ray_address, memory_gb=memory_gb)))
 
 
+def export(
+    run: str,
+    scores: str = "acc-sgd-ie",
+    csv: str | None = None,
+    ids: str | None = None,
+    fraction: float = 0.1,
+) -> None:
+    """Write a ranking as CSV, or the ids of the samples to drop.
+
+    Args:
+        run: the run directory.
+        scores: which stored scores, such as sgd-ie.
+        csv: file for the ranking: rank, sample, score and what is known of it.
+        ids: file for the ids to drop, one on each line: the most harmful ones, of negative score.
+        fraction: of the samples that ids may hold at most.
+    """
+    from lightning_acc import exports
+    from lightning_acc.agreement import stored_scores
+    from lightning_acc.errors import RequestError
+    from lightning_acc.trajectory.run import Run
+
+    opened = Run(run)
+    tables = stored_scores(opened)
+    if scores not in tables:
+        has = f"it has {', '.join(tables)}" if tables else "it has none yet"
+        raise RequestError(f"This run has no scores {scores!r}: {has}. Compute them with lightning-acc score.")
+    if csv is None and ids is None:
+        raise RequestError("Nothing to write: name a file with --csv or --ids.")
+    if csv is not None:
+        exports.write_ranking_csv(opened, tables[scores], csv)
+        print(f"ranking: {csv}")
+    if ids is not None:
+        drop = exports.ids_to_drop(tables[scores], fraction=fraction)
+        exports.write_ids(drop, ids)
+        print(f"{len(drop)} ids to drop: {ids}")
+
+
 def report(run: str) -> None:
     """Write the page report/index.html in the run directory.
 
@@ -197,6 +234,8 @@ def dashboards(project: str | None = None) -> None:
 
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 DESCRIPTION = "Which training samples made your PyTorch Lightning model better or worse?"
+LISTS = {"clean": ("--method", "--fractions")}
+"""Options that take several values."""
 VERBS: dict[str, Any] = {
     "run": run,
     "fit": fit,
@@ -205,6 +244,7 @@ VERBS: dict[str, Any] = {
     "retrain": retrain,
     "evaluate": evaluate,
     "clean": clean,
+    "export": export,
     "report": report,
     "track": track,
     "dashboards": dashboards,
@@ -214,6 +254,24 @@ VERBS: dict[str, Any] = {
 
 def _underscored(option: re.Match[str]) -> str:
     return "--" + option[0][2:].replace("-", "_")
+
+
+def _lists_in_brackets(args: list[str]) -> list[str]:
+    """``--fractions 0.05 0.1`` as ``--fractions [0.05, 0.1]``, which is how the parser takes lists."""
+    out: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if word.split("=")[0] not in LISTS.get(args[0], ()):
+            out.append(word)
+            continue
+        option, given, value = word.partition("=")
+        values = [value] if given else []
+        while not given and rest and not rest[0].startswith("-"):
+            values.append(rest.pop(0))
+        whole = len(values) == 1 and values[0].startswith("[")
+        out += [option, values[0] if whole else f"[{', '.join(values)}]"]
+    return out
 
 
 def main(args: list[str] | None = None) -> None:
@@ -232,7 +290,8 @@ def main(args: list[str] | None = None) -> None:
                     return _OPTION.sub(lambda option: option[0].replace("_", "-"), super().format_help(*formatter))
 
             # Options are written with dashes, as users of other commands expect; underscores do as well.
-            dashed = [_OPTION.sub(_underscored, arg, count=1) if arg.startswith("--") else arg for arg in args]
+            listed = _lists_in_brackets(args)
+            dashed = [_OPTION.sub(_underscored, arg, count=1) if arg.startswith("--") else arg for arg in listed]
             auto_cli(VERBS, args=dashed, parser_class=DashedParser, prog="lightning-acc", description=DESCRIPTION)
     except InfluenceError as error:
         print(f"lightning-acc: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -23,9 +24,8 @@ from lightning_acc.models import Classifier
 from lightning_acc.removals import Removals
 from lightning_acc.replay import Replay
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
+plt.switch_backend("Agg")
+mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lightning_acc"})
 N, EPOCHS, DECAY = 200, 60, 0.05
 PUT_IN = (0, 20, 60)
 

@@ -11,17 +11,18 @@ It writes paper.csv (every cell), the figures, and claims.md: what was expected,
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
+plt.switch_backend("Agg")
+mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lightning_acc"})
 HERE = Path(__file__).parent / "study"
 COLOURS = {
     "acc-sgd-ie, exact": "#0b6e99",
@@ -56,8 +57,24 @@ def main() -> None:
     runs = [Path(path) for path in options.cleaning if (Path(path) / "cleaning.parquet").exists()]
     if runs:
         claims += ["", *cleaning(runs)]
-    (HERE / "claims.md").write_text("\n".join(claims) + "\n")
+    (HERE / "claims.md").write_text("# What was expected, and where it is not so\n\n" + "\n".join(claims) + "\n")
+    into_readme("study", claims[: claims.index("")])
+    if runs:
+        into_readme("cleaning", cleaning(runs))
     print("\n".join(claims))
+
+
+def into_readme(mark: str, lines: list[str]) -> None:
+    """Replace what stands between two marks of the README."""
+    readme = HERE.parent.parent / "README.md"
+    text, count = re.subn(
+        rf"(<!-- {mark}: .* -->\n).*(<!-- end of {mark} -->)",
+        lambda found: found[1] + "\n".join(lines).strip() + "\n" + found[2],
+        readme.read_text(),
+        flags=re.DOTALL,
+    )
+    assert count == 1, f"README.md has lost its marks of {mark}"
+    readme.write_text(text)
 
 
 def write_csv(frame: pd.DataFrame, facts: dict[str, str]) -> None:
@@ -196,14 +213,16 @@ def cleaning(runs: list[Path]) -> list[str]:
                 capsize=2,
             )
         axis.set(title=run.name.removeprefix("clean-"), xlabel="% of the samples dropped")
-        lines += [f"{run.name}, {int(frame['seeds'].max())} seeds, gain in points of test accuracy (95 % interval):", ""]
-        lines += ["| dropped | " + " | ".join(CLEANING) + " |", "| --- |" + " --- |" * len(CLEANING)]
-        for fraction in sorted(set(frame["fraction"]) - {0.0}):
-            rows = frame[frame["fraction"] == fraction].set_index("method")
-            shown = [
-                f"{100 * rows.gain[m]:+.2f} ({100 * rows.gain_low[m]:+.2f} to {100 * rows.gain_high[m]:+.2f})" for m in CLEANING
-            ]
-            lines.append(f"| {100 * fraction:.0f} % | {' | '.join(shown)} |")
+        title = {"mnist": "MNIST", "adult": "Adult"}[run.name.removeprefix("clean-")]
+        fractions = sorted(set(frame["fraction"]) - {0.0})
+        before = frame[frame["method"] == "none"]["accuracy"].iloc[0]
+        lines += [f"| {title}: gain in points over {100 * before:.1f} % test accuracy (95 % interval); dropped |"]
+        lines[-1] += " |".join(f" {100 * fraction:.0f} %" for fraction in fractions) + " |"
+        lines.append("| --- |" + " --- |" * len(fractions))
+        for method in CLEANING:
+            rows = frame[frame["method"] == method].set_index("fraction")
+            shown = [f"{100 * r.gain:+.2f} ({100 * r.gain_low:+.2f} to {100 * r.gain_high:+.2f})" for r in rows.itertuples()]
+            lines.append(f"| `{method}` | {' | '.join(shown)} |")
         lines.append("")
     axes[0].set_ylabel("gain in test accuracy, points")
     axes[-1].legend(fontsize=7, frameon=False)

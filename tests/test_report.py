@@ -1,0 +1,540 @@
+"""The report page in a real browser, and what a ranking is exported to."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import re
+import select as ready_files
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from problems import data, make, record, trainer
+from torch.utils.data import DataLoader
+
+import lightning_acc as la
+from lightning_acc import cleaning, exports, report, scores
+from lightning_acc.data.base import png
+from lightning_acc.errors import RequestError
+from lightning_acc.selection import select
+
+N = 60
+NASTY = '</script><script>alert(1)</script><img src=x onerror="alert(1)"><!-- &quot;'
+NASTY_LABEL = "<b>bold</b>"
+
+
+class Browser:
+    """A headless Chromium, spoken to through its DevTools pipe."""
+
+    def __init__(self, executable: str, profile: Path) -> None:
+        to_browser, self._out = os.pipe()
+        self._in, from_browser = os.pipe()
+        # The browser reads from descriptor 3 and writes to 4.
+        adopt = (
+            "import fcntl, os, sys\n"
+            "fds = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]\n"
+            "os.dup2(fds[0], 3); os.dup2(fds[1], 4); os.execv(sys.argv[3], sys.argv[3:])"
+        )
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}",
+            "--remote-debugging-pipe",
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", adopt, str(to_browser), str(from_browser), executable, *options],
+            pass_fds=(to_browser, from_browser),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._buffer, self._count = b"", 0
+        self._session: str | None = None
+        self.complaints: list[Any] = []
+        self.requests: list[str] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def close(self) -> None:
+        """End the browser and wait for it."""
+        self._session = None
+        self.call("Browser.close")
+        self._process.wait(30)
+        os.close(self._out)
+        os.close(self._in)
+
+    def call(self, method: str, **parameters: Any) -> Any:
+        """The result of a DevTools command; what the page complains about meanwhile is kept."""
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            ready, _, _ = ready_files.select([self._in], [], [], 60)
+            assert ready, "the browser says nothing"
+            part = os.read(self._in, 1 << 20)
+            assert part, "the browser has ended"
+            self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        message: dict[str, Any] = json.loads(line)
+        name = message.get("method")
+        if name in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+            self.complaints.append(message["params"])
+        if name == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        return message
+
+    def open(self, page: Path, width: int = 1280, dark: bool = False) -> None:
+        """Load the page from nothing, in a window of this width."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=page.as_uri())
+        while self.see("document.readyState") != "complete" or self.see("location.protocol") != "file:":
+            pass
+
+    def see(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def click(self, selector: str) -> None:
+        """Click the middle of an element, as a person would."""
+        x, y = self.place(selector)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def point(self, selector: str) -> None:
+        """Move the pointer to the middle of an element."""
+        x, y = self.place(selector)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def place(self, selector: str) -> tuple[float, float]:
+        """Where the middle of an element is in the window, after scrolling to it."""
+        self.see(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        # Scrolling is told to the page with the next frame.
+        self.see("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
+        element = f"document.querySelector({json.dumps(selector)})"
+        box = self.see(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())")
+        return float(box[0]), float(box[1])
+
+    def press(self, key: str) -> None:
+        """Press a key and let it go."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+
+class Described(pl.LightningDataModule):
+    """60 samples with pictures, labels of which some are known to be wrong, and texts that try to break out of the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.train, self.val = data(n=N), data(n=16, seed=9)
+        self.labels = [NASTY_LABEL if int(y) == 0 else f"class {int(y)}" for _, y in self.train]
+        self.corrupted = [i % 6 == 0 for i in range(N)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, 10, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.val, 16)
+
+    def describe_samples(self) -> dict[str, Any]:
+        return {
+            "image": [png(np.full((8, 8), i / N)) for i in range(N)],
+            "text": [f"{NASTY} {i}" for i in range(N)],
+            "label": self.labels,
+            "true_label": ["class 7" if wrong else label for label, wrong in zip(self.labels, self.corrupted, strict=True)],
+            "corrupted": self.corrupted,
+        }
+
+
+def removal_curves(accuracy: bool = True) -> pa.Table:
+    rows = []
+    for i, (method, fraction) in enumerate([("none", 0.0), *((m, f) for m in ("random", "acc-sgd-ie") for f in (0.1, 0.2))]):
+        row = {"method": method, "fraction": fraction, "n_removed": round(N * fraction), "seeds": 5}
+        for figure, value in {"accuracy": 0.8 + 0.02 * i, "loss": 0.5 - 0.02 * i, "gain": 0.02 * i}.items():
+            if accuracy or figure != "accuracy":
+                row.update({figure: value, f"{figure}_low": value - 0.015, f"{figure}_high": value + 0.015})
+        rows.append({**row, "test": "held out"})
+    return pa.Table.from_pylist(rows, schema=cleaning.SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
+    path = tmp_path_factory.mktemp("report") / "a & <b>run"
+    pl.seed_everything(1)
+    trainer(la.TrajectoryRecorder(path)).fit(make(hidden=4), datamodule=Described())
+    run = la.Run(path)
+    for method in ("loo", "acc-sgd-ie", "sgd-ie"):
+        la.score(run, method, ray_address=None)
+    cleaning.write(run, removal_curves())
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run: la.Run) -> Path:
+    return Path(report.write_report(run))
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no browser on this machine")
+    browser = Browser(executable, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(started: Browser, page: Path) -> Iterator[Browser]:
+    """The page, opened anew; it must neither complain nor load anything."""
+    started.complaints.clear()
+    started.requests.clear()
+    started.open(page)
+    yield started
+    assert started.complaints == []
+    assert [url for url in started.requests if not url.startswith(("file:", "data:"))] == []
+
+
+ROWS = "[...document.querySelectorAll('#rows tbody tr')].map(row => Number(row.dataset.sample))"
+
+
+def by_sample(run: la.Run, method: str) -> dict[int, float]:
+    table = scores.read(run.store, method)
+    return {removal[0]: value for removal, value in table.by_removal().items()}
+
+
+def choose(browser: Browser, selector: str, value: str) -> None:
+    browser.see(
+        f"(box => {{ box.value = {json.dumps(value)}; box.dispatchEvent(new Event('change')); }})"
+        f"(document.querySelector({json.dumps(selector)}))"
+    )
+
+
+def whole_ranking(browser: Browser) -> list[int]:
+    """The samples of the table, page after page."""
+    found: list[int] = browser.see(ROWS)
+    while not browser.see("document.querySelector('#next').disabled"):
+        browser.click("#next")
+        found += browser.see(ROWS)
+    return found
+
+
+def test_headings_sort_and_pages_turn(run: la.Run, browser: Browser) -> None:
+    choose(browser, "#method", "1")  # acc-sgd-ie
+    estimate, truth = by_sample(run, "acc-sgd-ie"), by_sample(run, "loo")
+    ranked = sorted(estimate, key=lambda sample: estimate[sample])
+    assert browser.see(ROWS) == ranked[:25]
+    assert whole_ranking(browser) == ranked
+    assert browser.see("document.querySelector('#range').textContent") == "51–60 of 60"
+    sort = "document.querySelector('#rows th[data-key={}]').getAttribute('aria-sort')"
+    for key, order in (("score", ranked), ("truth", sorted(truth, key=lambda i: truth[i])), ("id", sorted(truth))):
+        assert browser.see(sort.format(key)) is None
+        browser.click(f"#rows th[data-key={key}] button")
+        assert browser.see(sort.format(key)) == "ascending"
+        assert browser.see(ROWS) == order[:25]
+        browser.click(f"#rows th[data-key={key}] button")
+        assert browser.see(sort.format(key)) == "descending"
+        assert browser.see(ROWS) == order[::-1][:25]
+    browser.click("#rows th[data-key=label] button")
+    labels = browser.see("[...document.querySelectorAll('#rows td.label')].map(cell => cell.firstChild.data)")
+    assert labels == sorted(labels)
+    assert len(set(labels)) > 1
+    choose(browser, "#method", "0")  # the truth itself has no such column
+    assert browser.see("document.querySelector('#rows th[data-key=truth]').hidden") is True
+
+
+def test_filters_filter(run: la.Run, browser: Browser) -> None:
+    truth = by_sample(run, "loo")
+    ranked = sorted(truth, key=lambda sample: truth[sample])
+    labels = Described().labels
+    browser.click("#corrupted")
+    assert whole_ranking(browser) == [i for i in ranked if i % 6 == 0]
+    browser.click("#harmful")
+    assert whole_ranking(browser) == [i for i in ranked if i % 6 == 0 and truth[i] < 0]
+    browser.click("#corrupted")
+    assert whole_ranking(browser) == [i for i in ranked if truth[i] < 0]
+    browser.click("#harmful")
+    choose(browser, "#label", "=" + NASTY_LABEL)
+    assert whole_ranking(browser) == [i for i in ranked if labels[i] == NASTY_LABEL]
+    choose(browser, "#label", "")
+    assert whole_ranking(browser) == ranked
+
+
+def test_pointing_at_a_dot_and_the_arrow_keys_show_the_sample(run: la.Run, browser: Browser) -> None:
+    estimate, truth = by_sample(run, "acc-sgd-ie"), by_sample(run, "loo")
+    ordered = sorted(truth, key=lambda i: truth[i])
+    worst = ordered[0]
+    tip = "document.querySelector('#tip').hidden ? '' : document.querySelector('#tip').textContent"
+    assert browser.see(tip) == ""
+    browser.point(f".plots circle[data-sample='{worst}']")
+    shown = browser.see(tip)
+    assert NASTY in shown
+    assert f"{Described().labels[worst]} · #{worst}" in shown
+    assert ("was class 7" in shown) == (worst % 6 == 0)
+    assert f"leave-one-out {truth[worst]:.3}"[:20] in shown
+    assert f"acc-sgd-ie {estimate[worst]:.3}"[:17] in shown
+    assert browser.see("document.querySelector('#tip img').naturalWidth") == 8
+    assert browser.see("document.querySelectorAll('.dot.at').length") == 2  # in both plots
+    browser.point("h1")
+    assert browser.see(tip) == ""
+    browser.see("document.querySelector('.plots svg').focus()")
+    browser.press("Home")
+    assert f"#{worst}" in browser.see(tip)
+    browser.press("ArrowRight")
+    assert f"#{ordered[1]}" in browser.see(tip)
+    assert f"#{ordered[1]}" in browser.see("document.querySelector('#said').textContent")
+    browser.press("Escape")
+    assert browser.see(tip) == ""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_narrow_and_dark_are_readable(page: Path, browser: Browser, dark: bool) -> None:
+    light = """const light = colour => {
+      const parts = colour.match(/[\\d.]+/g).map(v => v / 255).map(v => v <= .04 ? v / 12.9 : ((v + .055) / 1.055) ** 2.4);
+      return .2126 * parts[0] + .7152 * parts[1] + .0722 * parts[2];
+    }, of = selector => getComputedStyle(document.querySelector(selector));"""
+    contrast = f"""(() => {{ {light}
+      const paper = light(of("body").backgroundColor), inks = [light(of("svg text").fill)];
+      for (const selector of ["body", "header p", ".flip", "nav a"]) inks.push(light(of(selector).color));
+      return [paper, Math.min(...inks.map(ink => (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05)))];
+    }})()"""
+    boxes = "[...document.querySelectorAll('{}')].map(element => element.getBoundingClientRect())"
+    for width in (1280, 400):
+        browser.open(page, width, dark)
+        assert browser.see("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+        assert browser.see(boxes.format("section > *, header > *") + ".filter(box => box.right > innerWidth).length") == 0
+        assert browser.see(f"Math.min(...{boxes.format('svg text')}.map(box => Math.max(box.width, box.height)))") > 10
+    paper, least = browser.see(contrast)
+    assert paper < 0.05 if dark else paper > 0.9
+    assert least > 4.5
+
+
+def test_hostile_texts_stay_texts(page: Path, browser: Browser) -> None:
+    assert browser.see("document.title") == "a & <b>run · training-sample influence"
+    assert browser.see("document.querySelector('h1').textContent") == "a & <b>run"
+    assert browser.see("document.querySelectorAll('script').length") == 2
+    assert browser.see("document.querySelectorAll('h1 *, td.label b, option *, .text *').length") == 0
+    assert browser.see("[...document.images].every(image => image.src.startsWith('data:image/'))") is True
+    assert NASTY in browser.see("document.querySelector('.sample .text').textContent")
+    assert NASTY_LABEL in browser.see("document.querySelector('#label').textContent")
+    html = page.read_text()
+    assert "alert(1)</script>" not in html
+    content = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert content is not None
+    assert json.loads(content[1])["samples"]["0"]["text"] == f"{NASTY} 0"
+    assert not re.search(r"https?://", html.replace("http://www.w3.org/2000/svg", ""))
+
+
+def test_everything_has_a_name_to_be_read_out(browser: Browser) -> None:
+    assert browser.see("[...document.querySelectorAll('svg[role=img]')].every(svg => svg.getAttribute('aria-label'))") is True
+    assert browser.see("[...document.querySelectorAll('#rows th')].every(th => th.querySelector('button') && th.scope)") is True
+    assert browser.see("[...document.querySelectorAll('select, input')].every(box => box.labels.length === 1)") is True
+    assert browser.see("[...document.images].every(image => image.alt)") is True
+
+
+def test_removal_curves_show_means_intervals_and_controls(browser: Browser) -> None:
+    assert browser.see("document.querySelector('#cleaning').hidden") is False
+    assert "mean on held out over 5 seeds" in browser.see("document.querySelector('#cleaning p').textContent")
+    assert browser.see("[...document.querySelectorAll('#cleaning .legend button')].map(b => b.textContent)") == [
+        "acc-sgd-ie",
+        "random",
+    ]
+    assert browser.see("document.querySelectorAll('#cleaning .interval').length") == 4
+    dashes = "[...document.querySelectorAll('#cleaning .curve')].map(c => c.getAttribute('stroke-dasharray') !== '')"
+    assert browser.see(dashes) == [False, True]
+    numbers = "[...document.querySelectorAll('#cleaning tbody tr')].map(row => row.textContent)"
+    assert "acc-sgd-ie–86.0 % [84.5 %, 87.5 %]88.0 % [86.5 %, 89.5 %]" in browser.see(numbers)
+    choose(browser, "#measure", "gain")
+    assert "acc-sgd-ie–+6.0 [+4.5, +7.5]+8.0 [+6.5, +9.5]" in browser.see(numbers)
+    browser.see("document.querySelector('#cleaning figure > svg').focus()")
+    browser.press("End")
+    assert "20 % removed" in browser.see("document.querySelector('#tip').textContent")
+    assert "+8.0 [+6.5, +9.5]" in browser.see("document.querySelector('#tip').textContent")
+    browser.click("#cleaning .legend button")
+    assert browser.see("document.querySelectorAll('#cleaning .interval').length") == 2
+
+
+def test_a_run_of_which_little_is_known_has_a_page(started: Browser, tmp_path: Path) -> None:
+    run = record(tmp_path / "plain", make(loss="squared"))
+    la.score(run, "sgd-ie", removals=range(5), ray_address=None)
+    page = Path(report.write_report(run))
+    shown = "[...document.querySelectorAll('section:not([hidden])')].map(section => section.id)"
+    started.complaints.clear()
+    started.open(page)
+    assert started.see(shown) == ["samples", "ranking", "cost"]
+    assert sorted(started.see(ROWS)) == [0, 1, 2, 3, 4]
+    cleaning.write(run, removal_curves(accuracy=False))
+    started.open(Path(report.write_report(run)))
+    assert started.see("[...document.querySelector('#measure').options].map(option => option.value)") == ["gain", "loss"]
+    assert started.complaints == []
+
+
+def test_of_a_long_ranking_both_ends_are_embedded_and_the_page_says_so(
+    run: la.Run, started: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "WHOLE", 20)
+    monkeypatch.setattr(report, "ENDS", 5)
+    content = report.collect(run)
+    truth = by_sample(run, "loo")
+    ranked = sorted(truth, key=lambda sample: truth[sample])
+    ranking = content["methods"][0]["ranking"]
+    assert ranking["samples"] == ranked[:5] + ranked[-5:]
+    assert ranking["ranks"] == [*range(1, 6), *range(56, 61)]
+    drawn = [point[0] for point in content["methods"][1]["points"]]
+    assert len(drawn) == len(set(drawn)) == 20
+    assert set(content["methods"][1]["ranking"]["samples"]) < set(drawn)
+    page = tmp_path / "page.html"
+    page.write_text(report.render("long", [], content))
+    started.complaints.clear()
+    started.open(page)
+    assert "the 5 most harmful and the 5 most helpful" in started.see("document.querySelector('#extent').textContent")
+    assert "20 of 60 samples are drawn" in started.see("document.querySelector('figcaption').textContent")
+    assert started.see(ROWS) == ranked[:5] + ranked[-5:]
+    assert started.complaints == []
+
+
+def test_large_pictures_are_made_smaller_and_broken_ones_left_out() -> None:
+    small, large = png(np.zeros((8, 8))), png(np.random.default_rng(0).random((300, 200)))
+    assert report._thumbnail(small) == f"data:image/png;base64,{base64.b64encode(small).decode()}"
+    shrunk = report._thumbnail(large)
+    assert shrunk is not None
+    assert shrunk.startswith("data:image/jpeg;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(shrunk.partition(",")[2]))).size == (64, 96)
+    assert report._thumbnail(b"no picture") is None
+
+
+def test_a_ranking_is_written_as_csv(run: la.Run, tmp_path: Path) -> None:
+    table, truth = scores.read(run.store, "acc-sgd-ie"), by_sample(run, "loo")
+    exports.write_ranking_csv(run, table, tmp_path / "ranking.csv")
+    with open(tmp_path / "ranking.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["rank", "sample", "score", "loo", "label", "true_label", "corrupted"]
+    assert [int(row["rank"]) for row in rows] == list(range(1, N + 1))
+    found = {int(row["sample"]): (float(row["score"]), float(row["loo"])) for row in rows}
+    assert found == {i: (score, truth[i]) for i, score in by_sample(run, "acc-sgd-ie").items()}
+    assert {row["label"] for row in rows} == set(Described().labels)
+    assert all((row["corrupted"] == "True") == (row["true_label"] == "class 7") for row in rows)
+    groups = la.score(run, "sgd-ie", removals=[[1, 2], [3]], ray_address=None, save=False)
+    exports.write_ranking_csv(run, groups, tmp_path / "groups.csv")
+    with open(tmp_path / "groups.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["sample"] for row in rows} == {"1 2", "3"}
+    assert [row["label"] == "" for row in rows] == [row["sample"] == "1 2" for row in rows]
+
+
+def test_the_ids_to_drop_are_the_most_harmful_and_can_be_read_back(run: la.Run, tmp_path: Path) -> None:
+    table, values = scores.read(run.store, "loo"), by_sample(run, "loo")
+    harmful = sorted((i for i in values if values[i] < 0), key=lambda i: values[i])
+    assert 6 < len(harmful) < N
+    assert exports.ids_to_drop(table, fraction=0.1) == harmful[:6]
+    assert exports.ids_to_drop(table, count=3) == harmful[:3]
+    assert exports.ids_to_drop(table, fraction=1) == harmful
+    assert exports.ids_to_drop(table, count=0) == []
+    exports.write_ids(harmful[:6], tmp_path / "ids.txt")
+    assert (tmp_path / "ids.txt").read_text() == "".join(f"{i}\n" for i in harmful[:6])
+    assert select(run, str(tmp_path / "ids.txt")) == [(i,) for i in harmful[:6]]
+
+
+def test_the_cleaned_dataset_is_the_training_set_without_the_dropped(run: la.Run) -> None:
+    train, kept = Described().train, [i for i in range(N) if i not in (0, 7)]
+    cleaned = exports.cleaned_dataset(run, [7, 0])
+    assert cleaned.column_names == ["sample", "0", "1", "image", "text", "label", "true_label", "corrupted"]
+    assert cleaned["sample"][:] == kept
+    np.testing.assert_array_equal(np.array(cleaned["0"][:]), train.tensors[0][kept].numpy())
+    assert cleaned["1"][:] == train.tensors[1][kept].tolist()
+    assert cleaned["text"][0] == f"{NASTY} 1"
+    assert cleaned[5]["image"].size == (8, 8)
+    own = datasets.Dataset.from_dict({"id": list(range(N))})
+    assert exports.cleaned_dataset(run, [7, 0], own)["id"][:] == kept
+
+
+class Plain(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def per_sample_loss(self, batch: Any) -> torch.Tensor:
+        return (self.layer(batch["x"])[..., 0].mean(1) - batch["sample"]) ** 2
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        return self.per_sample_loss(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_sample_that_was_never_seen_is_null_and_a_taken_name_is_changed(tmp_path: Path) -> None:
+    train = [{"x": torch.randn(2, 3), "sample": torch.tensor(float(i))} for i in range(4)]
+    sampler = torch.utils.data.SubsetRandomSampler([0, 1, 3])
+
+    loader: DataLoader[Any] = DataLoader(train, 3, sampler=sampler)  # type: ignore[arg-type]
+    recorder = la.TrajectoryRecorder(tmp_path / "run")
+    with pytest.warns(UserWarning, match="no validation data"):
+        trainer(recorder, precision="32-true", max_epochs=1).fit(Plain(), loader)
+    cleaned = exports.cleaned_dataset(la.Run(tmp_path / "run"), [0])
+    assert cleaned.column_names == ["sample", "recorded_sample", "x"]
+    assert cleaned["recorded_sample"][:] == [1.0, None, 3.0]
+    assert cleaned["x"][1] is None
+    np.testing.assert_array_equal(np.array(cleaned["x"][2], np.float32), train[3]["x"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda run, table: exports.ids_to_drop(table), "fraction=None and count=None: give one"),
+        (lambda run, table: exports.ids_to_drop(table, 0.1, 3), "fraction=0.1 and count=3: give one"),
+        (lambda run, table: exports.ids_to_drop(table, fraction=1.5), "fraction=1.5 is no share"),
+        (lambda run, table: exports.ids_to_drop(table, count=-1), "count=-1 samples cannot be dropped"),
+        (lambda run, table: exports.write_ids([3, -1], "unused"), "-1 is no sample id"),
+        (lambda run, table: exports.write_ids(["3"], "unused"), "'3' is no sample id"),
+        (lambda run, table: exports.cleaned_dataset(run, [99]), "There is no sample 99: .* 0 to 59"),
+        (lambda run, table: exports.cleaned_dataset(run, range(N)), "All 60 samples would be dropped"),
+        (
+            lambda run, table: exports.cleaned_dataset(run, [1], datasets.Dataset.from_dict({"id": [1, 2]})),
+            "has 2 rows, but .* was trained on 60 samples",
+        ),
+        (
+            lambda run, table: exports.write_ranking_csv(
+                run, scores.Scores(table.table, {**table.conditions, "manifest_hash": "f" * 64}), "unused"
+            ),
+            "belong to the record ffffffffffff",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_said_in_one_sentence(run: la.Run, act: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        act(run, scores.read(run.store, "sgd-ie"))
