@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from lightning_acc.trajectory.batches import Leaves, Structure
 from lightning_acc.trajectory.store import Store
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow
 
     from lightning_acc.audit import AuditReport
@@ -247,6 +248,12 @@ class Run:
             return None
         data = manifest.read_file(self.store, "samples/info.parquet", self._file("samples/info.parquet")["sha256"])
         return pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+
+    def cleaned_dataset(self, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
+        """The training set without the samples ``drop``, as a Hugging Face data set; see ``lightning_acc.exports``."""
+        from lightning_acc.exports import cleaned_dataset
+
+        return cleaned_dataset(self, drop, dataset)
 
     def audit(self) -> AuditReport:
         """Replay the training step over the record and compare with the recorded parameters (DESIGN, fact 7)."""
