@@ -19,8 +19,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from lightning_acc import cluster
 from lightning_acc.agreement import stored_scores
-from lightning_acc.errors import RequestError
+from lightning_acc.errors import RequestError, RunError
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
 from lightning_acc.replay import Replay
@@ -103,7 +104,11 @@ def clean(
     keys = list(plans[0])
     retrainings = [Retraining(seed, [plan[key] for key in keys]) for seed, plan in enumerate(plans)]
     with Progress(f"cleaning · {len(keys) * seeds} trainings", seeds, progress) as bar:
-        results = _map(_test_retrained, job, retrainings, ray_address, bar)
+        by_seed = {piece.seed: result for piece, result in cluster.each(_test_retrained, job, retrainings, ray_address, bar)}
+    failed = {seed: result.reason for seed, result in by_seed.items() if isinstance(result, cluster.Failure)}
+    if failed:
+        raise RunError(f"The trainings from the seeds {sorted(failed)} failed: {next(iter(failed.values()))}. Clean again.")
+    results = [by_seed[seed] for seed in range(seeds)]
     losses, accuracies = (np.array(values, dtype=float).T for values in zip(*results, strict=True))
     shown = {key: i for i, key in enumerate(keys) if key[0] != "none" or "none" in controls}
     table = pa.Table.from_pylist(
@@ -247,14 +252,6 @@ def _plan(
         for fraction, count in counts.items():
             plan[name, fraction] = frozenset(order[:count].tolist())
     return plan
-
-
-def _map(work: Callable[..., Any], job: Any, pieces: Sequence[Any], ray_address: str | None, bar: Progress) -> list[Any]:
-    if ray_address is None:
-        return [work(job, piece, bar.of(i)) for i, piece in enumerate(pieces)]
-    from lightning_acc import cluster
-
-    return cluster.map_pieces(work, job, pieces, ray_address, bar)
 
 
 def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float], None]) -> tuple[list[float], list[float]]:

@@ -75,6 +75,8 @@ def score(
     opened = Run(run)
     scores = compute(opened, method, select(opened, removals), query, readout, dtype, ray_address, memory_gb=memory_gb)
     c = scores.conditions
+    if c["reused"]:
+        print(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
     print(f"{scores}, {c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
     rows = sorted(zip(scores.table["rank"].to_pylist(), scores.removals, scores.values.tolist(), strict=True))
     print("most harmful first:" if rows else "no removals")

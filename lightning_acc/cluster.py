@@ -1,4 +1,8 @@
-"""Ray: pieces of work farmed out to workers. Knows no mathematics; the only part that imports Ray."""
+"""Pieces of work, done in this process or farmed out by Ray. Knows no mathematics; the only part that imports Ray.
+
+Ray distributes; what is decided here is what becomes of a piece whose worker dies, runs out of memory or hangs: it is given
+out again, a few times, smaller where memory was short, and at last reported as failed while the others go on.
+"""
 
 from __future__ import annotations
 
@@ -19,44 +23,146 @@ if TYPE_CHECKING:
     from lightning_acc.progress import Progress
 
 SECONDS_BETWEEN_REPORTS = 0.3
-
+TRIES = 4
+"""How often a piece is given out before it counts as failed."""
+SECONDS_UNTIL_HUNG = 600.0
+"""Without a word from a piece that has begun, its worker counts as hung."""
 
 Work = Callable[[Any, Any, Callable[[float], None]], Any]
 """A function ``(job, piece, progress) -> result`` that can be imported; ``progress`` is told the fraction done."""
+Split = Callable[[Any], list[Any]]
+"""Makes smaller pieces of one; the piece alone where it cannot be made smaller."""
 
 
-def map_pieces(work: Work, job: Any, pieces: Sequence[Any], address: str, bar: Progress) -> list[Any]:
-    """``work(job, piece, progress)`` for every piece on the Ray cluster at ``address``; results in the order of the pieces.
+@dataclass(frozen=True)
+class Failure:
+    """In place of the result of a piece that could not be done."""
+
+    reason: str
+
+
+def each(
+    work: Work,
+    job: Any,
+    pieces: Sequence[Any],
+    address: str | None,
+    bar: Progress,
+    split: Split = lambda piece: [piece],
+) -> Iterator[tuple[Any, Any]]:
+    """``work(job, piece, progress)`` for every piece: yields each with its result, as they are done.
+
+    Args:
+        work: what to do.
+        job: what all pieces share; Ray ships it once.
+        pieces: what to do it with.
+        address: of the Ray cluster, see ``connect``; None does it in this process.
+        bar: is told how far the pieces are.
+        split: makes smaller pieces of one that ran out of memory; these are yielded in its place.
 
     Raises:
         RequestError: the cluster cannot be reached or has no CPU.
         InfluenceError: what a piece raised; the others are stopped.
     """
-    bar.note(f"connecting to Ray ({address})")
-    with connect(address) as ray:
-        remote = ray.remote(_work).options(num_cpus=1, num_returns="streaming", max_retries=3)
+    if address is None:
+        for i, piece in enumerate(pieces):
+            yield piece, work(job, piece, bar.of(i))
+    elif pieces:
+        bar.note(f"connecting to Ray ({address})")
+        with connect(address) as ray:
+            yield from _Farm(ray, work, job, bar, split).run(pieces)
+
+
+@dataclass
+class _Task:
+    """A piece that is being worked on.
+
+    Attributes:
+        part: which of the original pieces it belongs to.
+        piece: what it is.
+        tries: how often it has been given out.
+        messages: Ray's stream of what the worker says.
+        heard: when it last said something; None before it begins.
+        done: the fraction of it that is done.
+    """
+
+    part: int
+    piece: Any
+    tries: int
+    messages: Any
+    heard: float | None = None
+    done: float = 0.0
+
+
+class _Farm:
+    def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split) -> None:
+        self._ray, self._bar, self._split = ray, bar, split
         # In a list, the reference reaches the worker as it is, and the worker can set up its path before unpacking it.
-        shared = [ray.put((work, job))]
-        tasks = [remote.remote(shared, piece, sys.path) for piece in pieces]
-        results: list[Any] = [None] * len(tasks)
-        running = dict(enumerate(tasks))
+        self._shared = [ray.put((work, job))]
+        # Tries are counted here: Ray's own would neither split a piece nor notice one that hangs.
+        self._remote = ray.remote(_work).options(num_cpus=1, num_returns="streaming", max_retries=0)
+        self._running: list[_Task] = []
+
+    def run(self, pieces: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        shares = [1] * len(pieces)
+        finished = [0.0] * len(pieces)
         try:
-            while running:
-                ready, _ = ray.wait(list(running.values()), num_returns=1, fetch_local=False)
-                for i in [i for i, task in running.items() if any(task is other for other in ready)]:
-                    message = _next(ray, running[i])
-                    if message is None:
-                        del running[i]
-                    elif isinstance(message, float):
-                        bar.update(i, message)
-                    else:
-                        results[i] = message.result
-                        bar.update(i, 1.0)
-        except BaseException:
-            for task in running.values():
-                ray.cancel(task, force=False)
+            self._running = [self._start(part, piece, 1) for part, piece in enumerate(pieces)]
+            while self._running:
+                ready, _ = self._ray.wait([t.messages for t in self._running], num_returns=1, timeout=1.0, fetch_local=False)
+                for task in [task for task in self._running if any(task.messages is one for one in ready)]:
+                    outcome = self._hear(task)
+                    if isinstance(outcome, _Done):
+                        self._running.remove(task)
+                        finished[task.part] += 1
+                        yield task.piece, outcome.result
+                    elif isinstance(outcome, Exception):
+                        self._running.remove(task)
+                        smaller = self._split(task.piece) if _out_of_memory(outcome) else [task.piece]
+                        if len(smaller) == 1 and task.tries >= TRIES:
+                            finished[task.part] += 1
+                            yield task.piece, Failure(_reason(outcome))
+                        else:
+                            shares[task.part] += len(smaller) - 1
+                            self._running += [self._start(task.part, piece, task.tries + 1) for piece in smaller]
+                for task in self._running:
+                    if task.heard is not None and time.monotonic() - task.heard > SECONDS_UNTIL_HUNG:
+                        self._give_up(task)
+                for part in range(len(pieces)):
+                    done = finished[part] + sum(task.done for task in self._running if task.part == part)
+                    self._bar.update(part, min(1.0, done / shares[part]))
+        finally:
+            for task in self._running:
+                self._ray.cancel(task.messages, force=False)
+
+    def _start(self, part: int, piece: Any, tries: int) -> _Task:
+        return _Task(part, piece, tries, self._remote.remote(self._shared, piece, sys.path))
+
+    def _hear(self, task: _Task) -> _Done | Exception | None:
+        """What the worker says next: the result, what it failed of, or None for progress."""
+        exceptions = self._ray.exceptions
+        try:
+            message = self._ray.get(next(task.messages))
+        except StopIteration:
+            return ChildProcessError("its worker ended without a result")
+        except exceptions.RayTaskError as error:
+            if isinstance(error.cause, InfluenceError):
+                raise error.cause from None
+            if isinstance(error.cause, MemoryError):
+                return error.cause
             raise
-        return results
+        except exceptions.TaskCancelledError:
+            return TimeoutError(f"its worker said nothing for {SECONDS_UNTIL_HUNG:.0f} s")
+        except exceptions.RayError as error:  # the worker, its node or what it made is lost
+            return error if isinstance(error, Exception) else None
+        task.heard = time.monotonic()
+        if isinstance(message, _Done):
+            return message
+        task.done = message
+        return None
+
+    def _give_up(self, task: _Task) -> None:
+        task.heard = None
+        self._ray.cancel(task.messages, force=True)
 
 
 @dataclass(frozen=True)
@@ -64,15 +170,12 @@ class _Done:
     result: Any
 
 
-def _next(ray: Any, task: Any) -> Any:
-    try:
-        return ray.get(next(task))
-    except StopIteration:
-        return None
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InfluenceError):
-            raise error.cause from None
-        raise
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _work(shared: list[Any], piece: Any, path: list[str]) -> Iterator[Any]:
@@ -89,6 +192,7 @@ def _work(shared: list[Any], piece: Any, path: list[str]) -> Iterator[Any]:
         except BaseException as error:
             messages.put(error)
 
+    yield 0.0
     threading.Thread(target=run, daemon=True).start()
     reported = time.monotonic()
     while True:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightning_acc import planning, scores
+from lightning_acc import cluster, planning, shards
 from lightning_acc import removals as removal_sets
-from lightning_acc.errors import RequestError
+from lightning_acc.errors import RequestError, RunError
 from lightning_acc.methods import FORWARD, REVERSE
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
+from lightning_acc.removals import Removal
 from lightning_acc.replay import Replay
 from lightning_acc.scores import Scores
 from lightning_acc.trajectory.manifest import CONVENTION
 from lightning_acc.trajectory.run import Run
-from lightning_acc.work import Job, compute
+from lightning_acc.work import Job, Result, compute
 
 METHODS = tuple(FORWARD)
 READOUTS = ("exact", "linear")
@@ -61,8 +64,8 @@ def score(
             cluster, None computes in this process without Ray.
         keep_shifts: also return the shifts of the final parameters, (n_removals, p).
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
-        save: store the table in the run directory, where ``evaluate`` and the report find it; removals scored before
-            under the same conditions are kept.
+        save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
+            are done; removals scored before under the same conditions are taken from there.
         progress: show a progress bar; None shows one in a terminal.
 
     Returns:
@@ -89,16 +92,7 @@ def score(
         parts = planning.chunks(distinct, planning.chunk_size(replay, method, job.memory)) if distinct else []
 
     started = time.perf_counter()
-    with Progress(f"{method} · {len(distinct)} removals", len(parts), progress) as bar:
-        # A single chunk gains nothing from workers that would have to be started first.
-        if ray_address is None or (ray_address == "local" and len(parts) < 2):
-            results = [compute(job, part, bar.of(i), replay) for i, part in enumerate(parts)]
-        else:
-            from lightning_acc import cluster
-
-            results = cluster.map_pieces(compute, job, parts, ray_address, bar)
-
-    conditions = {
+    conditions: dict[str, Any] = {
         "method": method,
         "query": query.name,
         "query_fingerprint": query.fingerprint,
@@ -108,22 +102,77 @@ def score(
         "manifest_hash": run.hash,
         "version": importlib.metadata.version("lightning-acc"),
         "torch": torch.__version__,
-        "n": len(distinct),
-        "seconds": sum(result.seconds for result in results),
-        "wall_seconds": time.perf_counter() - started,
-        "peak_memory_gb": max((result.peak_memory_gb for result in results), default=0.0),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    values = np.concatenate([result.scores for result in results]) if results else np.zeros(0)
+    name = table_name(conditions, run)
+    # What a function of one's own computes may change under the same name, so its scores are not taken from the store.
+    known = shards.stored(run, conditions, name) if save and not keep_shifts and query.function is None else None
+    left = shards.missing(parts, known)
+    finished: list[tuple[list[Removal], Result]] = []
+    failures: list[tuple[list[Removal], str]] = []
+    with Progress(f"{method} · {sum(map(len, left))} removals", len(left), progress) as bar:
+        # A single chunk gains nothing from workers that would have to be started first.
+        alone = ray_address is None or (ray_address == "local" and len(left) < 2)
+        work = partial(_compute_here, replay) if alone else compute
+        for part, result in cluster.each(work, job, left, None if alone else ray_address, bar, _halves):
+            if isinstance(result, cluster.Failure):
+                failures.append((part, result.reason))
+                continue
+            finished.append((part, result))
+            if save:
+                cost = {"n": len(part), "wall_seconds": result.seconds, **result.cost}
+                shards.write(run, Scores.build(part, result.scores, {**conditions, **cost}))
     if save and distinct:
-        _save(run, Scores.build(distinct, values, conditions))
-    place = {removal: i for i, removal in enumerate(distinct)}
-    order = [place[removal] for removal in wanted]
+        shards.gather(run, conditions, name)
+    if failures:
+        lost = [removal for part, _ in failures for removal in part]
+        raise RunError(
+            f"{len(lost)} of {len(distinct)} removals failed ({_few(lost)}): {failures[0][1]}. The others are "
+            f"{'stored; score again to compute what is missing' if save else 'lost, as save=False'}."
+        )
+
+    values = {removal: value for part, result in finished for removal, value in zip(part, result.scores, strict=True)}
+    if known is not None:
+        values = {**known.by_removal(), **values}
+    unbounded = [removal for removal in distinct if not np.isfinite(values[removal])]
+    if unbounded:
+        warnings.warn(
+            f"{len(unbounded)} of {len(distinct)} removals have no finite score ({_few(unbounded)}): without them the run, or "
+            "its estimate, diverges. The others are not affected.",
+            UserWarning,
+            stacklevel=2,
+        )
+    conditions.update(
+        n=len(distinct),
+        reused=len(distinct) - sum(map(len, left)),
+        seconds=sum(result.seconds for _, result in finished),
+        wall_seconds=time.perf_counter() - started,
+        peak_memory_gb=max((result.peak_memory_gb for _, result in finished), default=0.0),
+    )
     shifts = None
     if keep_shifts:
-        found = [result.shifts for result in results if result.shifts is not None]
-        shifts = torch.cat(found)[order] if found else torch.zeros(0, run.n_parameters)
-    return Scores.build(wanted, values[order], conditions, shifts)
+        rows = {removal: shift for part, result in finished for removal, shift in zip(part, _rows(result), strict=True)}
+        shifts = torch.stack([rows[removal] for removal in wanted]) if wanted else torch.zeros(0, run.n_parameters)
+    return Scores.build(wanted, np.array([values[removal] for removal in wanted]), conditions, shifts)
+
+
+def _compute_here(replay: Replay, job: Job, removals: list[Removal], progress: Callable[[float], None]) -> Result:
+    return compute(job, removals, progress, replay)
+
+
+def _halves(part: list[Removal]) -> list[list[Removal]]:
+    middle = len(part) // 2
+    return [part[:middle], part[middle:]] if middle else [part]
+
+
+def _rows(result: Result) -> torch.Tensor:
+    assert result.shifts is not None
+    return result.shifts
+
+
+def _few(removals: list[Removal]) -> str:
+    shown = ", ".join(" ".join(map(str, removal)) for removal in removals[:5])
+    return shown + (", ..." if len(removals) > 5 else "")
 
 
 def table_name(conditions: dict[str, Any], run: Run) -> str:
@@ -133,16 +182,6 @@ def table_name(conditions: dict[str, Any], run: Run) -> str:
     name = method if conditions["query"] == "val" else f"{method}-{conditions['query']}"
     name += "" if conditions["readout"] == usual else f".{conditions['readout']}"
     return name + ("" if conditions["dtype"] == run.dtype else f".{conditions['dtype']}")
-
-
-def _save(run: Run, new: Scores) -> None:
-    name = table_name(new.conditions, run)
-    if name in scores.names(run.store):
-        older = scores.read(run.store, name)
-        same = ("manifest_hash", "query_fingerprint", "dtype", "readout")
-        if all(older.conditions[key] == new.conditions[key] for key in same):
-            new = new.merged(older)
-    scores.write(run.store, name, new)
 
 
 def _choose(what: str, value: str, known: Iterable[str]) -> None:

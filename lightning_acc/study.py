@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from lightning_acc import cluster
 from lightning_acc.agreement import agreement
 from lightning_acc.errors import RunError
 from lightning_acc.grid import CORRUPTIONS, DATA, MODELS, Cell, Study
@@ -47,13 +48,9 @@ def run_study(study: Study, ray_address: str | None = "local", progress: bool | 
     if len(missing) < len(cells):
         print(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
     with Progress(f"study · {len(missing)} trainings", len(missing), progress) as bar:
-        if ray_address is None:
-            for i, cell in enumerate(missing):
-                run_cell(study, cell, bar.of(i))
-        elif missing:
-            from lightning_acc import cluster
-
-            cluster.map_pieces(run_cell, study, missing, ray_address, bar)
+        for cell, result in cluster.each(run_cell, study, missing, ray_address, bar):
+            if isinstance(result, cluster.Failure):
+                raise RunError(f"The cell {cell.name} failed: {result.reason}. The others are stored; start the study again.")
     rows = [row for cell in cells for row in _stored(store, study, cell) or []]
     table = pa.Table.from_pylist(rows)
     _write(store, table)

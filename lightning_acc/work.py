@@ -46,6 +46,11 @@ class Result:
     seconds: float
     peak_memory_gb: float
 
+    @property
+    def cost(self) -> dict[str, float]:
+        """What it cost, as conditions of a table."""
+        return {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb}
+
 
 def compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay | None = None) -> Result:
     """Score one chunk of removals, in this process and on one thread.

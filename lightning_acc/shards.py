@@ -1,0 +1,75 @@
+"""Scores are stored shard by shard, as they are done, so that what was finished is never computed twice.
+
+A shard is a table of some removals under ``scores/parts``, named by a hash of its conditions and its removals. It appears
+whole or not at all, and the same shard written twice is the same file: commands that work on one run at once, and commands
+that were stopped and repeated, do no harm. The table of a method is the union of its shards and what it held before.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from lightning_acc import scores
+from lightning_acc.removals import Removal
+from lightning_acc.scores import Scores
+from lightning_acc.trajectory.run import Run
+from lightning_acc.trajectory.store import digest
+
+SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version")
+"""Conditions under which two scores of one removal are the same number."""
+
+
+def key(conditions: dict[str, Any]) -> str:
+    """Short hash of the conditions that matter."""
+    return digest(json.dumps([conditions[name] for name in SAME]).encode())[:16]
+
+
+def write(run: Run, shard: Scores) -> None:
+    """Store a shard."""
+    which = digest(json.dumps(shard.removals).encode())[:16]
+    scores.write(run.store, f"parts/{key(shard.conditions)}-{which}", shard)
+
+
+def stored(run: Run, conditions: dict[str, Any], name: str) -> Scores | None:
+    """Everything there is under these conditions: the shards, and the table ``name`` where it is of the same kind."""
+    found = [scores.read(run.store, f"parts/{part}") for part in _parts(run, conditions)]
+    if name in scores.names(run.store):
+        table = scores.read(run.store, name)
+        if all(table.conditions.get(one) == conditions[one] for one in SAME):
+            found.insert(0, table)
+    together = found[0] if found else None
+    for more in found[1:]:
+        assert together is not None
+        together = together.merged(more)
+    return together
+
+
+def gather(run: Run, conditions: dict[str, Any], name: str) -> None:
+    """Write the table ``name`` from everything there is under these conditions."""
+    seen: set[str] = set()
+    # Whoever writes last has seen the other's shards: they are written before any table is.
+    while (parts := set(_parts(run, conditions))) != seen:
+        seen = parts
+        table = stored(run, conditions, name)
+        if table is not None:
+            rows = sorted(table.by_removal().items())
+            values = np.array([value for _, value in rows])
+            scores.write(run.store, name, Scores.build([removal for removal, _ in rows], values, table.conditions))
+
+
+def missing(pieces: list[list[Removal]], known: Scores | None) -> list[list[Removal]]:
+    """What of the pieces is not known yet."""
+    have = set(known.removals) if known is not None else set()
+    left = [[removal for removal in piece if removal not in have] for piece in pieces]
+    return [piece for piece in left if piece]
+
+
+def _parts(run: Run, conditions: dict[str, Any]) -> list[str]:
+    prefix = f"scores/parts/{key(conditions)}-"
+    files = run.store.names("scores/parts")
+    return [
+        file.split("/")[-1].removesuffix(".parquet") for file in files if file.startswith(prefix) and file.endswith(".parquet")
+    ]
