@@ -17,23 +17,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 from scipy import stats
-from torch import Tensor
 
 from lightning_acc import cluster
-from lightning_acc.agreement import stored_scores
+from lightning_acc.controls import NotAClassifier, correct, rankings, stored_values
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
 from lightning_acc.replay import Replay
-from lightning_acc.retraining import Retraining, contents, retrain
+from lightning_acc.retraining import Retraining, retrain
 from lightning_acc.scoring import DEFAULT_MEMORY_GB, METHODS, score
 from lightning_acc.trajectory import batches
 from lightning_acc.trajectory.run import Run
 
 NAME = "cleaning.parquet"
 CONTROLS = ("none", "random", "loss", "cleanlab", "loo", "oracle")
-FOLDS = 5
-"""Of the cross-validation that predicts every sample by a model that has not seen it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def clean(
         raise RequestError(f"seeds={seeds} gives no interval: choose at least 2.")
     job = _Job(run, _test_query(run, test), int(memory_gb * 2**30))
     orders = {name: _ranking(run, name, ray_address, memory_gb, progress) for name in methods}
-    orders.update(_controls(run, [name for name in controls if name not in ("none", "random", *methods)], job, ray_address))
+    orders.update(rankings(run, [name for name in controls if name not in ("none", "random", *methods)], job.memory))
     counts = {fraction: max(1, round(fraction * run.n_samples)) for fraction in sorted(fractions)}
     plans = [_plan(run, seed, orders, counts, random="random" in controls) for seed in range(seeds)]
     keys = list(plans[0])
@@ -204,40 +201,10 @@ def _test_query(run: Run, test: str | Query | None) -> Query:
 
 def _ranking(run: Run, method: str, ray_address: str | None, memory_gb: float, progress: bool | None) -> np.ndarray:
     """All samples, the most harmful first."""
-    values = _stored(run, method)
+    values = stored_values(run, method)
     if values is None:
         values = score(run, method, ray_address=ray_address, memory_gb=memory_gb, progress=progress).values
     return np.argsort(values, kind="stable")
-
-
-def _stored(run: Run, method: str) -> np.ndarray | None:
-    """Stored scores (n_samples,) of every single sample under the query ``val``; None where they are not complete."""
-    for table in stored_scores(run).values():
-        if table.conditions["method"] == method and table.conditions["query"] == "val":
-            single = {removal[0]: value for removal, value in table.by_removal().items() if len(removal) == 1}
-            if len(single) == run.n_samples:
-                return np.array([single[i] for i in range(run.n_samples)])
-    return None
-
-
-def _controls(run: Run, names: list[str], job: _Job, ray_address: str | None) -> dict[str, np.ndarray]:
-    """The controls' rankings, as far as what they need is there."""
-    orders = {}
-    if "loss" in names:
-        replay = Replay(run)
-        orders["loss"] = np.argsort(-_final_losses(replay), kind="stable")
-    if "cleanlab" in names:
-        quality = _label_quality(job, ray_address)
-        if quality is not None:
-            orders["cleanlab"] = np.argsort(quality, kind="stable")
-    if "loo" in names:
-        values = _stored(run, "loo")
-        if values is not None:
-            orders["loo"] = np.argsort(values, kind="stable")
-    info = run.sample_info()
-    if "oracle" in names and info is not None and "corrupted" in info.column_names:
-        orders["oracle"] = np.flatnonzero(info["corrupted"].to_numpy(zero_copy_only=False))
-    return orders
 
 
 def _plan(
@@ -266,77 +233,3 @@ def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float
     except NotAClassifier:
         accuracies = [float("nan")] * len(thetas)
     return losses.tolist(), accuracies
-
-
-class NotAClassifier(Exception):
-    """A module or batch that class probabilities cannot be read from."""
-
-
-def logits_of(module: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Logits (B, classes) and labels (B,) of a batch ``(inputs, labels)``.
-
-    Raises:
-        NotAClassifier: the batch is not of that kind, or ``module(inputs)`` gives something else.
-    """
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-        raise NotAClassifier
-    inputs, labels = batch
-    try:
-        logits = module(inputs)
-    except NotImplementedError:  # Lightning's own forward
-        raise NotAClassifier from None
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
-        raise NotAClassifier
-    return logits, labels
-
-
-def correct(module: torch.nn.Module, batch: Any) -> Tensor:
-    """Whether each sample is classified as labelled, (B,) of 0 and 1: the module's ``per_sample_accuracy``, or arg max."""
-    if hasattr(module, "per_sample_accuracy"):
-        found: Tensor = module.per_sample_accuracy(batch)  # type: ignore[operator]
-        return found
-    logits, labels = logits_of(module, batch)
-    return (logits.argmax(-1) == labels).to(logits.dtype)
-
-
-def _final_losses(replay: Replay) -> np.ndarray:
-    """Losses (n_samples,) of the training samples at the end of the run, in evaluation mode."""
-    leaves = batches.cast(contents(replay.run), replay.dtype)
-    theta = replay.run.parameters(len(replay)).to(replay.dtype)
-    with torch.no_grad(), replay.objective.evaluating():
-        losses = [
-            replay.objective.losses(theta, batches.rows(leaves, rows))
-            for rows in torch.arange(replay.run.n_samples).split(1000)
-        ]
-    found: np.ndarray = torch.cat(losses).double().numpy()
-    return found
-
-
-def _label_quality(job: _Job, ray_address: str | None) -> np.ndarray | None:
-    """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; None where that cannot be had."""
-    try:
-        from cleanlab.rank import get_label_quality_scores  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        return None
-    fold_of = np.random.default_rng(0).permutation(job.run.n_samples) % FOLDS
-    folds = [frozenset(np.flatnonzero(fold_of == fold).tolist()) for fold in range(FOLDS)]
-    thetas = retrain(job.run, Retraining(0, folds), job.memory)
-    replay = Replay(job.run)
-    samples = contents(job.run)
-    probabilities: np.ndarray | None = None
-    for theta, fold in zip(thetas, folds, strict=True):
-        rows = sorted(fold)
-        batch = batches.unflatten(job.run.structure(), batches.cast(batches.rows(samples, torch.tensor(rows)), replay.dtype))
-        try:
-            with torch.no_grad(), replay.objective.evaluating():
-                logits = replay.objective.call(theta, lambda module, batch: logits_of(module, batch)[0], batch)
-        except NotAClassifier:
-            return None
-        if probabilities is None:
-            probabilities = np.zeros((job.run.n_samples, logits.shape[1]))
-            labels = np.zeros(job.run.n_samples, dtype=int)
-        probabilities[rows] = logits.double().softmax(-1).numpy()
-        labels[rows] = batch[1].numpy()
-    assert probabilities is not None
-    quality: np.ndarray = get_label_quality_scores(labels, probabilities)
-    return quality

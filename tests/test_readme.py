@@ -33,6 +33,7 @@ def test_the_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "runs/mine/report/index.html").exists()
 
 
+@pytest.mark.timeout(900)  # all of them, one after the other
 def test_the_commands_work_and_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = [line.partition("#")[0].split() for block in blocks("bash") for line in block.splitlines()]

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from lightning_acc import queries
 from lightning_acc.errors import InfluenceError, RunError
+from lightning_acc.recorder.optimizer import TrainedOptimizer
 from lightning_acc.trajectory import rebuild
 from lightning_acc.trajectory.store import Store
 from lightning_acc.trajectory.writer import RunWriter
 
 
-def header(trainer: Any, module: Any) -> dict[str, Any]:
-    """The part of the manifest that says where the run comes from."""
+def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.dtype) -> dict[str, Any]:
+    """The part of the manifest that says where the run comes from and what it trains."""
     versions = {name: importlib.metadata.version(name) for name in ("lightning-acc", "torch")}
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -36,6 +37,10 @@ def header(trainer: Any, module: Any) -> dict[str, Any]:
         "module": rebuild.describe(module),
         "data": data(trainer),
         "logger": logger(trainer),
+        "precision": str(trainer.precision),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": [[name, list(shape)] for name, shape in optimizer.layout.shapes],
+        "optimizer": {"name": optimizer.name, "group_of": optimizer.group_of, "slots": optimizer.update.slots},
     }
 
 

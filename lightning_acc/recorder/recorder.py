@@ -121,28 +121,11 @@ class TrajectoryRecorder(Callback):
             if self._place is not None:
                 refuse_if(f"the checkpoint continues the record {self._place.run_id}, which is not in {store}")
         elif self._place is not None:
-            self._take_up(store, self._place)
+            self._left_open = resume.take_up(store, self._place, self._main, self._own, self._processes)
         elif not self.overwrite:
             raise RecordingRefused(
                 f"{store} already holds a run: choose another directory, delete it, pass overwrite=True, or resume it with "
                 "trainer.fit(..., ckpt_path=...) from a checkpoint written beside it."
-            )
-
-    def _take_up(self, store: Store, place: Place) -> None:
-        held = manifests.read(store, unfinished=True)
-        if held["run_id"] != place.run_id:
-            refuse_if(f"the checkpoint continues the record {place.run_id}, but {store} holds {held['run_id']}")
-        if held["status"] == "complete" and self._processes > 1:
-            refuse_if(f"the run in {store} was finished, and its processes' parts are merged: train on in a new one")
-        if self._main is not None:
-            self._main.resume(place.n_steps)
-        if self._own is not self._main:
-            self._own.resume(place.n_steps)
-        self._left_open = held["status"] != "complete"
-        if self._own.n_steps != place.n_steps:
-            refuse_if(
-                f"the checkpoint was written after step {place.n_steps}, but {self._own.store} has a record up to step "
-                f"{self._own.n_steps} only: resume from an earlier checkpoint"
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -334,11 +317,8 @@ class TrajectoryRecorder(Callback):
         except RunError as error:
             raise RecordingRefused(str(error)) from error
         header = {
-            **description.header(trainer, pl_module),
-            "precision": str(trainer.precision),
-            "dtype": str(theta.dtype).removeprefix("torch."),
+            **description.header(trainer, pl_module, self._optimizer, theta.dtype),
             "n_samples": self._tap.n_samples,
-            "layout": [[name, list(shape)] for name, shape in self._optimizer.layout.shapes],
             "evaluation_modules": evaluation_modules,
             "loss": {
                 "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
@@ -347,16 +327,12 @@ class TrajectoryRecorder(Callback):
                 "vectorised": vectorised,
                 "batch_norm": self.batch_norm if refusals.batch_norms(pl_module) else None,
             },
-            "optimizer": {
-                "name": self._optimizer.name,
-                "group_of": self._optimizer.group_of,
-                "slots": self._optimizer.update.slots,
-            },
             "batch_structure": self._structure,
         }
         self._begun = True
         if self._place is not None:
-            self._continue(header)
+            resume.go_on(self._main, self._own, header)
+            self._left_open = False
             rebuild.LIVE[self._place.run_id] = pl_module
             return
         if self._own is not self._main:
@@ -371,16 +347,6 @@ class TrajectoryRecorder(Callback):
         description.write_frozen(self._main, pl_module)
         description.write_sample_info(self._main, trainer)
         description.write_queries(self._main.store, trainer)
-
-    def _continue(self, header: dict[str, Any]) -> None:
-        if self._main is not None:
-            different = resume.difference(self._main.header, header)
-            refuse_if(different and f"it does not go on with the training it resumes: {different}")
-            self._main.header["resumed_at"] = [*self._main.header.get("resumed_at", []), self._own.n_steps]
-            self._main.drop_later()
-        if self._own is not self._main:
-            self._own.drop_later()
-        self._left_open = False
 
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None) -> None:
         last_known = self._begun and self._pending is None

@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_acc.optimizers import State
-from lightning_acc.trajectory.store import digest
+from lightning_acc.recorder.refusals import refuse_if
+from lightning_acc.trajectory import manifest as manifests
+from lightning_acc.trajectory.store import Store, digest
+from lightning_acc.trajectory.writer import RunWriter
 
 KEY = "lightning_acc"
 """Where a checkpoint keeps the place in the record."""
@@ -52,3 +55,45 @@ def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
         if recorded.get(key) != now.get(key):
             return f"its {key} is {now.get(key)!r}, but was {recorded.get(key)!r}"
     return None
+
+
+def take_up(store: Store, place: Place, main: RunWriter | None, own: RunWriter, processes: int) -> bool:
+    """Set the writers of this process to where the checkpoint was written; nothing in the store changes yet.
+
+    Returns:
+        Whether the record there is unfinished.
+
+    Raises:
+        RecordingRefused: the checkpoint and the record do not belong together.
+    """
+    held = manifests.read(store, unfinished=True)
+    if held["run_id"] != place.run_id:
+        refuse_if(f"the checkpoint continues the record {place.run_id}, but {store} holds {held['run_id']}")
+    if held["status"] == "complete" and processes > 1:
+        refuse_if(f"the run in {store} was finished, and its processes' parts are merged: train on in a new one")
+    for writer in _distinct(main, own):
+        writer.resume(place.n_steps)
+    if own.n_steps != place.n_steps:
+        refuse_if(
+            f"the checkpoint was written after step {place.n_steps}, but {own.store} has a record up to step {own.n_steps} "
+            "only: resume from an earlier checkpoint"
+        )
+    return bool(held["status"] != "complete")
+
+
+def go_on(main: RunWriter | None, own: RunWriter, header: dict[str, Any]) -> None:
+    """Before the first new step: compare with how the training began, then drop what was recorded after the checkpoint.
+
+    Raises:
+        RecordingRefused: the resumed training differs in what a run cannot change on the way.
+    """
+    if main is not None:
+        different = difference(main.header, header)
+        refuse_if(different and f"it does not go on with the training it resumes: {different}")
+        main.header["resumed_at"] = [*main.header.get("resumed_at", []), own.n_steps]
+    for writer in _distinct(main, own):
+        writer.drop_later()
+
+
+def _distinct(main: RunWriter | None, own: RunWriter) -> list[RunWriter]:
+    return [own] if main is None or main is own else [main, own]
