@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_acc.audit import AuditReport
     from lightning_acc.cleaning import clean
     from lightning_acc.errors import InfluenceError, RequestError, RunError
+    from lightning_acc.forecast import plan
     from lightning_acc.optimizers import OptimizerRule, register_optimizer
     from lightning_acc.queries import Query
     from lightning_acc.recorder import TrajectoryRecorder
@@ -34,6 +35,7 @@ __all__ = [
     "TrajectoryRecorder",
     "clean",
     "evaluate",
+    "plan",
     "register_optimizer",
     "score",
     "write_report",
@@ -52,6 +54,7 @@ _HOMES = {
     "TrajectoryRecorder": "recorder",
     "clean": "cleaning",
     "evaluate": "agreement",
+    "plan": "forecast",
     "register_optimizer": "optimizers",
     "write_report": "report",
     "score": "scoring",

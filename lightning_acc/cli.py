@@ -40,6 +40,34 @@ def audit(run: str) -> None:
         raise RunError(f"{run} did not pass its audit.")
 
 
+def plan(
+    run: str,
+    removals: str = "all",
+    query: str = "val",
+    dtype: Literal["float32", "float64"] | None = None,
+    ray_address: str | None = "local",
+    workers: int | None = None,
+    memory_gb: float = 2.0,
+) -> None:
+    """What each method would cost on this run, from a few of its steps, and which one to use.
+
+    Args:
+        run: the run directory.
+        removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with one removal on each line.
+        query: a query recorded with the run.
+        dtype: precision of the replay; by default as recorded.
+        ray_address: where it would be computed: local, auto, ray://host:port, or null for this process.
+        workers: how many workers there are; by default as many as this machine has cores.
+        memory_gb: budget of each process.
+    """
+    from lightning_acc.forecast import plan as forecast
+    from lightning_acc.selection import select
+    from lightning_acc.trajectory.run import Run
+
+    opened = Run(run)
+    print(forecast(opened, select(opened, removals), query, dtype, ray_address, workers=workers, memory_gb=memory_gb))
+
+
 def score(
     run: str,
     method: Method = "acc-sgd-ie",
@@ -242,6 +270,7 @@ VERBS: dict[str, Any] = {
     "run": run,
     "fit": fit,
     "audit": audit,
+    "plan": plan,
     "score": score,
     "retrain": retrain,
     "evaluate": evaluate,
