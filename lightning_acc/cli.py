@@ -263,7 +263,10 @@ def dashboards(project: str | None = None) -> None:
 
 
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-DESCRIPTION = "Which training samples made your PyTorch Lightning model better or worse?"
+DESCRIPTION = (
+    "Which training samples made your PyTorch Lightning model better or worse? With --trust PACKAGE a run may import its "
+    "module from that package; without it only from what is imported already."
+)
 LISTS = {"clean": ("--method", "--fractions")}
 """Options that take several values."""
 VERBS: dict[str, Any] = {
@@ -287,6 +290,22 @@ def _underscored(option: re.Match[str]) -> str:
     return "--" + option[0][2:].replace("-", "_")
 
 
+def _trusting(args: list[str]) -> list[str]:
+    """The arguments without ``--trust PACKAGE[,PACKAGE]``, which holds for every verb, and is put into effect here."""
+    out: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if word == "--trust" or word.startswith("--trust="):
+            from lightning_acc.trajectory.rebuild import allow
+
+            named = word.partition("=")[2] or (rest.pop(0) if rest else "")
+            allow(name for name in named.split(",") if name)
+        else:
+            out.append(word)
+    return out
+
+
 def _lists_in_brackets(args: list[str]) -> list[str]:
     """``--fractions 0.05 0.1`` as ``--fractions [0.05, 0.1]``, which is how the parser takes lists."""
     out: list[str] = []
@@ -307,7 +326,7 @@ def _lists_in_brackets(args: list[str]) -> list[str]:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: one line on stderr and exit status 1 for what cannot be done, 130 after Ctrl-C."""
-    args = list(sys.argv[1:] if args is None else args)
+    args = _trusting(list(sys.argv[1:] if args is None else args))
     try:
         if args and args[0] in ("fit", "run"):
             from lightning_acc import training

@@ -91,20 +91,20 @@ class Scores:
         return Scores.build(list(both), np.array(list(both.values())), conditions)
 
 
-def write(store: Store, name: str, scores: Scores) -> None:
-    """Store a table in a run directory, as ``scores/<name>.parquet``."""
+def write(store: Store, name: str, scores: Scores, folder: str = "scores") -> None:
+    """Store a table in a run directory, as ``scores/<name>.parquet`` or in another folder."""
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(scores.table, buffer)
-    store.write(f"scores/{name}.parquet", buffer.getvalue())
+    store.write(f"{folder}/{name}.parquet", buffer.getvalue())
 
 
-def read(store: Store, name: str) -> Scores:
-    """The table stored as ``scores/<name>.parquet``.
+def read(store: Store, name: str, folder: str = "scores") -> Scores:
+    """The table stored as ``scores/<name>.parquet``, or in another folder.
 
     Raises:
         RunError: it is missing or damaged.
     """
-    file = f"scores/{name}.parquet"
+    file = f"{folder}/{name}.parquet"
     try:
         table = pyarrow.parquet.read_table(pa.BufferReader(store.read(file)))
         conditions = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}

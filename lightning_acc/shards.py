@@ -1,6 +1,6 @@
 """Scores are stored shard by shard, as they are done, so that what was finished is never computed twice.
 
-A shard is a table of some removals under ``scores/parts``, named by a hash of its conditions and its removals. It appears
+A shard is a table of some removals in the folder ``shards``, named by a hash of its conditions and its removals. It appears
 whole or not at all, and the same shard written twice is the same file: commands that work on one run at once, and commands
 that were stopped and repeated, do no harm. The table of a method is the union of its shards and what it held before.
 """
@@ -18,6 +18,7 @@ from lightning_acc.scores import Scores
 from lightning_acc.trajectory.run import Run
 from lightning_acc.trajectory.store import digest
 
+FOLDER = "shards"
 SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version")
 """Conditions under which two scores of one removal are the same number."""
 
@@ -30,12 +31,12 @@ def key(conditions: dict[str, Any]) -> str:
 def write(run: Run, shard: Scores) -> None:
     """Store a shard."""
     which = digest(json.dumps(shard.removals).encode())[:16]
-    scores.write(run.store, f"parts/{key(shard.conditions)}-{which}", shard)
+    scores.write(run.store, f"{key(shard.conditions)}-{which}", shard, FOLDER)
 
 
 def stored(run: Run, conditions: dict[str, Any], name: str) -> Scores | None:
     """Everything there is under these conditions: the shards, and the table ``name`` where it is of the same kind."""
-    found = [scores.read(run.store, f"parts/{part}") for part in _parts(run, conditions)]
+    found = [scores.read(run.store, part, FOLDER) for part in _parts(run, conditions)]
     if name in scores.names(run.store):
         table = scores.read(run.store, name)
         if all(table.conditions.get(one) == conditions[one] for one in SAME):
@@ -68,8 +69,8 @@ def missing(pieces: list[list[Removal]], known: Scores | None) -> list[list[Remo
 
 
 def _parts(run: Run, conditions: dict[str, Any]) -> list[str]:
-    prefix = f"scores/parts/{key(conditions)}-"
-    files = run.store.names("scores/parts")
+    prefix = f"{FOLDER}/{key(conditions)}-"
+    files = run.store.names(FOLDER)
     return [
         file.split("/")[-1].removesuffix(".parquet") for file in files if file.startswith(prefix) and file.endswith(".parquet")
     ]

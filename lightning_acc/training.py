@@ -23,6 +23,7 @@ from lightning_acc.report import write_report
 from lightning_acc.scoring import DEFAULT_MEMORY_GB, score
 from lightning_acc.selection import select
 from lightning_acc.trajectory.run import Run
+from lightning_acc.trajectory.store import Store
 
 
 @dataclass
@@ -92,7 +93,7 @@ def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     _keep_test_data(cli)
-    print(f"recorded in {cli.config.recorder.directory}")
+    print(f"recorded in {Store(cli.config.recorder.directory)}")
     return cli
 
 

@@ -134,7 +134,7 @@ def test_scores_keep_their_conditions_and_are_merged_with_older_ones(path: Path)
     from lightning_acc import scores
 
     stored = scores.read(run.store, "loo")
-    assert stored.removals == [(2, 5), (1,), (3,)]
+    assert stored.removals == [(1,), (2, 5), (3,)]
     assert stored.table["rank"].to_pylist() == (stored.values.argsort().argsort() + 1).tolist()
     conditions = stored.conditions
     assert conditions["convention"] == "fixed-denominator"

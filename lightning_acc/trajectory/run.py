@@ -99,13 +99,19 @@ class Run:
         path: the run directory, a local path or an fsspec URL.
         module: the LightningModule to evaluate the losses with. By default it is rebuilt from the class and the saved
             hyper-parameters named in the manifest; pass it where that cannot work. Its parameters are not used.
+        trust: packages that class may be imported from, or True for any. Importing executes code, so that by default only
+            packages which this process has imported already will do, this one, and those named in the environment
+            variable ``LIGHTNING_ACC_TRUST``, separated by commas.
 
     Raises:
         RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], module: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], module: torch.nn.Module | None = None, trust: rebuild.Trust = False
+    ) -> None:
         self.store = Store(path)
+        self.trust = rebuild.names(trust)
         self.manifest = manifest.read(self.store)
         self._module = module
         self._loaded: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
@@ -118,8 +124,8 @@ class Run:
 
     @property
     def path(self) -> str:
-        """Absolute path or URL of the run directory."""
-        return self.store.url
+        """Absolute path or URL of the run directory, without credentials."""
+        return str(self.store)
 
     @property
     def name(self) -> str:
@@ -208,11 +214,11 @@ class Run:
         """The LightningModule of the run; the values of its tensors are arbitrary.
 
         Raises:
-            RunError: it cannot be rebuilt here.
+            RunError: it cannot be rebuilt here, or is in a package that is not trusted.
         """
         if self._module is None:
             try:
-                self._module = rebuild.build(self.manifest["module"])
+                self._module = rebuild.build(self.manifest["module"], self.trust)
             except RunError:
                 self._module = rebuild.LIVE.get(self.manifest["run_id"])
                 if self._module is None:
@@ -247,7 +253,9 @@ class Run:
         if "samples/info.parquet" not in self.manifest["files"]:
             return None
         data = manifest.read_file(self.store, "samples/info.parquet", self._file("samples/info.parquet")["sha256"])
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+        manifest.check_columns(self.store.locate("samples/info.parquet"), table.column_names)
+        return table
 
     def cleaned_dataset(self, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
         """The training set without the samples ``drop``, as a Hugging Face data set; see ``lightning_acc.exports``."""
@@ -272,12 +280,16 @@ class Run:
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name not in self._loaded:
             data = manifest.read_file(self.store, name, self._file(name)["sha256"])
+            try:
+                tensors = safetensors.torch.load(data)
+            except safetensors.SafetensorError as error:
+                raise RunError(f"{self.store.locate(name)} holds no tensors: restore it, or record the run again.") from error
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
             if name.startswith("parameters/"):
                 # Large and read in order: only the newest file is kept.
                 self._loaded = {key: value for key, value in self._loaded.items() if not key.startswith("parameters/")}
-            self._loaded[name] = safetensors.torch.load(data), metadata
+            self._loaded[name] = tensors, metadata
         return self._loaded[name]
 
     @cached_property
@@ -321,7 +333,10 @@ class Run:
         return first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "module": self._module}
+        # What may be built here may be built there, where nothing is imported yet; and nothing else.
+        place = rebuild.place_of(self.manifest["module"]) if "module" in self.manifest else ""
+        trust = (place,) if place and rebuild.is_allowed(place, self.trust) else ()
+        return {"path": self.store.url, "module": self._module, "trust": trust}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

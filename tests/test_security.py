@@ -1,0 +1,350 @@
+"""A run directory from someone else: nothing in it is executed, leads outside, or gives credentials away."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import safetensors
+import torch
+from problems import make, record
+
+import lightning_acc as la
+from lightning_acc import scores
+from lightning_acc.trajectory import manifest as manifests
+from lightning_acc.trajectory import rebuild
+from lightning_acc.trajectory.store import Store, check_name, digest, without_credentials
+
+EVIL = """
+import pathlib
+pathlib.Path({sign!r}).touch()
+import torch
+class Net(torch.nn.Module):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recorded") / "run"
+    record(path, make(hidden=4))
+    return path
+
+
+@pytest.fixture
+def path(recorded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(recorded, tmp_path / "run"))
+
+
+@pytest.fixture
+def sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that importing the package ``evil_package`` or one of its modules makes."""
+    package = tmp_path / "path/evil_package"
+    package.mkdir(parents=True)
+    sign = tmp_path / "executed"
+    (package / "__init__.py").write_text(EVIL.format(sign=str(sign)))
+    (package / "nets.py").write_text(EVIL.format(sign=str(sign)))
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.delenv(rebuild.TRUST_VARIABLE, raising=False)
+    monkeypatch.setattr(rebuild, "_trusted", set())
+    for name in [name for name in sys.modules if name.startswith("evil_package")]:
+        monkeypatch.delitem(sys.modules, name)
+    return sign
+
+
+def edit(path: Path, **changes: Any) -> Path:
+    """Change the manifest and seal it again, as an attacker would; its run is not the one this process has recorded."""
+    content = json.loads((path / "manifest.json").read_text())
+    manifests.write(Store(path), {**content, "run_id": "from elsewhere", **changes})
+    return path
+
+
+def names_class(path: Path, name: str, **arguments: Any) -> Path:
+    return edit(path, module={"class": name, "hyper_parameters": arguments})
+
+
+class Planted:
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.sign,)
+
+
+def test_planted_files_are_never_executed(path: Path, tmp_path: Path) -> None:
+    sign = tmp_path / "executed"
+    planted = pickle.dumps(Planted(sign))
+    for folder in (".", "steps", "parameters", "samples", "queries"):
+        for name in ("data.pkl", "last.ckpt", "000009.pt", "module.bin"):
+            (path / folder / name).write_bytes(planted)
+        for name in ("__init__.py", "conftest.py", "sitecustomize.py", "torch.py", "problems.py"):
+            (path / folder / name).write_text(EVIL.format(sign=str(sign)))
+    (path / "scores").mkdir()
+    (path / "scores/loo.pkl").write_bytes(planted)
+    run = la.Run(path)
+    assert run.audit().ok
+    la.score(run, "sgd-ie", ray_address=None)
+    assert run.query_names() == ["val"]
+    assert not sign.exists()
+    pickle.loads(planted)
+    assert sign.exists()  # so it would have been seen
+
+
+@pytest.mark.parametrize("name", ["steps/000000.safetensors", "queries/val.safetensors", "module.safetensors"])
+def test_a_pickle_in_place_of_a_file_is_not_loaded(path: Path, tmp_path: Path, name: str) -> None:
+    sign = tmp_path / "executed"
+    planted = pickle.dumps(Planted(sign))
+    (path / name).write_bytes(planted)
+    (path / "queries/val.json").write_text(json.dumps({"sha256": digest((path / "queries/val.safetensors").read_bytes())}))
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    files[name] = {**files.get(name, {}), "bytes": len(planted), "sha256": digest(planted)}
+    run = la.Run(edit(path, files=files))
+    with pytest.raises((la.RunError, safetensors.SafetensorError, ValueError)):
+        la.score(run, "sgd-ie", ray_address=None)
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize("name", ["evil_package:Net", "evil_package.nets:Net"])
+def test_a_package_that_nothing_here_has_imported_is_refused(path: Path, sign: Path, name: str) -> None:
+    run = la.Run(names_class(path, name))
+    with pytest.raises(la.RunError) as error:
+        run.audit()
+    assert str(error.value) == (
+        f"The run's module {name} is in the package 'evil_package', which importing would execute and nothing here has "
+        "imported: if you trust it, import it first, or open the run as Run(path, trust=['evil_package']), with "
+        "--trust evil_package, or with LIGHTNING_ACC_TRUST=evil_package in the environment."
+    )
+    assert not sign.exists()
+    assert "evil_package" not in sys.modules
+    for trust in (False, ["other", "evil"], "evil_packag", ["evil_package.net"]):
+        with pytest.raises(la.RunError, match="if you trust it"):
+            la.Run(path, trust=trust).module()
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize("trust", [True, "evil_package", ["other", "evil_package"], ["evil_package.nets"]])
+def test_a_trusted_package_is_imported(path: Path, sign: Path, trust: Any) -> None:
+    run = la.Run(names_class(path, "evil_package.nets:Net"), trust=trust)
+    assert not sign.exists()
+    assert type(run.module()).__name__ == "Net"
+    assert sign.exists()
+
+
+def test_the_environment_and_the_process_may_trust(path: Path, sign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = la.Run(names_class(path, "evil_package:Net"))
+    monkeypatch.setenv(rebuild.TRUST_VARIABLE, "other, evil_package")
+    assert rebuild.is_allowed("evil_package")
+    monkeypatch.setenv(rebuild.TRUST_VARIABLE, ",")
+    assert not rebuild.is_allowed("evil_package")
+    rebuild.allow(["evil_package"])
+    assert type(run.module()).__name__ == "Net"
+
+
+WORKER = """
+import pickle, sys
+sys.path[:0] = {path!r}
+run = pickle.loads({pickled!r})
+assert "evil_package" not in sys.modules
+print(run.trust)
+print(type(run.module()).__name__)
+"""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_the_driver_may_build_a_worker_may_build(path: Path, sign: Path, trusted: bool) -> None:
+    run = la.Run(names_class(path, "evil_package.nets:Net"))
+    if trusted:
+        rebuild.allow("evil_package")  # known to this process alone
+    script = WORKER.format(path=sys.path, pickled=pickle.dumps(run))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert sign.exists() == trusted
+    if trusted:
+        assert done.stdout == "('evil_package.nets',)\nNet\n"
+    else:
+        assert done.stdout == "()\n"
+        assert "if you trust it" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "builtins:eval", "torch:load", "problems:data"])
+def test_only_modules_are_ever_called(path: Path, tmp_path: Path, name: str) -> None:
+    command = f"touch {tmp_path / 'executed'}"
+    run = la.Run(names_class(path, name, command=command, args=command), trust=True)
+    with pytest.raises(la.RunError, match=rf"{name} as its module, which is no torch.nn.Module and is not called"):
+        run.module()
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil:Net", ":Net", "evil package:Net", "problems:", "problems:Net.__init__.x", "a/b:C", 3]
+)
+def test_strange_names_of_classes_are_one_sentence(path: Path, name: Any) -> None:
+    with pytest.raises(la.RunError, match="cannot be imported here"):
+        la.Run(names_class(path, name), trust=True).module()
+
+
+OUTSIDE = [
+    "../x",
+    "steps/../../x",
+    "/etc/passwd",
+    "steps\\..\\x",
+    "steps/x\0y",
+    "steps//x",
+    "./x",
+    "",
+    "s3://b/x",
+    "a?versionId=1",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_that_names_a_file_outside_is_refused(path: Path, name: str) -> None:
+    (path.parent / "x").write_bytes(b"secret")
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    files[name] = {"bytes": 6, "sha256": digest(b"secret"), "count": 1}
+    with pytest.raises(la.RunError, match=r"manifest.json names the file .* lies outside of it, and is refused") as error:
+        la.Run(edit(path, files=files))
+    assert "\n" not in str(error.value)
+    assert "\0" not in str(error.value)
+
+
+def test_a_manifest_without_what_it_must_tell_is_damaged(path: Path) -> None:
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    with pytest.raises(la.RunError, match=r"tells no size and hash of steps/000000.safetensors"):
+        la.Run(edit(path, files={**files, "steps/000000.safetensors": 3}))
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "a\\b", "a\0b", ".."])
+def test_no_name_leads_outside(path: Path, name: str) -> None:
+    run = la.Run(path)
+    before = set(path.parent.rglob("*"))
+    table = la.score(run, "sgd-ie", [0], ray_address=None, save=False)
+    with pytest.raises(la.RequestError, match="no name for a query"):
+        run.add_query(name, [])
+    with pytest.raises(la.RequestError, match="no query"):
+        run.query(name)
+    with pytest.raises(la.RunError, match="no name for a file of a run directory"):
+        scores.write(run.store, f"{name}/x", table)
+    with pytest.raises(la.RunError, match="no name for a file of a run directory"):
+        scores.read(run.store, f"{name}/x")
+    for do in (run.store.read, run.store.exists, run.store.size, run.store.names, run.store.remove, check_name):
+        with pytest.raises(la.RunError, match="no name for a file"):
+            do(name)
+    assert set(path.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("column", ["../../x", "/etc/x", "a\\..\\b", "a\0b", ".."])
+def test_columns_that_are_paths_are_refused(path: Path, column: str) -> None:
+    content = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.table({"and/or": [1], column: [2]}), content)
+    data = content.getvalue().to_pybytes()
+    (path / "samples/info.parquet").write_bytes(data)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    files["samples/info.parquet"] = {"bytes": len(data), "sha256": digest(data)}
+    run = la.Run(edit(path, files=files))
+    with pytest.raises(la.RunError, match=r"info.parquet has a column .*, which is a path"):
+        run.sample_info()
+
+
+SHOWN = {
+    "s3://bucket/run": "s3://bucket/run",
+    "ftp://me:secret@host/run": "ftp://host/run",
+    "sftp://me:se/cr@et@host:22/run": "sftp://host:22/run",
+    "https://token@host:80/run@v2?sig=secret&x=1": "https://host:80/run@v2",
+    "simplecache::ftp://me:secret@host/run": "simplecache::ftp://host/run",
+    "see 'https://host/a?sig=secret' and s3://host:9000/b@c": "see 'https://host/a' and s3://host:9000/b@c",
+    "abfs://container@account/run": "abfs://container@account/run",
+    "/home/me?x@y": "/home/me?x@y",
+}
+
+
+@pytest.mark.parametrize("given", SHOWN)
+def test_urls_are_shown_without_credentials(given: str) -> None:
+    assert without_credentials(given) == SHOWN[given]
+    assert without_credentials(SHOWN[given]) == SHOWN[given]
+
+
+def test_the_working_url_keeps_its_credentials_and_nothing_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "memory://me:hunter2@host/run"
+    run = record(url, make())  # type: ignore[arg-type]
+    assert run.store.url == url
+    again = pickle.loads(pickle.dumps(run))
+    assert again.hash == run.hash
+    table = la.score(run, "sgd-ie", ray_address=None)
+    shown = [repr(run), run.path, run.name, str(run.store), run.store.locate("x"), la.write_report(run), str(table.conditions)]
+    for do in (lambda: run.store.read("nowhere"), lambda: la.evaluate(run), lambda: la.Run(f"{url}2")):
+        with pytest.raises(la.InfluenceError) as error:
+            do()
+        shown.append(str(error.value))
+    files = run.store.filesystem
+    content = b"".join(files.cat_file(name) for name in files.find(run.store.path))
+    assert "hunter2" not in "".join(shown) + content.decode("latin-1")
+
+
+def test_credentials_among_hyper_parameters_are_not_recorded(path: Path) -> None:
+    words = {
+        "url": "ftp://me:hunter2@host/x",
+        "storage_options": {"key": "me", "secret": "hunter2"},
+        "api_key": "hunter2",
+        "nested": [{"auth_token": "hunter2", "token_count": 3, "hidden": 4}],
+    }
+    edit(path, data={"class": "x:Data", "hyper_parameters": words}, module={"class": "x:Y", "hyper_parameters": words})
+    text = (path / "manifest.json").read_text()
+    assert "hunter2" not in text
+    assert la.Run(path).manifest["data"]["hyper_parameters"]["nested"] == [{"auth_token": "***", "token_count": 3, "hidden": 4}]
+
+    class Reads(torch.nn.Module):
+        def __init__(self, url: str, storage_options: Any) -> None:
+            super().__init__()
+
+    module = Reads("", {})
+    module.hparams = words  # type: ignore[assignment]
+    described = rebuild.describe(module)["hyper_parameters"]
+    assert described == {"url": "ftp://host/x", "storage_options": "***"}
+
+
+def test_web_addresses_keep_their_query_behind_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("https://host/run?sig=secret")
+    assert store._path("steps/a") == "https://host/run/steps/a?sig=secret"
+    assert store.locate("steps/a") == "https://host/run/steps/a"
+
+    def answers(*_: Any, **__: Any) -> None:
+        raise OSError(22, "no such thing: https://host/run/steps/a?sig=secret")
+
+    monkeypatch.setattr(store._filesystem, "cat_file", answers)
+    with pytest.raises(la.RunError, match="no such thing: https://host/run/steps/a") as error:
+        store.read("steps/a")
+    assert "secret" not in str(error.value)
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+
+
+def test_links_within_a_run_do_not_lead_writing_astray(path: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (path / "scores").mkdir()
+    os.symlink(outside, path / "scores/sgd-ie.parquet")
+    Store(path).write("scores/sgd-ie.parquet", b"scores")
+    assert outside.read_text() == "mine"
+
+
+def test_the_command_line_trusts_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_acc import cli
+    from lightning_acc.trajectory import rebuild
+
+    monkeypatch.setattr(rebuild, "_trusted", set())
+    assert cli._trusting(["score", "RUN", "--trust", "mine,yours", "--method", "loo", "--trust=theirs"]) == [
+        "score",
+        "RUN",
+        "--method",
+        "loo",
+    ]
+    assert rebuild._trusted == {"mine", "yours", "theirs"}
