@@ -27,10 +27,19 @@ def faulty(job: Any, removals: list[Removal], progress: Callable[[float], None],
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "memory":
         raise MemoryError("no more")
-    if kind == "hangs":
+    if kind == "hangs" or (kind.startswith("hangs on ") and kind.endswith(_node())):
+        with open(Path(os.environ[PLACE]) / "hanging", "a") as file:
+            file.write(f"{removals[0][0]}-{removals[-1][0]}\n")
         time.sleep(600)
     if kind == "slow":
         time.sleep(3)
     with open(Path(os.environ[PLACE]) / "computed", "a") as file:
         file.write(f"{removals[0][0]}-{removals[-1][0]}\n")
     return compute(job, removals, progress, replay)
+
+
+def _node() -> str:
+    import ray
+
+    identity: str = ray.get_runtime_context().get_node_id()
+    return identity
