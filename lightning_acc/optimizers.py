@@ -158,5 +158,10 @@ class Update:
         if groups[0]["gradient_clip_val"]:
             gradients = clip(gradients, groups[0]["gradient_clip_val"], groups[0]["gradient_clip_algorithm"])
         pieces = zip(self.group_of, gradients, *(part.split(sizes, -1) for part in state), strict=True)
-        updated = [self.rule.update(tuple(piece), g, groups[group]) for group, g, *piece in pieces]
+        updated = [self._one(tuple(piece), g, groups[group]) for group, g, *piece in pieces]
         return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
+
+    def _one(self, state: State, gradient: Tensor, h: Hyperparameters) -> State:
+        """The state of one parameter after the update; slots that only other groups use stay as they are."""
+        used = 1 + len(self.rule.slots(h))
+        return *self.rule.update(state[:used], gradient, h), *state[used:]

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from lightning_acc.errors import RequestError
+from lightning_acc.errors import RequestError, RunError
 from lightning_acc.objective import AUTOCAST, Objective, ParameterLayout
 from lightning_acc.optimizers import State, Update
 from lightning_acc.step import Batch, Step
@@ -19,6 +19,8 @@ from lightning_acc.trajectory.run import Run
 
 CACHE_BYTES = 2**20
 """Activations that Hessian-vector products work on at once: what a core's second-level cache holds. More is slower."""
+DOUBT = 1e-5
+"""A replay that ends further from the recorded run's end, relative to the way that went, is looked into."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -63,6 +65,22 @@ class Replay:
     def state(self, theta: Tensor) -> State:
         """The state with parameters ``theta`` and empty slots."""
         return self.update.initial(theta.to(self.dtype))
+
+    def confirm(self, theta: Tensor) -> None:
+        """See that the parameters ``theta`` (p,) after the last step are those of the recorded run; in doubt, audit it.
+
+        Training may amplify round-off, so that a difference alone condemns nothing; a step that is not reproduced does.
+
+        Raises:
+            RunError: the record does not reproduce the training.
+        """
+        if len(self) not in self.run.snapshots:  # interrupted within its last step
+            return
+        first, last = (self.run.parameters(t).to(self.dtype) for t in (0, len(self)))
+        if float((theta - last).norm()) > DOUBT * float((last - first).norm()):
+            report = self.run.audit()
+            if not report.ok:
+                raise RunError(f"{self.run.store}: {report}.")
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -148,6 +166,7 @@ class Tape:
             if t % self._segment == 0:
                 self._kept.append(self.final)
             self.final = replay.step(t)(self.final)
+        replay.confirm(self.final[0])
 
     def backwards(self) -> Iterator[tuple[Step, State]]:
         """The steps from the last to the first, each with the state before it; can be gone through once."""

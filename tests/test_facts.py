@@ -142,6 +142,8 @@ def test_7_the_audit_finds_the_step_that_was_tampered_with(tmp_path: Path) -> No
     assert report.first_bad_step == 6
     assert report.max_abs_error == pytest.approx(1e-4, rel=1e-6)
     assert "step 6" in str(report)
+    with pytest.raises(la.RunError, match=r"audit FAILED: step 6.*no score of this run can be trusted"):
+        la.score(run, "sgd-ie", ray_address=None)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)

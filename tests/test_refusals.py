@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import FEATURES, Net, Normalised, StepOnly, data, flat, make, record, trainer
+from problems import FEATURES, N, Net, Normalised, StepOnly, data, flat, make, record, trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_acc as la
 from lightning_acc.recorder import RecordingRefused
@@ -135,6 +135,87 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "iterable": (Net, {"train": DataLoader(Stream(), 5)}, r"iterable dataset .*map-style"),
     "out of order": (Net, {"train": DataLoader(data(), 5, num_workers=2, in_order=False)}, r"in_order=False"),
 }
+
+
+class ByEpoch(Net):
+    """Weighs the loss by the epoch, as an annealed term does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
+
+
+class ByStep(Net):
+    """Another loss from a certain step on."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        return super().per_sample_loss(batch) * (1.0 if self.global_step < 6 else 0.5)
+
+
+class Freezing(Net):
+    """Stops training its first layer after an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=4)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[0].requires_grad_(False)
+
+
+class Shrinking(pl.Callback):
+    """Shrinks the parameters at the end of an epoch."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        with torch.no_grad():
+            next(pl_module.parameters()).mul_(0.9)
+
+
+LATE: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+    "loss by the epoch": (ByEpoch, (), r"has become another .* in step 4 their gradients differ by 50 %.*self.current_epoch"),
+    "loss by the step": (ByStep, (), r"has become another .* in step 7 their gradients differ by 1e\+02 %.*self.global_step"),
+    "layer frozen on the way": (Freezing, (), r"in step 4 their gradients differ .*what is trained"),
+    "callback at the end of an epoch": (Net, (Shrinking(),), r"Step 3 moved the parameters otherwise"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_begins_later_is_refused_when_it_is_met(tmp_path: Path, case: str) -> None:
+    make_module, callbacks, message = LATE[case]
+    with pytest.raises(RecordingRefused, match=message):
+        record(tmp_path / "run", make_module().double(), callbacks=callbacks)
+    with pytest.raises(la.RunError):
+        la.Run(tmp_path / "run")
+
+
+class Posts(Dataset[Any]):
+    """Samples as dicts, with a text or a number beside the tensors."""
+
+    def __init__(self, beside: Any) -> None:
+        self.beside = beside
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = data()[i]
+        return {"x": x, "y": y, **({} if self.beside == "size" else {"text": f"post {i}"})}
+
+    def together(self, samples: list[Any]) -> Any:
+        batch = torch.utils.data.default_collate(samples)
+        return {**batch, "size": len(samples)} if self.beside == "size" else batch
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        ("text", r"A batch holds strings under 'text', which are not recorded.*token ids.*remove_columns"),
+        ("size", r"The batch of step 3 is built otherwise than the first one: 'size' is 3 and not 7, but .* a row a sample\.$"),
+    ],
+)
+def test_what_is_no_tensor_and_differs_from_batch_to_batch(tmp_path: Path, beside: str, message: str) -> None:
+    posts = Posts(beside)
+    with pytest.raises(la.RunError, match=message):
+        record(tmp_path / "run", make(), DataLoader(posts, 7, collate_fn=posts.together))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated")

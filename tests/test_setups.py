@@ -148,6 +148,27 @@ def test_sgd_ie_is_the_derivative_in_the_weight_and_forward_equals_reverse(
     torch.testing.assert_close(torch.tensor(forward), torch.tensor(reverse), rtol=1e-8, atol=1e-13)
 
 
+class TwoKinds(Weighted):
+    """Parameter groups of which only one keeps a buffer, or the largest second moment."""
+
+    kind = "SGD"
+
+    def configure_optimizers(self) -> Any:
+        weights, biases = ([p for p in self.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        if self.kind == "SGD":
+            return torch.optim.SGD([{"params": weights, "momentum": 0.9}, {"params": biases, "dampening": 0.5}], lr=0.05)
+        groups = [{"params": weights, "amsgrad": True, "weight_decay": 0.1}, {"params": biases, "amsgrad": False}]
+        return torch.optim.AdamW(groups, lr=0.05, betas=(0.8, 0.9))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_groups_keep_their_own_slots(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    module = TwoKinds(hidden=4, activation="gelu").double()
+    module.kind = kind
+    assert record(tmp_path / "run", module).audit().max_abs_error == 0
+
+
 def test_tangents_are_finite_where_adams_second_moment_is_zero(tmp_path: Path) -> None:
     tensors = data().tensors
     tensors[0][:, 0] = 0  # an input that is never there: its weights have no gradient, ever

@@ -1,4 +1,4 @@
-"""The first steps of a training are compared with what F makes of their record, before anything later is believed."""
+"""The first steps of a training, and a few later ones, are compared with what F makes of their record."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from lightning_acc.step import Step
 CHECKED_STEPS = 3
 CHECKED_SIZES = 3
 """Further batch sizes whose gradient is compared when they are first met, in one process."""
+LATE_TOLERANCE = 1e-2
+"""Largest relative difference that counts as round-off in a later step, whose gradient may be a small rest of large ones."""
 
 
-class FirstSteps:
-    """Follows the training for some steps with F.
+class Checks:
+    """Follows the training with F: its first steps, then the first and the last one of the epochs 0, 1, 2, 4, 8 ...
+
+    What goes wrong later (a loss that depends on the epoch, a layer switched off, a callback at the end of an epoch) is met
+    there, or by the audit, which replays every step.
 
     Args:
         module: the LightningModule, whose buffers must stay as they are.
@@ -32,26 +37,35 @@ class FirstSteps:
         self._alone = processes == 1
         self._sizes: set[int] = set()
         self._start = start
+        self._epoch: int | None = None
+        self._strict = True
+        self._tolerance = 0.0
+        self._steepest = 0.0
+        self.followed: int | None = None
+        """The step whose effect is to be compared, once it is there."""
         self._before = state[0]
         self._replayed = state
 
-    def due(self, number: int, size: int) -> bool:
+    def due(self, number: int, size: int, epoch: int, last: bool) -> bool:
         """Whether the gradient of step ``number``, on ``size`` samples of this process, is to be compared.
 
-        The same in all processes, which then exchange what they saw.
+        The same in all processes, which then exchange what they saw. ``last`` tells the last step of an ``epoch``.
         """
         new_size = self._alone and size not in self._sizes and len(self._sizes) < CHECKED_SIZES
         self._sizes.add(size)
-        return number < self._start + CHECKED_STEPS or new_size
+        first, self._epoch = epoch != self._epoch, epoch
+        self._strict = self._early(number) or new_size
+        return self._strict or ((first or last) and epoch & (epoch - 1) == 0)
 
     def parameters(self, number: int, theta: Tensor, module: Any) -> None:
-        """Compare the parameters (p,) before step ``number`` with what the steps so far should have made of them.
+        """Compare the parameters (p,) before step ``number`` with what the step before, if followed, should have made of them.
 
         Raises:
             RecordingRefused: something else changed them, or a buffer.
         """
-        if not 0 < number - self._start <= CHECKED_STEPS:
+        if self.followed is None or number != self.followed + 1:
             return
+        self.followed = None
         statistics = {f"{layer}." for layer in batch_norms(module)}  # a known change, which no loss in training depends on
         for name, value in module.named_buffers():
             if name.rpartition(".")[0] + "." in statistics:
@@ -64,7 +78,7 @@ class FirstSteps:
         moved = theta - self._before
         difference = decomposition.relative_difference(self._replayed[0] - self._before, moved)
         rounding = 8 * torch.finfo(theta.dtype).eps * float(theta.norm() / moved.norm().clamp_min(1e-30))
-        if not difference <= decomposition.GRADIENT_TOLERANCE[theta.dtype] + rounding:
+        if not difference <= self._tolerance + rounding:
             raise RecordingRefused(
                 f"Step {number - 1} moved the parameters otherwise than its record says: the recorded step gives a change "
                 f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer changes parameters "
@@ -72,13 +86,24 @@ class FirstSteps:
             )
         self._replayed = (theta, *self._replayed[1:])
 
-    def gradient(self, number: int, theta: Tensor, step: Step, gradient: Tensor) -> None:
+    def gradient(self, number: int, state: State, step: Step, gradient: Tensor) -> None:
         """Compare the training's gradient (p,) in step ``number`` with that of the weighted per-sample losses.
+
+        ``state`` is the optimizer's own before the step.
 
         Raises:
             RecordingRefused: they differ.
         """
-        decomposition.compare_gradients(step, theta, gradient, number)
-        if number < self._start + CHECKED_STEPS:
-            self._before = theta
-            self._replayed = step(self._replayed)
+        theta = state[0]
+        self._steepest = max(self._steepest, float(gradient.norm()))
+        self._tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype] if self._strict else LATE_TOLERANCE
+        # Where the gradient has all but vanished, what is left of it is round-off.
+        least = 0.0 if self._strict else LATE_TOLERANCE * self._steepest
+        decomposition.compare_gradients(step, theta, gradient, number, self._tolerance, least)
+        self.followed = number
+        self._before = theta
+        # At first with the slots F itself has made; later it starts from the optimizer's.
+        self._replayed = step(self._replayed if self._early(number) else state)
+
+    def _early(self, number: int) -> bool:
+        return number < self._start + CHECKED_STEPS

@@ -49,7 +49,7 @@ def fits_better(step: Step, other: Step, theta: Tensor, gradient: Tensor) -> boo
     return relative_difference(_gradient(step, theta), gradient) < relative_difference(_gradient(other, theta), gradient)
 
 
-def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int) -> None:
+def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, tolerance: float, least: float = 0.0) -> None:
     """Compare the gradient of the weighted per-sample losses of a step with that of the training.
 
     Args:
@@ -57,18 +57,28 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int) 
         theta: parameters (p,) before the step.
         gradient: what the training's backward pass left in ``.grad``, flat (p,).
         number: index of the step, for the message.
+        tolerance: largest difference that passes, relative to the norm of the gradient.
+        least: where that norm is smaller, the difference is taken relative to this; 0 in the first steps.
 
     Raises:
         RecordingRefused: they differ; gives the difference and the remedy.
     """
-    tolerance = GRADIENT_TOLERANCE[theta.dtype]
-    difference = relative_difference(_gradient(step, theta), gradient)
-    if not difference <= tolerance:
+    found = _gradient(step, theta)
+    scale = max(float(gradient.norm()), least, torch.finfo(theta.dtype).tiny)
+    difference = float((found - gradient).norm()) / scale
+    if difference <= tolerance:
+        return
+    numbers = f"their gradients differ by {100 * difference:.2g} % (allowed {100 * tolerance:.2g} %)"
+    if not least:
         raise RecordingRefused(
             f"The training loss is not the weighted sum of per-sample losses: in step {number}, a batch of "
-            f"{len(step.sample_ids)} samples, their gradients differ by {100 * difference:.2g} % "
-            f"(allowed {100 * tolerance:.2g} %). {REMEDY}"
+            f"{len(step.sample_ids)} samples, {numbers}. {REMEDY}"
         )
+    raise RecordingRefused(
+        f"The training loss has become another than the weighted sum of per-sample losses it was at first: in step {number} "
+        f"{numbers}. A replay knows neither self.current_epoch and self.global_step nor what a hook or callback changes: "
+        "keep the loss, the layers' modes and what is trained the same from the first step to the last."
+    )
 
 
 def _gradient(step: Step, theta: Tensor) -> Tensor:

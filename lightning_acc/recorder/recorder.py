@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
 from lightning_acc.errors import RunError
 from lightning_acc.objective import AUTOCAST, Objective
 from lightning_acc.recorder import decomposition, description, ranks, refusals, resume
-from lightning_acc.recorder.first_steps import FirstSteps
+from lightning_acc.recorder.checks import Checks
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.optimizer import TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
@@ -171,8 +171,8 @@ class TrajectoryRecorder(Callback):
             )
         if self._begun and structure != self._structure:
             raise RunError(
-                f"The batch of step {self._own.n_steps} is built otherwise than the first one: the loader must yield "
-                "batches of one structure."
+                f"The batch of step {self._own.n_steps} is built otherwise than the first one: "
+                f"{batches.first_difference(self._structure, structure)}."
             )
         self._structure = structure
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
@@ -192,7 +192,7 @@ class TrajectoryRecorder(Callback):
         batch.random = not torch.equal(batch.rng, torch.get_rng_state())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Keep the parameters and hyper-parameters of the step; check the first ones against F."""
+        """Keep the parameters and hyper-parameters of the step; check the first ones, and some later, against F."""
         if not self._optimizer.has_gradient():
             self._seen = []  # training_step returned None: torch.optim leaves everything as it is
             return
@@ -201,20 +201,21 @@ class TrajectoryRecorder(Callback):
         number = self._own.n_steps
         groups = self._optimizer.hyperparameters(number)
         if not self._begun:
-            self._first_steps = FirstSteps(pl_module, self._processes, number, self._optimizer.state())
-        compare = self._first_steps.due(number, sum(len(batch.ids) for batch in self._seen))
+            self._checks = Checks(pl_module, self._processes, number, self._optimizer.state())
+        size = sum(len(batch.ids) for batch in self._seen)
+        compare = self._checks.due(number, size, trainer.current_epoch, trainer.is_last_batch)
         taken = self._main is not None and number in self._main.snapshots  # by what this training resumes
         keep = not taken and (not self._begun or self._snapshots.due(number))
-        if compare or keep:
+        if compare or keep or self._checks.followed is not None:
             started = time.perf_counter()
             theta = self._optimizer.parameters()
-            self._first_steps.parameters(number, theta, pl_module)
+            self._checks.parameters(number, theta, pl_module)
             if compare:
                 everyone = ranks.gather(self._seen, self._processes)
                 if not self._begun:
                     self._begin(trainer, pl_module, theta, groups, everyone)
                 step = self._step(trainer, groups, everyone, self._summed)
-                self._first_steps.gradient(number, theta, step, self._optimizer.gradient(number))
+                self._checks.gradient(number, self._optimizer.state(), step, self._optimizer.gradient(number))
             if keep and self._main is not None:
                 self._main.add_state(number, theta)
                 self._snapshots.taken(time.perf_counter() - started)
@@ -306,7 +307,8 @@ class TrajectoryRecorder(Callback):
             gradient = self._optimizer.gradient(self._own.n_steps)
             mean, total = (self._step(trainer, groups, everyone, summed) for summed in (False, True))
             self._summed = decomposition.fits_better(total, mean, theta, gradient)
-            decomposition.compare_gradients(total if self._summed else mean, theta, gradient, 0)
+            tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype]
+            decomposition.compare_gradients(total if self._summed else mean, theta, gradient, 0, tolerance)
             vectorised = decomposition.can_be_vectorised(mean, theta)
             first = everyone[0]
             if not hasattr(pl_module, "per_sample_loss"):

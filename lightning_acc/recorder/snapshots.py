@@ -6,7 +6,7 @@ import math
 import time
 
 from lightning_acc.errors import RequestError
-from lightning_acc.recorder.first_steps import CHECKED_STEPS
+from lightning_acc.recorder.checks import CHECKED_STEPS
 from lightning_acc.trajectory.store import Store
 
 POLICIES = ("auto", "every-step", "every-k")

@@ -22,7 +22,7 @@ def flatten(batch: Any) -> tuple[Leaves, Structure]:
     """Take a batch apart; ``unflatten`` is the inverse.
 
     Raises:
-        RunError: the batch holds something other than tensors, numbers, strings and None in tuples, lists and dicts.
+        RunError: the batch holds something other than tensors, and constants, in tuples, lists and dicts.
     """
     leaves: Leaves = {}
     return leaves, _flatten(batch, "", leaves)
@@ -40,6 +40,12 @@ def _flatten(part: Any, name: str, leaves: Leaves) -> Structure:
                 raise RunError(f"A batch has the key {key!r}; use strings as the keys of a dict batch.")
         return {"dict": {key: _flatten(value, inner + key, leaves) for key, value in part.items()}}
     if isinstance(part, (tuple, list)) and not hasattr(part, "_fields"):
+        if any(isinstance(value, str) for value in part):
+            raise RunError(
+                f"A batch holds strings{f' under {name!r}' if name else ''}, which are not recorded: let the data set or the "
+                "collate_fn turn them into tensors (token ids), or leave them out (for Hugging Face datasets: "
+                "dataset.remove_columns, or set_format('torch', columns=[...]))."
+            )
         kind = "tuple" if isinstance(part, tuple) else "list"
         return {kind: [_flatten(value, f"{inner}{i}", leaves) for i, value in enumerate(part)]}
     if part is None or isinstance(part, (bool, int, float, str)):
@@ -48,6 +54,22 @@ def _flatten(part: Any, name: str, leaves: Leaves) -> Structure:
         f"A batch holds {name or 'at its top'} a {type(part).__name__}, which cannot be recorded; "
         "let the loader's collate_fn return tensors in tuples, lists or dicts."
     )
+
+
+def first_difference(before: Structure, now: Structure, name: str = "") -> str:
+    """In words, where two structures that are not equal begin to differ."""
+    (kind, old), *_ = before.items()
+    (other, new), *_ = now.items()
+    place = f"{name!r}" if name else "it"
+    if kind != other:
+        return f"{place} is a {other} and not a {kind}"
+    if kind == "constant":
+        return f"{place} is {new!r} and not {old!r}, but what differs from batch to batch must be a tensor with a row a sample"
+    keys = (sorted(old), sorted(new)) if kind == "dict" else (range(len(old)), range(len(new)))
+    if keys[0] != keys[1]:
+        return f"{place} holds {', '.join(map(str, keys[1]))} and not {', '.join(map(str, keys[0]))}"
+    differing = next(key for key in keys[0] if old[key] != new[key])
+    return first_difference(old[differing], new[differing], f"{name}/{differing}" if name else str(differing))
 
 
 def unflatten(structure: Structure, leaves: Mapping[str, Any]) -> Any:
