@@ -73,8 +73,8 @@ class AccSgdIe(ForwardMethod):
     def advance(self, point: Point, carry: State, removals: Removals) -> State:
         shifts = carry[0] - point.state[0]
         change = point.hessian_product(shifts)
-        touched, parts = point.removed_parts(removals, shifts)
-        change[touched] -= parts
+        removed = point.removed(removals, curved=True)
+        change[removed.removals] -= removed.gradients + removed.hessian_product(shifts[removed.removals])
         return point.step.update(carry, point.gradient + change)
 
     def finish(self, carry: State, state: State) -> tuple[Tensor, Tensor]:
@@ -89,8 +89,8 @@ class SgdIe(ForwardMethod):
 
     def advance(self, point: Point, carry: State, removals: Removals) -> State:
         change = point.hessian_product(carry[0])
-        touched, parts = point.removed_parts(removals)
-        change[touched] -= parts
+        removed = point.removed(removals)
+        change[removed.removals] -= removed.gradients
         return _update_tangent(point, carry, change)
 
 
@@ -101,9 +101,10 @@ class TracIn(ForwardMethod):
     """
 
     def advance(self, point: Point, carry: State, removals: Removals) -> State:
-        touched, parts = point.removed_parts(removals)
-        source = _update_tangent(point, tuple(torch.zeros_like(parts) for _ in carry), -parts)
-        return tuple(shift.index_add(0, touched, part) for shift, part in zip(carry, source, strict=True))
+        removed = point.removed(removals)
+        still = tuple(torch.zeros_like(removed.gradients) for _ in carry)
+        source = _update_tangent(point, still, -removed.gradients)
+        return tuple(shift.index_add(0, removed.removals, part) for shift, part in zip(carry, source, strict=True))
 
 
 def _update_tangent(point: Point, shifts: State, change: Tensor) -> State:

@@ -118,6 +118,10 @@ class Objective:
         """Whether everything is computed in ``dtype``."""
         return self._autocast is None
 
+    def submodule(self, name: str) -> nn.Module:
+        """The submodule ``name`` of the module, as it is called."""
+        return self._call.module.get_submodule(name)
+
     def tensors(self) -> list[Tensor]:
         """The module's own tensors, which all parameter vectors share."""
         return [*self._call.module.parameters(), *self._call.module.buffers()]

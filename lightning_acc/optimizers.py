@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_acc.errors import RunError
+from lightning_acc.errors import RequestError, RunError
 from lightning_acc.objective import ParameterLayout
 
 State = tuple[Tensor, ...]
@@ -32,12 +32,14 @@ class OptimizerRule:
         slots: for the hyper-parameters of a group, the names of the tensors it keeps for each parameter; all start at 0.
         hyperparameters: what is recorded of a parameter group at every step.
         package: the package the class comes from; one of the same name from elsewhere is another optimizer.
+        affine: whether the update is an affine function of state and gradient, number by number, as SGD's is.
     """
 
     update: Callable[[State, Tensor, Hyperparameters], State]
     slots: Callable[[Hyperparameters], tuple[str, ...]]
     hyperparameters: tuple[str, ...]
     package: str = "torch.optim"
+    affine: bool = False
 
 
 def sgd(state: State, gradient: Tensor, h: Hyperparameters) -> State:
@@ -94,6 +96,7 @@ RULES: dict[str, OptimizerRule] = {
         update=sgd,
         slots=lambda h: ("momentum_buffer",) if h["momentum"] else (),
         hyperparameters=("lr", "momentum", "weight_decay", "nesterov", "dampening", "maximize"),
+        affine=True,
     ),
     "Adam": _ADAM,
     "AdamW": _ADAM,
@@ -165,3 +168,37 @@ class Update:
         """The state of one parameter after the update; slots that only other groups use stay as they are."""
         used = 1 + len(self.rule.slots(h))
         return *self.rule.update(state[:used], gradient, h), *state[used:]
+
+    def response(self, groups: list[Hyperparameters]) -> tuple[Tensor, Tensor]:
+        """What an affine U makes of one number: the changes ``A d + e c`` of the state's parts for changes d and c.
+
+        Args:
+            groups: hyper-parameters of the parameter groups.
+
+        Returns:
+            A of shape (parts, parts), for changes d of the parts of the state (the parameter, then its slots), and e of shape
+            (parts,), for a change c of the gradient; both float64.
+
+        Raises:
+            RequestError: U is not affine, or not the same for all parameters.
+        """
+        obstacle = self.not_uniform(groups)
+        if obstacle is not None:
+            raise RequestError(obstacle)
+        parts = 1 + self.slots
+        # Row k: a change of the k-th part; the last but one: of the gradient; the last: none.
+        changes = torch.cat([torch.eye(parts + 1, dtype=torch.float64), torch.zeros(1, parts + 1, dtype=torch.float64)])
+        *state, gradient = changes.split(1, -1)
+        answers = torch.cat(self.rule.update(tuple(state), gradient, groups[0]), -1)
+        answers = answers - answers[-1]
+        return answers[:parts].T.contiguous(), answers[parts]
+
+    def not_uniform(self, groups: list[Hyperparameters]) -> str | None:
+        """Why U is not one affine function for all numbers, in a sentence; None where it is."""
+        if not self.rule.affine:
+            return "its optimizer is not affine in the gradient, as SGD is"
+        if groups[0]["gradient_clip_val"]:
+            return "its gradients are clipped"
+        if any(group != groups[0] for group in groups[1:]):
+            return "its parameter groups have different hyper-parameters"
+        return None

@@ -99,6 +99,10 @@ class Step:
         thetas = thetas.detach().requires_grad_()
         return torch.autograd.grad((weights * self.losses_each(thetas)).sum(), thetas)[0]
 
+    def response(self) -> tuple[Tensor, Tensor]:
+        """What the update makes of a change of one number, where it is affine: see ``Update.response``."""
+        return self._update.response(self.groups)
+
     def losses(self, theta: Tensor) -> Tensor:
         """Per-sample losses (B,) at parameters ``theta`` (p,)."""
         parts = []
@@ -160,23 +164,19 @@ class Point:
         """
         return torch.cat([_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)])
 
-    def removed_parts(self, removals: Removals, shifts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the removed samples contribute to G_t linearised: ``sum_{i in R and batch} w_i (g_i + H_i D)``.
+    def removed(self, removals: Removals, curved: bool = False) -> Removed:
+        """What the removed samples contribute to G_t; ``curved``: also to its derivative.
 
         Args:
             removals: n removals.
-            shifts: their shifts D of the parameters, (n, p); None leaves the Hessians out.
-
-        Returns:
-            The indices (m,) of the removals the batch contains something of, and their parts (m, p).
+            curved: whether Hessian-vector products are going to be asked for.
         """
         removed, position = removals.occurrences(self.step.sample_ids)
         touched, inverse, counts = torch.unique(removed, return_inverse=True, return_counts=True)
-        parts = self.state[0].new_zeros(len(touched), len(self.state[0]))
-        if not len(touched):
-            return touched, parts
-        step = self.step
         thetas = self._leaf.detach().expand(len(touched), -1).clone().requires_grad_()
+        if not len(touched):
+            return Removed(touched, thetas, torch.zeros_like(thetas))
+        step = self.step
         slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
         # Each removal gets a batch of its own samples, padded with any sample at weight 0.
         columns = position.new_zeros(len(touched), int(counts.max()))
@@ -190,11 +190,8 @@ class Point:
             weights = step.weights.new_zeros(len(touched), len(step.sample_ids))
             weights[inverse, position] = step.weights[position]
             losses = step.losses_each(thetas)
-        (parts,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=shifts is not None)
-        if shifts is None or not parts.requires_grad:
-            return touched, parts
-        (curved,) = torch.autograd.grad(parts, thetas, shifts[touched], materialize_grads=True)
-        return touched, parts.detach() + curved
+        (graph,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=curved)
+        return Removed(touched, thetas, graph)
 
     def pullback(self, adjoint: State) -> tuple[State, Tensor]:
         """The adjoint of F: ``(dF/ds)^T adjoint``, a state, and ``(dF/dw)^T adjoint``, (B,)."""
@@ -202,6 +199,27 @@ class Point:
         out = self.step.update(state, self._graph)
         *back, weights = torch.autograd.grad(out, (*state, self._weights), adjoint, materialize_grads=True)
         return tuple(back), weights
+
+
+class Removed:
+    """The removed samples of a step: ``sum_i w_i g_i`` over those of each removal, and products with their Hessians.
+
+    Attributes:
+        removals: indices (m,) of the removals the batch contains something of.
+        gradients: their sums ``sum_i w_i g_i``, (m, p).
+    """
+
+    def __init__(self, removals: Tensor, thetas: Tensor, graph: Tensor) -> None:
+        self.removals = removals
+        self.gradients = graph.detach()
+        self._thetas, self._graph = thetas, graph
+
+    def hessian_product(self, shifts: Tensor) -> Tensor:
+        """``sum_i w_i H_i D`` for the shift D of each of the m removals, (m, p)."""
+        if not self._graph.requires_grad:
+            return torch.zeros_like(shifts)
+        (curved,) = torch.autograd.grad(self._graph, self._thetas, shifts, retain_graph=True, materialize_grads=True)
+        return curved
 
 
 def _products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""Raw shifts as vectors: p numbers for each removal and each part of the optimizer's state. Any module, any removal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_acc.low_rank.method import RawShifts, Seen
+from lightning_acc.removals import Removals
+from lightning_acc.step import Point
+
+
+class DenseShifts(RawShifts):
+    """Keeps u (n, parts, p), brought up to date only when a removal is seen.
+
+    Args:
+        removals: n removals.
+        basis: Q, (p, r).
+        parts: number of tensors of the state.
+    """
+
+    def __init__(self, removals: Removals, basis: Tensor, parts: int) -> None:
+        self._removals, self._basis = removals, basis
+        self._u = basis.new_zeros(len(removals), parts, len(basis))
+        self._gradients = basis.new_zeros(0)
+
+    def see(self, t: int, point: Point, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
+        q = self._basis
+        removed = point.removed(self._removals, curved=True)
+        who = removed.removals
+        self._gradients = removed.gradients
+        self._u[who] = mixing[who] @ self._u[who]
+        curved = removed.hessian_product(self._u[who, 0] + y[who] @ q.T)
+        own = removed.hessian_product(z[who] @ q.T) if q.shape[1] else curved
+        contraction = point.hessian_product(q.T.contiguous()) @ q if q.shape[1] else q.new_zeros(0, 0)
+        return Seen(who, self._gradients @ q, own @ q, self._gradients @ gamma, curved @ gamma, contraction)
+
+    def add(self, seen: Seen, drift: Tensor, source: Tensor) -> None:
+        self._u[seen.removals] = drift @ self._u[seen.removals] - source[:, None] * self._gradients[:, None]
+
+    def shifts(self, removals: Tensor, mixing: Tensor) -> Tensor:
+        return torch.einsum("nk,nkp->np", mixing[removals, 0], self._u[removals])

@@ -1,0 +1,155 @@
+"""The driver of acc-low-rank: one sweep back for a query, the basis, then one pass forward that tracks the removals."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RequestError
+from lightning_acc.low_rank import basis as bases
+from lightning_acc.low_rank.dense import DenseShifts
+from lightning_acc.low_rank.factored import FactoredShifts, Visits
+from lightning_acc.low_rank.factors import factors_for
+from lightning_acc.low_rank.method import AccLowRank, AdjointGradients, RawShifts
+from lightning_acc.queries import Query
+from lightning_acc.removals import Removal, Removals
+from lightning_acc.replay import Replay, Tape
+
+LEFT_TO_CONTRACT = 0.2
+"""Directions that the whole training contracts by less than this exponent are left out of the basis."""
+LARGEST_RANK, SMALLEST_CAP = 128, 20
+WORK = 6e11
+"""The rank that is chosen keeps occurrences * parameters * rank below this (about a minute), where that leaves 20."""
+TRUSTED = 0.5
+"""Largest relative error of the shifts' linear readout with which they are still used to read curvature."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the pass found for n removals.
+
+    Attributes:
+        scores: with the linear readout, (n,).
+        first: what SGD-IE says of them, (n,).
+        final: parameters of the run, (p,).
+        gradient: of the query there, (p,).
+        basis: the basis used.
+        shifts: gives the estimated shifts (m, p) of removals by index (m,).
+    """
+
+    scores: Tensor
+    first: Tensor
+    final: Tensor
+    gradient: Tensor
+    basis: bases.Basis
+    shifts: Callable[[Tensor], Tensor]
+
+
+def low_rank(
+    replay: Replay,
+    removals: Sequence[Removal],
+    query: Query,
+    memory: int,
+    rank: int | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Pass:
+    """Score removals by acc-low-rank.
+
+    Args:
+        replay: of the run.
+        removals: n removals.
+        query: what to read.
+        memory: bytes for the states of the sweep back; the gradients of the query along the run go to a temporary file.
+        rank: directions of the basis; None chooses.
+        progress: told the fraction done.
+
+    Raises:
+        RequestError: the optimizer's update is not one affine function for all parameters, or there is no such rank.
+    """
+    total = len(replay)
+    check(replay)
+    if rank is not None and rank < 0:
+        raise RequestError(f"rank={rank} is no number of directions: give 0 or more, or None.")
+    with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
+        like = replay.initial[0]
+        array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
+        gammas = torch.from_numpy(array)
+        tape = Tape(replay, memory)
+        progress(0.05)
+        gradient = query.gradient(replay.objective, tape.final[0])
+        adjoint = AdjointGradients(gammas)
+        carry = adjoint.init(gradient, tape.final, 0)
+        wanted, places = set(bases.spread(total)), []
+        for back, (step, state) in enumerate(tape.backwards(), start=1):
+            if total - back in wanted:
+                places.append((step, state))
+            carry = adjoint.advance(step.at(state), carry)
+            progress(0.05 + 0.15 * back / total)
+        if rank is None:
+            time = sum(gain(replay, t) for t in range(total))
+            basis = bases.find(places, largest_rank(replay), LEFT_TO_CONTRACT / max(time, 1e-30))
+        else:
+            basis = bases.find(places, rank)
+        progress(0.25)
+        tracked = _tracker(replay, removals, basis, memory)
+        state = replay.initial
+        for t in range(total):
+            point = replay.step(t).at(state)
+            tracked.advance(t, point, gammas[t])
+            state = point.next()
+            progress(0.25 + 0.75 * (t + 1) / total)
+    return Pass(tracked.scores, tracked.first, state[0], gradient, basis, tracked.shifts)
+
+
+def _tracker(replay: Replay, removals: Sequence[Removal], basis: bases.Basis, memory: int) -> AccLowRank:
+    n, parts = len(removals), len(replay.initial)
+    raw: RawShifts
+    factors = None
+    if all(len(removal) == 1 for removal in removals) and len(replay):
+        factors = factors_for(replay.objective, replay.step(0), replay.initial[0])
+    if factors is not None:
+        owners = torch.full((replay.run.n_samples,), -1)
+        owners[[removal[0] for removal in removals]] = torch.arange(n)
+        raw = FactoredShifts(factors, Visits((s.sample_ids for s in replay.run.steps), owners, n), basis.vectors, parts)
+    else:
+        raw = DenseShifts(Removals(removals), basis.vectors, parts)
+    return AccLowRank(basis.vectors, raw, parts, n)
+
+
+def check(replay: Replay) -> None:
+    """Refuse runs acc-low-rank does not describe.
+
+    Raises:
+        RequestError: the update is not affine, or not the same for all parameters.
+    """
+    steps = replay.run.steps
+    for t in (0, len(steps) - 1) if len(steps) else ():
+        obstacle = replay.update.not_uniform(steps[t].groups)
+        if obstacle is not None:
+            raise RequestError(
+                f"acc-low-rank follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
+                "acc-sgd-ie, or sgd-ie for many samples."
+            )
+
+
+def gain(replay: Replay, t: int) -> float:
+    """By how much step t's update moves a parameter in the end, for each unit of its gradient: lr / (1 - momentum)."""
+    drift, source = replay.update.response(replay.run.steps[t].groups)
+    largest = 0.0
+    for _ in range(200):
+        largest = max(largest, abs(float(source[0])))
+        source = drift @ source
+    return largest
+
+
+def largest_rank(replay: Replay) -> int:
+    """The rank that is not exceeded unless asked for."""
+    occurrences = sum(len(step.sample_ids) for step in replay.run.steps)
+    affordable = int(WORK / max(1, occurrences * len(replay.initial[0])))
+    return min(LARGEST_RANK, max(SMALLEST_CAP, affordable), max(1, math.ceil(replay.run.n_samples / 2)))
