@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,10 @@ def test_the_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Scores(sgd-ie: 100 removals, query margin" in printed
     assert re.search(r"num_rows: 9\d", printed)  # at most a tenth was dropped
     assert (tmp_path / "runs/mine/report/index.html").exists()
+    described: Any = names["Digits"]
+    data = described(n_train=100)
+    data.setup("fit")
+    assert {len(column) for column in data.describe_samples().values()} == {100}
 
 
 @pytest.mark.timeout(900)  # all of them, one after the other

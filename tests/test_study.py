@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lightning_acc.errors import RequestError
@@ -62,3 +65,31 @@ def test_logistic_cells_on_real_data(tmp_path: Path, data: str) -> None:
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="models has 'transformer', which the study does not know: choose from logistic"):
         small(tmp_path, models=["transformer"]).cells()
+
+
+def test_what_is_said_of_the_study_follows_from_its_table() -> None:
+    """The README and the list of what failed, against every cell."""
+    root = Path(__file__).parent.parent
+    sys.path.insert(0, str(root / "scripts"))
+    import study_figures
+
+    frame = pd.read_csv(root / "scripts/study/paper.csv", comment="#")
+    frame["way"] = frame["method"] + ", " + frame["readout"]
+    estimates = frame[frame["method"] != "loo"]
+    expected, cost = study_figures.expectations(estimates), study_figures.cost(frame)
+    claims, readme = (root / "scripts/study/claims.md").read_text(), (root / "README.md").read_text()
+    cleaning = claims.partition(cost[0])[2].strip()
+    assert "\n".join([*expected, "", *cost]) in claims
+    assert "\n".join(expected[: expected.index("")]) in readme
+    assert cleaning in readme
+    said = " ".join(readme.split())
+    assert f"took {cost[0].split()[-1].rstrip('.')} times the work" in said
+    error = estimates.pivot_table(index=study_figures.KEYS, columns="way", values="rmse")
+    logistic = error.xs("logistic", level="model")
+    failing = (logistic["acc-sgd-ie, exact"] / logistic["sgd-ie, linear"] > 0.2).groupby("data").sum()
+    assert f"{failing.sum()} fail it: {failing['mnist']} on MNIST, {failing['adult']} on Adult." in said
+    times = (error["sgd-ie, linear"] / error["acc-sgd-ie, exact"]).groupby(["model", "epochs"]).median()
+    assert re.search(
+        rf"38 epochs {times['logistic', 38]:.0f} times \(logistic\) and {times['gelu', 38]:.0f} times \(GELU\)", said
+    )
+    assert min(times["logistic", 2], times["gelu", 2]) > 100
