@@ -103,6 +103,9 @@ def test_opening_executes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(run.steps[0].sample_ids) == 7
     with pytest.raises(la.RunError, match="no_such_module:Evil cannot be imported here"):
         run.audit()
+    edit_manifest(path, run_id="recorded elsewhere", module={"class": "__main__:Mine", "hyper_parameters": {}})
+    with pytest.raises(la.RunError, match="was defined in the script that trained; define it in a file of its own"):
+        la.Run(path).audit()
 
 
 def test_what_does_not_exist_is_named(path: Path) -> None:

@@ -94,9 +94,12 @@ def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
     try:
         found = _find(place, name, trust)
     except (ImportError, AttributeError) as error:
+        remedy = "put it where Python finds it"
+        if place == "__main__":
+            remedy = "it was defined in the script that trained; define it in a file of its own and import it there"
         raise RunError(
-            f"The run's module {description['class']} cannot be imported here ({error}): put it where Python finds it, "
-            "or open the run as Run(path, module=...)."
+            f"The run's module {description['class']} cannot be imported here ({error}): {remedy}, or open the run as "
+            "Run(path, module=...)."
         ) from error
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise RunError(
