@@ -15,6 +15,10 @@ from lightning_acc.step import Step
 CHECKED_STEPS = 3
 CHECKED_SIZES = 3
 """Further batch sizes whose gradient is compared when they are first met, in one process."""
+SMALL = 100_000
+"""Parameters up to which a later check costs next to nothing."""
+APART = 100
+"""Larger models are checked later at most once in so many steps."""
 LATE_TOLERANCE = 1e-2
 """Largest relative difference that counts as round-off in a later step, whose gradient may be a small rest of large ones."""
 
@@ -39,6 +43,7 @@ class Checks:
         self._start = start
         self._epoch: int | None = None
         self._strict = True
+        self._late = 0
         self._tolerance = 0.0
         self._steepest = 0.0
         self.followed: int | None = None
@@ -55,7 +60,12 @@ class Checks:
         self._sizes.add(size)
         first, self._epoch = epoch != self._epoch, epoch
         self._strict = self._early(number) or new_size
-        return self._strict or ((first or last) and epoch & (epoch - 1) == 0)
+        if self._strict:
+            return True
+        late = (first or last) and epoch & (epoch - 1) == 0
+        late = late and (len(self._before) <= SMALL or self._late < number // APART)
+        self._late += late
+        return late
 
     def parameters(self, number: int, theta: Tensor, module: Any) -> None:
         """Compare the parameters (p,) before step ``number`` with what the step before, if followed, should have made of them.
@@ -102,8 +112,8 @@ class Checks:
         decomposition.compare_gradients(step, theta, gradient, number, self._tolerance, least)
         self.followed = number
         self._before = theta
-        # At first with the slots F itself has made; later it starts from the optimizer's.
-        self._replayed = step(self._replayed if self._early(number) else state)
+        # At first F goes all the way by itself; later it starts from the optimizer's slots and the training's gradient.
+        self._replayed = step(self._replayed) if self._early(number) else step.update(state, gradient)
 
     def _early(self, number: int) -> bool:
         return number < self._start + CHECKED_STEPS
