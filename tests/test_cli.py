@@ -125,8 +125,9 @@ def test_wandb_files_contain_tables_pictures_and_figures(ran: tuple[Path, str]) 
     facts = {}
     for name, path in (("training", training), ("influence", influence)):
         leet = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(path)]
-        lines = subprocess.run(leet, capture_output=True, text=True, check=True).stdout
-        facts[name] = lines
+        inspected = subprocess.run(leet, capture_output=True, text=True, check=False)
+        assert inspected.returncode == 0, inspected.stderr
+        facts[name] = inspected.stdout
     manifest = la.Run(ran[0] / "runs/digits").manifest
     assert training.name.endswith(manifest["logger"]["id"])
     assert manifest["logger"]["group"].startswith("digits-")
