@@ -22,6 +22,8 @@ from lightning_acc.trajectory.batches import Leaves, Structure
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Module and batch to values of shape (B,), or one value for the whole batch."""
+Parameters = Tensor | Mapping[str, Tensor]
+"""The trained parameters as a flat vector (p,), or by name."""
 
 
 AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}
@@ -106,9 +108,10 @@ class Objective:
         self._vmap = vectorised
         self._autocast = autocast
 
-    def call(self, theta: Tensor, function: LossFunction, batch: Any) -> Tensor:
-        """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,)."""
-        named = {f"module.{name}": value for name, value in self.layout.named(theta).items()}
+    def call(self, theta: Parameters, function: LossFunction, batch: Any) -> Tensor:
+        """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names."""
+        pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
+        named = {f"module.{name}": value for name, value in pieces.items()}
         with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
             values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
         return values
@@ -126,7 +129,7 @@ class Objective:
         """The module's own tensors, which all parameter vectors share."""
         return [*self._call.module.parameters(), *self._call.module.buffers()]
 
-    def losses(self, theta: Tensor, leaves: Leaves) -> Tensor:
+    def losses(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode."""
         return self.call(theta, self._loss, batches.unflatten(self.structure, leaves))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.objective import Objective, quiet, traceable
+from lightning_acc.objective import Objective, Parameters, quiet, traceable
 from lightning_acc.optimizers import Hyperparameters, State, Update
 from lightning_acc.removals import Removals
 from lightning_acc.trajectory import batches
@@ -103,8 +103,8 @@ class Step:
         """What the update makes of a change of one number, where it is affine: see ``Update.response``."""
         return self._update.response(self.groups)
 
-    def losses(self, theta: Tensor) -> Tensor:
-        """Per-sample losses (B,) at parameters ``theta`` (p,)."""
+    def losses(self, theta: Parameters) -> Tensor:
+        """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
         parts = []
         for batch in self.accumulated:
             with batch.random_numbers():

@@ -55,6 +55,7 @@ class StudyDataModule(pl.LightningDataModule):
     """
 
     class_names: list[str]
+    val_from = "train"
 
     def __init__(
         self,
@@ -92,18 +93,26 @@ class StudyDataModule(pl.LightningDataModule):
             return
         random = np.random.default_rng(self.seed)
         pool = random.permutation(self.candidates("train"))
-        n_train = len(pool) - self.n_val if self.n_train is None else self.n_train
-        if n_train < 1 or n_train + self.n_val > len(pool):
+        apart = 0 if self.val_from == "test" else self.n_val
+        n_train = len(pool) - apart if self.n_train is None else self.n_train
+        if n_train < 1 or n_train + apart > len(pool):
             raise RequestError(
                 f"n_train={self.n_train} and n_val={self.n_val} ask for more than the {len(pool)} samples there are."
             )
         held_out = random.permutation(self.candidates("test"))
-        if self.n_test is not None and self.n_test > len(held_out):
-            raise RequestError(f"n_test={self.n_test} asks for more than the {len(held_out)} test samples there are.")
+        if (self.n_test or 0) + self.n_val - apart > len(held_out):
+            raise RequestError(
+                f"n_test={self.n_test}{'' if apart else f' and n_val={self.n_val}'} asks for more than the {len(held_out)} "
+                "test samples there are."
+            )
         noisy = self._choose(n_train, self.feature_noise, random)
         none = np.zeros(len(pool) + len(held_out), dtype=bool)
         train = self.take("train", pool[:n_train], noisy, random)
-        val = self.take("train", pool[n_train : n_train + self.n_val], none[: self.n_val], random)
+        if apart:
+            val = self.take("train", pool[n_train : n_train + self.n_val], none[: self.n_val], random)
+        else:
+            val = self.take("test", held_out[-self.n_val :], none[: self.n_val], random)
+            held_out = held_out[: -self.n_val]
         test = held_out[: self.n_test]
         self.true_labels = train.labels.copy()
         self._flip(train.labels, random)

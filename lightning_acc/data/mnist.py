@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class MNISTDataModule(StudyDataModule):
         digits: the classes, such as ``[1, 7]``; None takes all ten.
         n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed: see ``StudyDataModule``.
         noise_scale: standard deviation of the feature noise.
+        val_from: where the validation images are taken from: ``train``, or ``test``, which leaves all 60 000 for training.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class MNISTDataModule(StudyDataModule):
         feature_noise: float = 0.0,
         noise_scale: float = 0.5,
         seed: int = 0,
+        val_from: Literal["train", "test"] = "train",
     ) -> None:
         super().__init__(n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed)
-        self.path, self.noise_scale = path, noise_scale
+        self.path, self.noise_scale, self.val_from = path, noise_scale, val_from
         self.digits = list(range(10)) if digits is None else list(digits)
         if len(set(self.digits)) < 2 or not set(self.digits) <= set(range(10)):
             raise RequestError(f"digits={digits} is no choice of classes: name at least two digits from 0 to 9.")

@@ -17,7 +17,7 @@ from lightning_acc.step import Step
 
 ITERATIONS = 3
 OVERSAMPLING = 8
-MOST_STEPS = 48
+MOST_STEPS = 32
 """Steps the Hessian is averaged over, at most."""
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_acc.low_rank.method import RawShifts, Seen
+from lightning_acc.optimizers import State
 from lightning_acc.removals import Removals
-from lightning_acc.step import Point
+from lightning_acc.step import Step
 
 
 class DenseShifts(RawShifts):
@@ -22,21 +23,25 @@ class DenseShifts(RawShifts):
     def __init__(self, removals: Removals, basis: Tensor, parts: int) -> None:
         self._removals, self._basis = removals, basis
         self._u = basis.new_zeros(len(removals), parts, len(basis))
+        self._who = torch.zeros(0, dtype=torch.int64)
         self._gradients = basis.new_zeros(0)
 
-    def see(self, t: int, point: Point, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
-        q = self._basis
-        removed = point.removed(self._removals, curved=True)
-        who = removed.removals
-        self._gradients = removed.gradients
-        self._u[who] = mixing[who] @ self._u[who]
-        curved = removed.hessian_product(self._u[who, 0] + y[who] @ q.T)
-        own = removed.hessian_product(z[who] @ q.T) if q.shape[1] else curved
-        contraction = point.hessian_product(q.T.contiguous()) @ q if q.shape[1] else q.new_zeros(0, 0)
-        return Seen(who, self._gradients @ q, own @ q, self._gradients @ gamma, curved @ gamma, contraction)
+    def removals_in(self, t: int, step: Step) -> Tensor:
+        return torch.unique(self._removals.occurrences(step.sample_ids)[0])
 
-    def add(self, seen: Seen, drift: Tensor, source: Tensor) -> None:
-        self._u[seen.removals] = drift @ self._u[seen.removals] - source[:, None] * self._gradients[:, None]
+    def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
+        q, point = self._basis, step.at(state)
+        removed = point.removed(self._removals, curved=True)
+        who = self._who = removed.removals
+        self._gradients = removed.gradients
+        self._u[who] = mixing @ self._u[who]
+        curved = removed.hessian_product(self._u[who, 0] + y @ q.T)
+        own = removed.hessian_product(z @ q.T) if q.shape[1] else curved
+        contraction = point.hessian_product(q.T.contiguous()) @ q if q.shape[1] else q.new_zeros(0, 0)
+        return Seen(self._gradients @ q, own @ q, self._gradients @ gamma, curved @ gamma, contraction)
+
+    def add(self, drift: Tensor, source: Tensor) -> None:
+        self._u[self._who] = drift @ self._u[self._who] - source[:, None] * self._gradients[:, None]
 
     def shifts(self, removals: Tensor, mixing: Tensor) -> Tensor:
-        return torch.einsum("nk,nkp->np", mixing[removals, 0], self._u[removals])
+        return torch.einsum("nk,nkp->np", mixing[:, 0], self._u[removals])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_acc.low_rank.factors import Factors, LinearFactors
 from lightning_acc.low_rank.method import RawShifts, Seen
-from lightning_acc.step import Point
+from lightning_acc.optimizers import State
+from lightning_acc.step import Step
 
 
 class Visits:
@@ -69,7 +70,10 @@ class FactoredShifts(RawShifts):
     """
 
     def __init__(self, factors: LinearFactors, visits: Visits, basis: Tensor, parts: int) -> None:
-        self._factors, self._visits, self._basis = factors, visits, basis
+        self._factors, self._visits = factors, visits
+        self._directions = torch.cat([basis.T, basis.new_zeros(1, len(basis))])
+        """The columns of Q, and below them the gamma of the step."""
+        self._q = [layer.of(self._directions[:-1])[0] for layer in factors.layers]
         shapes = [layer.weight[1] for layer in factors.layers]
         self._inputs = [basis.new_empty(visits.total, shape[1]) for shape in shapes]
         self._deltas = [basis.new_empty(visits.total, shape[0]) for shape in shapes]
@@ -78,34 +82,40 @@ class FactoredShifts(RawShifts):
         self._weights = basis.new_zeros(0)
         self._t = 0
 
-    def see(self, t: int, point: Point, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
-        visits, step = self._visits, point.step
-        r = self._basis.shape[1]
-        f = self._factors(step, point.state[0], torch.cat([self._basis.T, gamma[None]]))
-        directions = [layer.of(self._basis.T)[0] for layer in self._factors.layers]
-        contraction = _contraction(f, directions, step.weights, r)
+    def removals_in(self, t: int, step: Step) -> Tensor:
+        return torch.unique(self._visits.owners[t])
+
+    def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
+        visits, r = self._visits, len(self._directions) - 1
+        self._directions[r] = gamma
+        f = self._factors(step, state[0], self._directions)
+        contraction = _contraction(f, self._q, step.weights, r)
         self._t = t
         rows, owners = visits.rows[t], visits.owners[t]
-        who, inverse = torch.unique(owners, return_inverse=True)
+        who = self.removals_in(t, step)
+        inverse = torch.searchsorted(who, owners)
+        y, z, mixing = y[inverse], z[inverse], mixing[inverse]  # of each occurrence
         weights = self._weights = step.weights[rows]
 
         past, known = visits.before(t, owners)
-        self._sizes[past[known]] = torch.einsum("mkl,mvl->mvk", mixing[owners], self._sizes[past])[known]
+        self._sizes[past[known]] = torch.einsum("mkl,mvl->mvk", mixing, self._sizes[past])[known]
         sizes = self._sizes[past][..., 0] * known
+        everyone = len(rows) == len(step.sample_ids)
         projected = gamma.new_zeros(len(rows), r)
         curved = gamma.new_zeros(len(rows), r)  # Q^T H_i gamma
         own = gamma.new_zeros(len(rows), r)
         first = gamma.new_zeros(len(rows))
         second = gamma.new_zeros(len(rows))
-        here = z[owners]
-        for i, direction in enumerate(directions):
+        for i, direction in enumerate(self._q):
             a, delta = f.inputs[i][rows], f.deltas[i][rows]
-            moved, bent, direct = f.input_changes[i], f.delta_changes[i][:, rows], f.direct[i][:, rows]
+            moved, bent, direct = f.input_changes[i], f.delta_changes[i], f.direct[i]
+            if not everyone:
+                bent, direct = bent[:, rows], direct[:, rows]
             along = torch.einsum("mo,kmo->mk", delta, direct)
             projected += along[:, :r]
             first += along[:, r]
             curved += torch.einsum("mo,kmo->mk", bent[r], direct[:r])
-            own += torch.einsum("mo,kmo->mk", torch.einsum("mk,kmo->mo", here, bent[:r]), direct[:r])
+            own += torch.einsum("mo,kmo->mk", torch.einsum("mk,kmo->mo", z, bent[:r]), direct[:r])
             products = torch.einsum("mo,mvo->mv", bent[r], self._deltas[i][past])
             inputs = self._inputs[i][past]
             kernel = torch.einsum("mi,mvi->mv", a, inputs)
@@ -113,31 +123,31 @@ class FactoredShifts(RawShifts):
                 kernel = kernel + 1
             second += (products * kernel * sizes).sum(1)
             if moved is not None:
-                moved = moved[:, rows]
+                moved = moved if everyone else moved[:, rows]
                 curved += torch.einsum("mo,koi,mi->mk", delta, direction, moved[r])
-                own += torch.einsum("mo,koi,mi->mk", delta, direction, torch.einsum("mk,kmi->mi", here, moved[:r]))
+                own += torch.einsum("mo,koi,mi->mk", delta, direction, torch.einsum("mk,kmi->mi", z, moved[:r]))
                 kernel = torch.einsum("mo,mvo->mv", delta, self._deltas[i][past])
                 second += (kernel * torch.einsum("mi,mvi->mv", moved[r], inputs) * sizes).sum(1)
             place = slice(visits.first[t], visits.first[t + 1])
             self._inputs[i][place], self._deltas[i][place] = a, delta
-        second += (curved * y[owners]).sum(1)
+        second += (curved * y).sum(1)
 
         def together(values: Tensor) -> Tensor:
             weighted = values * weights.reshape(-1, *[1] * (values.ndim - 1))
             return values.new_zeros(len(who), *values.shape[1:]).index_add(0, inverse, weighted)
 
-        return Seen(who, *map(together, (projected, own, first, second)), contraction)
+        return Seen(*map(together, (projected, own, first, second)), contraction)
 
-    def add(self, seen: Seen, drift: Tensor, source: Tensor) -> None:
+    def add(self, drift: Tensor, source: Tensor) -> None:
         visits, t = self._visits, self._t
-        past, known = visits.before(t, seen.removals)
+        past, known = visits.before(t, torch.unique(visits.owners[t]))
         self._sizes[past[known]] = self._sizes[past[known]] @ drift.T
         self._sizes[visits.first[t] : visits.first[t + 1]] = -self._weights[:, None] * source
 
     def shifts(self, removals: Tensor, mixing: Tensor) -> Tensor:
         past, known = self._visits.before(self._t + 1, removals)
-        sizes = torch.einsum("mk,mvk->mv", mixing[removals, 0], self._sizes[past]) * known
-        u = sizes.new_zeros(len(removals), len(self._basis))
+        sizes = torch.einsum("mk,mvk->mv", mixing[:, 0], self._sizes[past]) * known
+        u = sizes.new_zeros(len(removals), self._directions.shape[1])
         for i, layer in enumerate(self._factors.layers):
             weight, bias = layer.of(u)
             deltas = sizes[..., None] * self._deltas[i][past]

@@ -40,6 +40,17 @@ class Layer:
         weight = vectors[..., first : first + shape.numel()].unflatten(-1, shape)
         return weight, None if self.bias is None else vectors[..., self.bias : self.bias + shape[0]]
 
+    def named(self, vectors: Tensor) -> dict[str, Tensor]:
+        """The same parts by the names of the parameters."""
+        weight, bias = self.of(vectors)
+        return {f"{self.module}.weight": weight, **({} if bias is None else {f"{self.module}.bias": bias})}
+
+    def outputs(self, inputs: Tensor, vectors: Tensor) -> Tensor:
+        """``W a + b`` for inputs (B, in) and the parameters of flat vectors (k, p); (k, B, out)."""
+        weight, bias = self.of(vectors)
+        products = (inputs @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1)
+        return products if bias is None else products + bias[:, None]
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -76,39 +87,47 @@ class LinearFactors:
         """The factors of a step's losses, not weighted, at ``theta`` (p,), with their changes along ``directions`` (k, p)."""
         if self._leads is None:
             self._leads = self._depends(step, theta)
-        leads = self._leads
+        leads, layers = self._leads, self.layers
+        batch = len(step.sample_ids)
+        named = self.objective.layout.named(theta)
+        # What the first layers' own parameters make of their outputs is one product, and added to the outputs. Only the
+        # parameters behind them need tangents of their own, as the way back leads through these.
+        behind = [layer for layer, lead in zip(layers, leads, strict=True) if lead]
+        moving = {name: named[name] for layer in behind for name in layer.named(theta)}
+        added = [theta.new_zeros(batch, layer.weight[1][0]) for layer in layers]
 
-        def of(parameters: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-            deltas, (inputs, outputs) = self._gradients(step, parameters)
-            moving = [a for a, lead in zip(inputs, leads, strict=True) if lead]
-            return moving, deltas, outputs, inputs
+        def of(parameters: dict[str, Tensor], extra: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+            def loss(outputs: list[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+                with self._watching([*map(torch.add, outputs, extra)]) as seen:
+                    total = step.losses({**named, **parameters}).sum()
+                return total, ([a for a, _ in seen], [y for _, y in seen])
 
-        def changes(direction: Tensor) -> tuple[Any, Any, Any]:
-            (_, _, _, inputs), (moving, d_deltas, d_outputs, _) = torch.func.jvp(of, (theta,), (direction,))
-            return moving, d_deltas, d_outputs
+            deltas, (inputs, outputs) = torch.func.grad(loss, has_aux=True)(added)
+            return deltas, inputs, outputs
 
         with traceable():
-            _, deltas, _, inputs = of(theta)
-            moving, delta_changes, output_changes = torch.vmap(changes, randomness="same", chunk_size=None)(directions)
-        queue = iter(moving)
-        input_changes = [next(queue) if lead else None for lead in leads]
-        direct = []
-        for layer, change, moved in zip(self.layers, output_changes, input_changes, strict=True):
-            direct.append(change if moved is None else change - moved @ layer.of(theta)[0].T)
-        return Factors([a.detach() for a in inputs], [d.detach() for d in deltas], input_changes, delta_changes, direct)
+            with torch.no_grad(), self._watching(added) as seen:
+                step.losses(theta)
+            inputs = [a for a, _ in seen]
+            direct = [
+                None if lead else layer.outputs(a, directions) for layer, lead, a in zip(layers, leads, inputs, strict=True)
+            ]
 
-    def _gradients(self, step: Step, theta: Tensor) -> tuple[list[Tensor], tuple[list[Tensor], list[Tensor]]]:
-        """delta of each layer, and the layers' inputs and outputs; not weighted."""
-        n = len(step.sample_ids)
-        zeros = [theta.new_zeros(n, layer.weight[1][0]) for layer in self.layers]
+            def changes(along: dict[str, Tensor], extra: list[Tensor | None]) -> Any:
+                pushed = [torch.zeros_like(zero) if e is None else e for zero, e in zip(added, extra, strict=True)]
+                (deltas, _, _), (d_deltas, d_inputs, d_outputs) = torch.func.jvp(of, (moving, added), (along, pushed))
+                chosen = [(d_inputs[i], d_outputs[i]) for i, lead in enumerate(leads) if lead]
+                return deltas, d_deltas, chosen
 
-        def loss(added: list[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-            with self._watching(added) as seen:
-                total = step.losses(theta).sum()
-            return total, ([a for a, _ in seen], [y for _, y in seen])
-
-        deltas, watched = torch.func.grad(loss, has_aux=True)(zeros)
-        return deltas, watched
+            tangents = {name: piece for layer in behind for name, piece in layer.named(directions).items()}
+            in_dims = ({name: 0 for name in tangents}, [None if d is None else 0 for d in direct])
+            out_dims = (None, 0, 0)
+            deltas, delta_changes, chosen = torch.vmap(changes, in_dims, out_dims, randomness="same")(tangents, direct)
+        input_changes: list[Tensor | None] = [None] * len(layers)
+        for i, (moved, change) in zip([i for i, lead in enumerate(leads) if lead], chosen, strict=True):
+            input_changes[i] = moved
+            direct[i] = change - moved @ layers[i].of(theta)[0].T
+        return Factors(inputs, deltas, input_changes, delta_changes, direct)
 
     @contextmanager
     def _watching(self, added: list[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_acc.methods import AdjointSgdIe
 from lightning_acc.optimizers import State
-from lightning_acc.step import Point
+from lightning_acc.step import Point, Step
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Seen:
     """What a step tells of the m removals whose samples it saw; sums over each one's samples i in the batch.
 
     Attributes:
-        removals: their indices, (m,).
         projected: ``sum_i w_i Q^T g_i``, (m, r).
         own: ``sum_i w_i Q^T H_i Q z``, (m, r).
         first: ``<gamma, sum_i w_i g_i>``, (m,).
@@ -42,7 +41,6 @@ class Seen:
         contraction: ``M_t = Q^T H_t Q`` of the whole batch, (r, r).
     """
 
-    removals: Tensor
     projected: Tensor
     own: Tensor
     first: Tensor
@@ -54,68 +52,80 @@ class RawShifts(ABC):
     """The raw shifts u of n removals, and how the own gradients and Hessians of their samples are taken."""
 
     @abstractmethod
-    def see(self, t: int, point: Point, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
+    def removals_in(self, t: int, step: Step) -> Tensor:
+        """The removals (m,) whose samples step t saw, sorted."""
+
+    @abstractmethod
+    def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
         """Look at step t.
 
         Args:
             t: number of the step.
-            point: the step at the recorded run's state.
+            step: the step.
+            state: the recorded run's state before it.
             gamma: ``gamma_t``, (p,).
-            y: (n, r).
-            z: (n, r).
-            mixing: (n, parts, parts); what has become of each removal's raw state since it was last seen: ``mixing @ then``.
+            y: of the removals in the step, (m, r).
+            z: likewise.
+            mixing: what has become of each one's raw state since it was last seen, ``mixing @ then``; (m, parts, parts).
         """
 
     @abstractmethod
-    def add(self, seen: Seen, drift: Tensor, source: Tensor) -> None:
-        """Take the step for the removals seen: ``u' = drift u + source (-sum_i w_i g_i)``.
+    def add(self, drift: Tensor, source: Tensor) -> None:
+        """Take the step last seen for the removals in it: ``u' = drift u + source (-sum_i w_i g_i)``.
 
         Args:
-            seen: what ``see`` gave.
             drift: (parts, parts), of the optimizer's update.
             source: (parts,).
         """
 
     @abstractmethod
     def shifts(self, removals: Tensor, mixing: Tensor) -> Tensor:
-        """u of these removals (m,), (m, p)."""
+        """u of these removals (m,), (m, p), after the step last seen."""
 
 
 class AccLowRank:
     """Tracks n removals forward through the run, given ``gamma_t``; collects their scores, with linear readout.
+
+    Only ``z`` changes for all removals at every step. What else is kept of a removal is brought up to date when a step sees
+    it: between two visits it is mixed by the update alone, in the same way for all that were last seen at one step.
 
     Args:
         basis: Q, (p, r).
         raw: the raw shifts of the removals.
         parts: number of tensors of the state: the parameters and the optimizer's slots.
         n: number of removals.
+        n_steps: number of steps of the run.
     """
 
-    def __init__(self, basis: Tensor, raw: RawShifts, parts: int, n: int) -> None:
+    def __init__(self, basis: Tensor, raw: RawShifts, parts: int, n: int, n_steps: int) -> None:
         self.basis, self.raw = basis, raw
         r = basis.shape[1]
         self._a = basis.new_zeros(n, parts, r)
-        self._z = basis.new_zeros(n, parts, r)
-        self._mixing = torch.eye(parts, dtype=basis.dtype).repeat(n, 1, 1)
+        self._z = [basis.new_zeros(n, r) for _ in range(parts)]
+        self._since = torch.eye(parts, dtype=basis.dtype).repeat(n_steps + 1, 1, 1)
+        """By the step a removal was last seen at, plus 1: the product of all updates since."""
+        self._seen = torch.zeros(n, dtype=torch.int64)
         self.first = basis.new_zeros(n)
         """The scores of SGD-IE."""
         self.second = basis.new_zeros(n)
         """What the own Hessians add to them."""
 
-    def advance(self, t: int, point: Point, gamma: Tensor) -> None:
-        """Take step t; ``gamma`` is (p,)."""
-        drift, source = (tensor.to(gamma) for tensor in point.step.response())
-        z = self._z[:, 0]
-        seen = self.raw.see(t, point, gamma, z - self._a[:, 0], z, self._mixing)
-        who = seen.removals
+    def advance(self, t: int, step: Step, state: State, gamma: Tensor) -> None:
+        """Take step t from the recorded run's state; ``gamma`` is (p,)."""
+        drift, source = (tensor.to(gamma) for tensor in step.response())
+        who = self.raw.removals_in(t, step)
+        mixing = self._since[self._seen[who]]
+        a, z = mixing @ self._a[who], self._z[0][who]
+        seen = self.raw.see(t, step, state, gamma, z - a[:, 0], z, mixing)
+        self.raw.add(drift, source)
         self.first[who] -= seen.first
         self.second[who] -= seen.second
-        contraction = z @ seen.contraction
-        self._a = _step(self._a, drift, source, who, -seen.projected)
-        self._z = _step(self._z, drift, source, who, -seen.projected - seen.own, contraction)
-        self.raw.add(seen, drift, source)
-        self._mixing = drift @ self._mixing
-        self._mixing[who] = torch.eye(len(source), dtype=gamma.dtype)
+        self._a[who] = drift @ a - source[:, None] * seen.projected[:, None]
+        change = self._z[0] @ seen.contraction
+        change[who] -= seen.projected + seen.own
+        self._z = [_combined(self._z, row, change, float(to)) for row, to in zip(drift.tolist(), source, strict=True)]
+        self._since[: t + 1] = drift @ self._since[: t + 1]
+        self._seen[who] = t + 1
 
     @property
     def scores(self) -> Tensor:
@@ -124,18 +134,18 @@ class AccLowRank:
 
     def shifts(self, removals: Tensor) -> Tensor:
         """The estimates x (m, p) of the final shifts of these removals (m,): rough, unless r = p."""
-        y = self._z[removals, 0] - self._a[removals, 0]
-        return self.raw.shifts(removals, self._mixing) + y @ self.basis.T
+        mixing = self._since[self._seen[removals]]
+        y = self._z[0][removals] - (mixing @ self._a[removals])[:, 0]
+        return self.raw.shifts(removals, mixing) + y @ self.basis.T
 
 
-def _step(
-    state: Tensor, drift: Tensor, source: Tensor, who: Tensor, change: Tensor, shared: Tensor | None = None
-) -> Tensor:
-    """``drift state + source change`` for states (n, parts, r) and changes of the gradient (m, r) of some, (n, r) of all."""
-    moved = drift @ state
-    if shared is not None:
-        moved += source[:, None] * shared[:, None]
-    return moved.index_add(0, who, source[:, None] * change[:, None])
+def _combined(parts: list[Tensor], factors: list[float], change: Tensor, factor: float) -> Tensor:
+    """``sum_k factors_k parts_k + factor change``, all (n, r)."""
+    total = factor * change
+    for part, by in zip(parts, factors, strict=True):
+        if by:
+            total.add_(part, alpha=by)
+    return total
 
 
 class AdjointGradients(AdjointSgdIe):
@@ -154,9 +164,10 @@ class AdjointGradients(AdjointSgdIe):
         self._t -= 1
         adjoint, scores = carry
         drift, source = (tensor.to(scores) for tensor in point.step.response())
-        gamma = torch.einsum("k,kp->p", source, torch.stack(adjoint))
+        together = torch.stack(adjoint)
+        gamma = source @ together
         self.gammas[self._t][:] = gamma
         # The same as the pullback of F, without differentiating the update, which is affine.
-        back = torch.einsum("kl,kp->lp", drift, torch.stack(adjoint))
+        back = drift.T @ together
         back[0] += point.hessian_product(gamma[None])[0]
         return tuple(back), scores

@@ -100,9 +100,9 @@ def low_rank(
         tracked = _tracker(replay, removals, basis, memory)
         state = replay.initial
         for t in range(total):
-            point = replay.step(t).at(state)
-            tracked.advance(t, point, gammas[t])
-            state = point.next()
+            step = replay.step(t)
+            tracked.advance(t, step, state, gammas[t])
+            state = step(state)
             progress(0.25 + 0.75 * (t + 1) / total)
     return Pass(tracked.scores, tracked.first, state[0], gradient, basis, tracked.shifts)
 
@@ -119,7 +119,7 @@ def _tracker(replay: Replay, removals: Sequence[Removal], basis: bases.Basis, me
         raw = FactoredShifts(factors, Visits((s.sample_ids for s in replay.run.steps), owners, n), basis.vectors, parts)
     else:
         raw = DenseShifts(Removals(removals), basis.vectors, parts)
-    return AccLowRank(basis.vectors, raw, parts, n)
+    return AccLowRank(basis.vectors, raw, parts, n, len(replay))
 
 
 def check(replay: Replay) -> None:
@@ -141,11 +141,11 @@ def check(replay: Replay) -> None:
 def gain(replay: Replay, t: int) -> float:
     """By how much step t's update moves a parameter in the end, for each unit of its gradient: lr / (1 - momentum)."""
     drift, source = replay.update.response(replay.run.steps[t].groups)
-    largest = 0.0
-    for _ in range(200):
-        largest = max(largest, abs(float(source[0])))
-        source = drift @ source
-    return largest
+    moved = []
+    for _ in range(10):  # after 1, 2, 4, ... steps
+        moved.append(abs(float(source[0])))
+        source, drift = drift @ source, drift @ drift
+    return max(moved)
 
 
 def largest_rank(replay: Replay) -> int:
