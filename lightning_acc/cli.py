@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.grid import Study
 
-Method = Literal["loo", "acc-sgd-ie", "sgd-ie", "tracin"]
+Method = Literal["loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin"]
 
 
 def fit() -> None:
@@ -87,7 +87,7 @@ def score(
         run: the run directory.
         method: loo retrains and is the truth; acc-sgd-ie follows it closely at about the same cost; sgd-ie and tracin
             answer for all samples in one sweep.
-        removals: all, random:N, top:N@METHOD, or a file with the sample ids of one removal on each line.
+        removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with the sample ids of one removal on each line.
         query: a query recorded with the run, such as val.
         readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
             default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin.
@@ -97,7 +97,7 @@ def score(
         top: how many of the most harmful to print.
     """
     from lightning_acc.scoring import score as compute
-    from lightning_acc.selection import select
+    from lightning_acc.selection import in_words, select
     from lightning_acc.trajectory.run import Run
 
     opened = Run(run)
@@ -109,7 +109,7 @@ def score(
     rows = sorted(zip(scores.table["rank"].to_pylist(), scores.removals, scores.values.tolist(), strict=True))
     print("most harmful first:" if rows else "no removals")
     for rank, removal, value in rows[:top]:
-        print(f"{rank:6d}  {value:+.3e}  {' '.join(map(str, removal))}")
+        print(f"{rank:6d}  {value:+.3e}  {in_words(opened, removals, removal)}")
 
 
 def retrain(
@@ -124,7 +124,7 @@ def retrain(
 
     Args:
         run: the run directory.
-        removals: all, random:N, top:N@METHOD, or a file with the sample ids of one removal on each line.
+        removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with the sample ids of one removal on each line.
         query: a query recorded with the run, such as val.
         dtype: precision of the replay; by default as recorded.
         ray_address: local, auto, ray://host:port, or null for this process.

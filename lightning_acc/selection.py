@@ -70,3 +70,12 @@ def groups(run: Run, column: str) -> dict[str, Removal]:
     for sample, value in enumerate(info[column].to_pylist() if info is not None else []):
         found.setdefault(str(value), []).append(sample)
     return {value: tuple(samples) for value, samples in sorted(found.items())}
+
+
+def in_words(run: Run, words: str, removal: Removal) -> str:
+    """A removal that ``words`` selected, for a reader: its ids, or its group; of many samples their number."""
+    if match := re.fullmatch(r"group:(.+)", words):
+        value = next(value for value, samples in groups(run, match[1]).items() if samples == removal)
+        return f"{match[1]} {value} ({len(removal)} samples)"
+    few = " ".join(map(str, removal[:10]))
+    return few if len(removal) <= 10 else f"{few} ... ({len(removal)} samples)"

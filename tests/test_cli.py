@@ -79,6 +79,8 @@ def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.Captu
     (tmp_path / "groups.txt").write_text("1 2 3\n# nothing\n\n7,8\n")
     main(["score", run, "--method=sgd-ie", f"--removals={tmp_path / 'groups.txt'}", "--memory-gb=0.5"])
     assert "Scores(sgd-ie: 2 removals" in capsys.readouterr().out
+    main(["retrain", run, "--removals=group:label", "--ray-address=null"])
+    assert len(re.findall(r"^ +\d+  [-+]\S+  label \d \(\d+ samples\)$", capsys.readouterr().out, re.MULTILINE)) == 10
     main(["evaluate", run])
     assert "jaccard_10" in capsys.readouterr().out
     main(["report", run])
