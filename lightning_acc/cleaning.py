@@ -6,7 +6,9 @@ out-of-sample predicted probabilities, the truth (``loo``) where it is known, an
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ import pyarrow as pa
 import torch
 from scipy import stats
 
-from lightning_acc import cluster
+from lightning_acc import cluster, shards
 from lightning_acc.controls import NotAClassifier, correct, rankings, stored_values
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.progress import Progress
@@ -28,8 +30,11 @@ from lightning_acc.retraining import Retraining, retrain
 from lightning_acc.scoring import DEFAULT_MEMORY_GB, METHODS, score
 from lightning_acc.trajectory import batches
 from lightning_acc.trajectory.run import Run
+from lightning_acc.trajectory.store import digest
 
 NAME = "cleaning.parquet"
+TRAININGS_AT_ONCE = 8
+"""Batched together: enough to be fast, few enough that the workers end together."""
 CONTROLS = ("none", "random", "loss", "cleanlab", "loo", "oracle")
 
 
@@ -38,6 +43,12 @@ class _Job:
     run: Run
     test: Query
     memory: int
+
+    @property
+    def kind(self) -> str:
+        """What trainings of the same kind have in common: the run, the test and the code."""
+        same = [self.run.hash, self.test.fingerprint, importlib.metadata.version("lightning-acc")]
+        return f"cleaning-{digest(json.dumps(same).encode())[:16]}"
 
 
 def clean(
@@ -67,8 +78,9 @@ def clean(
             classifier; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
             missing, the control is left out.
         memory_gb: budget of each process.
-        save: store the table as ``cleaning.parquet`` in the run directory.
-        progress: show a progress bar; None shows one in a terminal.
+        save: store the table as ``cleaning.parquet`` in the run directory, and every training as it is done: a command that
+            was stopped, or is repeated with more fractions or seeds, trains what is missing.
+        progress: show a progress bar; None shows one in a terminal, and elsewhere a line now and then.
 
     Returns:
         One row per method and fraction: n_removed, seeds, means and 95 % intervals over the seeds of the test accuracy and
@@ -99,14 +111,8 @@ def clean(
     counts = {fraction: max(1, round(fraction * run.n_samples)) for fraction in sorted(fractions)}
     plans = [_plan(run, seed, orders, counts, random="random" in controls) for seed in range(seeds)]
     keys = list(plans[0])
-    retrainings = [Retraining(seed, [plan[key] for key in keys]) for seed, plan in enumerate(plans)]
-    with Progress(f"cleaning · {len(keys) * seeds} trainings", seeds, progress) as bar:
-        by_seed = {piece.seed: result for piece, result in cluster.each(_test_retrained, job, retrainings, ray_address, bar)}
-    failed = {seed: result.reason for seed, result in by_seed.items() if isinstance(result, cluster.Failure)}
-    if failed:
-        raise RunError(f"The trainings from the seeds {sorted(failed)} failed: {next(iter(failed.values()))}. Clean again.")
-    results = [by_seed[seed] for seed in range(seeds)]
-    losses, accuracies = (np.array(values, dtype=float).T for values in zip(*results, strict=True))
+    trained = _train_all(job, [[plan[key] for key in keys] for plan in plans], ray_address, save, progress)
+    losses, accuracies = np.moveaxis(trained, -1, 0)
     shown = {key: i for i, key in enumerate(keys) if key[0] != "none" or "none" in controls}
     table = pa.Table.from_pylist(
         [
@@ -221,15 +227,66 @@ def _plan(
     return plan
 
 
-def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float], None]) -> tuple[list[float], list[float]]:
-    """Test losses and accuracies (NaN where there is none) of the trainings."""
+def _train_all(
+    job: _Job, dropped: list[list[frozenset[int]]], ray_address: str | None, save: bool, progress: bool | None
+) -> np.ndarray:
+    """Test loss and accuracy of every training, (m, seeds, 2), where ``dropped[seed]`` are the m sets to go without.
+
+    Pieces are a few trainings from one seed. What they are does not depend on the workers, so neither do the bits of the
+    results; a training that was stored before is left out, and one that occurs twice is done once.
+    """
+    # What a function of one's own computes may change under the same name.
+    keep = save and job.test.function is None
+    known = shards.stored_figures(job.run, job.kind) if keep else {}
+    wanted = [Retraining(seed, list(dict.fromkeys(sets))) for seed, sets in enumerate(dropped)]
+    left = [
+        Retraining(piece.seed, new)
+        for retraining in wanted
+        for piece in retraining.pieces(TRAININGS_AT_ONCE)
+        if (new := [without for without in piece.dropped if _name(piece.seed, without) not in known])
+    ]
+    amount = sum(len(piece.dropped) for piece in left)
+    failures: list[tuple[int, str]] = []
+    with Progress(f"cleaning · {amount} trainings", len(left), progress, amount, "trainings") as bar:
+        for piece, result in cluster.each(_test_retrained, job, left, ray_address, bar, _halves):
+            if isinstance(result, cluster.Failure):
+                failures.append((piece.seed, result.reason))
+                continue
+            done = {_name(piece.seed, without): figures for without, figures in zip(piece.dropped, result, strict=True)}
+            known.update(done)
+            if keep:
+                shards.write_figures(job.run, job.kind, done)
+    if failures:
+        seeds = sorted({seed for seed, _ in failures})
+        kept = "The others are stored; clean again to train what is missing" if keep else "Clean again"
+        raise RunError(f"Trainings from the seeds {seeds} failed: {failures[0][1]}. {kept}.")
+    by_seed = [[known[_name(seed, without)] for without in sets] for seed, sets in enumerate(dropped)]
+    by_training: np.ndarray = np.array(by_seed, dtype=float).swapaxes(0, 1)
+    return by_training
+
+
+def _halves(piece: Retraining) -> list[Retraining]:
+    return piece.pieces(-(-len(piece.dropped) // 2))
+
+
+def _name(seed: int, without: frozenset[int]) -> str:
+    """Names one training of a job."""
+    return f"{seed}-{digest(json.dumps(sorted(without)).encode())[:16]}"
+
+
+def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float], None]) -> list[list[float]]:
+    """Test loss and accuracy (NaN where there is none) of each training."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    thetas = retrain(job.run, retraining, job.memory, progress)
-    replay = Replay(job.run)
-    losses = job.test.values(replay.objective, thetas)
-    accuracy = Query("accuracy", (batches.unflatten(s, leaves) for leaves, s in job.test.batches), correct)
     try:
-        accuracies = accuracy.values(replay.objective, thetas).tolist()
-    except NotAClassifier:
-        accuracies = [float("nan")] * len(thetas)
-    return losses.tolist(), accuracies
+        thetas = retrain(job.run, retraining, job.memory, progress)
+        replay = Replay(job.run)
+        losses = job.test.values(replay.objective, thetas).tolist()
+        accuracy = Query("accuracy", (batches.unflatten(s, leaves) for leaves, s in job.test.batches), correct)
+        try:
+            accuracies = accuracy.values(replay.objective, thetas).tolist()
+        except NotAClassifier:
+            accuracies = [float("nan")] * len(thetas)
+    finally:
+        torch.set_num_threads(threads)
+    return [list(pair) for pair in zip(losses, accuracies, strict=True)]

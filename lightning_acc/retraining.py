@@ -33,6 +33,11 @@ class Retraining:
     seed: int
     dropped: list[frozenset[int]]
 
+    def pieces(self, size: int) -> list[Retraining]:
+        """The trainings in pieces of at most ``size``, as even as can be."""
+        n, count = len(self.dropped), -(-len(self.dropped) // size)
+        return [Retraining(self.seed, self.dropped[n * i // count : n * (i + 1) // count]) for i in range(count)]
+
 
 def retrain(run: Run, job: Retraining, memory: int, progress: Callable[[float], None] = lambda _: None) -> Tensor:
     """Final parameters (m, p) of the m trainings of ``job``.

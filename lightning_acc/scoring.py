@@ -66,7 +66,7 @@ def score(
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
             are done; removals scored before under the same conditions are taken from there.
-        progress: show a progress bar; None shows one in a terminal.
+        progress: show a progress bar; None shows one in a terminal, and elsewhere a line now and then.
 
     Returns:
         The scores: positive where the samples help, negative where they harm.
@@ -110,7 +110,8 @@ def score(
     left = shards.missing(parts, known)
     finished: list[tuple[list[Removal], Result]] = []
     failures: list[tuple[list[Removal], str]] = []
-    with Progress(f"{method} · {sum(map(len, left))} removals", len(left), progress) as bar:
+    amount = sum(map(len, left))
+    with Progress(f"{method} · {amount} removals", len(left), progress, amount, "removals") as bar:
         # A single chunk gains nothing from workers that would have to be started first.
         alone = ray_address is None or (ray_address == "local" and len(left) < 2)
         work = partial(_compute_here, replay) if alone else compute

@@ -3,6 +3,8 @@
 A shard is a table of some removals in the folder ``shards``, named by a hash of its conditions and its removals. It appears
 whole or not at all, and the same shard written twice is the same file: commands that work on one run at once, and commands
 that were stopped and repeated, do no harm. The table of a method is the union of its shards and what it held before.
+
+Figures that are no scores, such as what a training of ``clean`` ended with, are kept in the same way, as JSON by name.
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ from typing import Any
 import numpy as np
 
 from lightning_acc import scores
+from lightning_acc.errors import RunError
 from lightning_acc.removals import Removal
 from lightning_acc.scores import Scores
 from lightning_acc.trajectory.run import Run
 from lightning_acc.trajectory.store import digest
 
 FOLDER = "shards"
-SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version")
+SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version", "rank")
 """Conditions under which two scores of one removal are the same number."""
 
 
 def key(conditions: dict[str, Any]) -> str:
     """Short hash of the conditions that matter."""
-    return digest(json.dumps([conditions[name] for name in SAME]).encode())[:16]
+    return digest(json.dumps([conditions.get(name) for name in SAME]).encode())[:16]
 
 
 def write(run: Run, shard: Scores) -> None:
@@ -39,7 +42,7 @@ def stored(run: Run, conditions: dict[str, Any], name: str) -> Scores | None:
     found = [scores.read(run.store, part, FOLDER) for part in _parts(run, conditions)]
     if name in scores.names(run.store):
         table = scores.read(run.store, name)
-        if all(table.conditions.get(one) == conditions[one] for one in SAME):
+        if all(table.conditions.get(one) == conditions.get(one) for one in SAME):
             found.insert(0, table)
     together = found[0] if found else None
     for more in found[1:]:
@@ -59,6 +62,24 @@ def gather(run: Run, conditions: dict[str, Any], name: str) -> None:
             rows = sorted(table.by_removal().items())
             values = np.array([value for _, value in rows])
             scores.write(run.store, name, Scores.build([removal for removal, _ in rows], values, table.conditions))
+
+
+def write_figures(run: Run, kind: str, figures: dict[str, list[float]]) -> None:
+    """Store some figures of a kind: names that say all there is to know of what was done, and what came out."""
+    which = digest(json.dumps(sorted(figures)).encode())[:16]
+    run.store.write(f"{FOLDER}/{kind}-{which}.json", json.dumps(figures).encode())
+
+
+def stored_figures(run: Run, kind: str) -> dict[str, list[float]]:
+    """All figures of a kind that are stored."""
+    files = [file for file in run.store.names(FOLDER) if file.startswith(f"{FOLDER}/{kind}-") and file.endswith(".json")]
+    figures: dict[str, list[float]] = {}
+    for file in files:
+        try:
+            figures.update(json.loads(run.store.read(file)))
+        except ValueError as error:
+            raise RunError(f"{run.store.locate(file)} is damaged: delete it and repeat the command.") from error
+    return figures
 
 
 def missing(pieces: list[list[Removal]], known: Scores | None) -> list[list[Removal]]:

@@ -47,7 +47,7 @@ def run_study(study: Study, ray_address: str | None = "local", progress: bool | 
     missing = [cell for cell in cells if _stored(store, study, cell) is None]
     if len(missing) < len(cells):
         print(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
-    with Progress(f"study · {len(missing)} trainings", len(missing), progress) as bar:
+    with Progress(f"study · {len(missing)} trainings", len(missing), progress, unit="trainings") as bar:
         for cell, result in cluster.each(run_cell, study, missing, ray_address, bar):
             if isinstance(result, cluster.Failure):
                 raise RunError(f"The cell {cell.name} failed: {result.reason}. The others are stored; start the study again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,43 @@ def test_retraining_is_training_on_what_is_kept(run: la.Run) -> None:
     assert not torch.allclose(found[0], found[1])
 
 
-def test_workers_give_the_same_table(run: la.Run) -> None:
+def test_workers_give_the_same_table(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaning, "TRAININGS_AT_ONCE", 3)  # several pieces of each seed
     here, there = (
-        la.clean(run, "sgd-ie", [0.1], seeds=2, ray_address=address, controls=("none", "random"), save=False)
+        la.clean(run, "sgd-ie", [0.05, 0.1, 0.2], seeds=2, ray_address=address, controls=("none", "random"), save=False)
         for address in (None, "local")
     )
     assert here.equals(there)
+
+
+def test_a_repeated_command_trains_only_what_is_missing(tmp_path: Path, run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("shards", "cleaning.parquet"))
+    trained: list[int] = []
+    retrained = cleaning.retrain
+
+    def counted(run: la.Run, piece: Retraining, *arguments: Any) -> torch.Tensor:
+        if len(trained) == dies_at:
+            raise KeyboardInterrupt
+        trained.append(len(piece.dropped))
+        return retrained(run, piece, *arguments)
+
+    monkeypatch.setattr(cleaning, "retrain", counted)
+    arguments: dict[str, Any] = {"ray_address": None, "controls": ("none", "random")}
+    dies_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        la.clean(tmp_path / "run", "sgd-ie", [0.1], seeds=2, **arguments)
+    assert trained == [3]
+    dies_at = -1
+    first = la.clean(tmp_path / "run", "sgd-ie", [0.1], seeds=2, **arguments)
+    assert trained == [3, 3]  # the seed that was done is kept
+    assert la.clean(tmp_path / "run", "sgd-ie", [0.1], seeds=2, **arguments).equals(first)
+    assert trained == [3, 3]
+    more = la.clean(tmp_path / "run", "sgd-ie", [0.1, 0.2], seeds=3, **arguments)
+    assert trained == [3, 3, 2, 2, 5]
+    fresh = la.clean(tmp_path / "run", "sgd-ie", [0.1, 0.2], seeds=3, save=False, **arguments)
+    np.testing.assert_allclose(np.array(more["losses"].to_pylist()), np.array(fresh["losses"].to_pylist()), rtol=1e-9)
+    la.clean(tmp_path / "run", "sgd-ie", [0.1], seeds=2, test="val", **arguments)
+    assert trained == [3, 3, 2, 2, 5, 5, 5, 5, 3, 3]  # another test is another question
 
 
 def test_a_module_without_classes_gains_in_loss(tmp_path: Path) -> None:
