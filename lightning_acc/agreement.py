@@ -12,6 +12,7 @@ from scipy import stats
 
 from lightning_acc import scores
 from lightning_acc.errors import RequestError
+from lightning_acc.methods import METHODS
 from lightning_acc.scores import Scores
 from lightning_acc.trajectory.run import Run
 
@@ -141,5 +142,4 @@ def as_text(table: pa.Table) -> str:
 
 
 def _order(name: str) -> tuple[int, str]:
-    methods = ("loo", "acc-sgd-ie", "sgd-ie", "tracin")
-    return next((i for i, method in enumerate(methods) if name.startswith(method)), len(methods)), name
+    return next((i for i, method in enumerate(METHODS) if name.startswith(method)), len(METHODS)), name

@@ -13,7 +13,6 @@ import io
 import os
 import resource
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from lightning_acc import planning
 from lightning_acc import removals as removal_sets
+from lightning_acc.costs import FORECASTS
 from lightning_acc.errors import RequestError
-from lightning_acc.methods import FORWARD, REVERSE
 from lightning_acc.planning import Calibration, Cost
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
@@ -124,83 +122,6 @@ class Resources:
             ends[free] += cost.load + cost.per_chunk + cost.per_removal * size
         start = (0.0 if self.started or self.ray_address != "local" else RAY_SECONDS) + WORKER_SECONDS
         return self.busy * (cost.load + start + max(ends))
-
-
-class Forecast(ABC):
-    """How to tell the cost of a method with a readout; one entry of ``FORECASTS``."""
-
-    def __init__(self, method: str, readout: str) -> None:
-        self.method, self.readout = method, readout
-
-    @abstractmethod
-    def cost(self, calibration: Calibration) -> Cost:
-        """Seconds, measured."""
-
-    @abstractmethod
-    def bytes(self, calibration: Calibration, removals: int) -> int:
-        """Bytes a chunk of so many removals adds to the process at its peak."""
-
-
-class Swept(Forecast):
-    """A forward method, chunk by chunk, with the exact readout."""
-
-    def cost(self, calibration: Calibration) -> Cost:
-        """Seconds, measured.
-
-        Raises:
-            RequestError: not even one removal fits into memory.
-        """
-        c, replay = calibration, calibration.replay
-        largest = planning.chunk_size(replay, self.method, c.memory)
-        n, total = len(c.visited), len(replay)
-        if not n:
-            a = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t)(replay.initial)))
-            return Cost(c.load, a + c.scan, 0.0, largest)
-        size = max(map(len, planning.chunks(c.visited, largest)))
-        a, slope, m = c.line(partial(c.step_seconds, self.method, c.largest_step), size, total * -(-n // size))
-        scale = c.over_the_run(lambda t: c.step_seconds(self.method, t, m)) / max(a + slope * m, 1e-9)
-
-        theta = replay.initial[0]
-        rows, measure = planning.query_rows(replay, c.query, c.memory), self._measure_readout
-        b, read, _ = c.line(lambda m: measure(c, theta.expand(m, -1)), min(size, rows), -(-n // size))
-        per_chunk = scale * a + c.scan + b * -(-size // rows)
-        return Cost(c.load, per_chunk, c.share_visited * scale * slope + read, largest)
-
-    @staticmethod
-    def _measure_readout(c: Calibration, thetas: torch.Tensor) -> float:
-        return c.seconds(lambda: c.query.values(c.replay.objective, torch.cat([thetas[:1], thetas])))
-
-    def bytes(self, calibration: Calibration, removals: int) -> int:
-        """Bytes a chunk of so many removals adds to the process at its peak."""
-        return planning.chunk_bytes(calibration.replay, self.method, calibration.query, calibration.memory, removals)
-
-
-class SweptBack(Forecast):
-    """One reverse sweep for all samples, with the linear readout."""
-
-    def cost(self, calibration: Calibration) -> Cost:
-        """Seconds, measured."""
-        c, replay = calibration, calibration.replay
-        gradient = c.query.gradient(replay.objective, replay.initial[0])
-        rule = REVERSE[self.method]()
-        carry = rule.init(gradient, replay.initial, replay.run.n_samples)
-        ahead = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t)(replay.initial)))
-        back = c.over_the_run(lambda t: c.seconds(lambda: rule.advance(replay.step(t).at(replay.initial), carry)))
-        query = c.seconds(lambda: c.query.gradient(replay.objective, replay.initial[0]))
-        again = planning.taken_again(replay, c.memory)
-        few = c.visited[:100]
-        picked = c.seconds(lambda: [carry[1][list(removal)].sum() for removal in few]) / max(1, len(few))
-        return Cost(c.load, (1 + again) * ahead + back + query, picked, None)
-
-    def bytes(self, calibration: Calibration, removals: int) -> int:
-        """Bytes the sweep adds to the process at its peak."""
-        return planning.reverse_bytes(calibration.replay, self.method, calibration.memory)
-
-
-FORECASTS: list[Forecast] = [
-    *(SweptBack(name, "linear") if name in REVERSE else Swept(name, "exact") for name in FORWARD),
-]
-"""The rows of a plan: every method with its default readout."""
 
 
 def plan(

@@ -154,3 +154,7 @@ FORWARD: dict[str, type[ForwardMethod]] = {
     "tracin": TracIn,
 }
 REVERSE: dict[str, type[AdjointSgdIe]] = {"sgd-ie": AdjointSgdIe, "tracin": AdjointTracIn}
+LOW_RANK = "acc-low-rank"
+"""Corrects the scores of a reverse sweep in one pass forward; see ``lightning_acc.low_rank``."""
+METHODS = ("loo", "acc-sgd-ie", LOW_RANK, "sgd-ie", "tracin")
+"""All methods: the truth, then the estimates, the most faithful first."""

@@ -65,9 +65,14 @@ def chunks(removals: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[in
 
     The chunks depend on the run and the budget alone, never on how many workers there are: so do the bits of the scores.
     """
+    return even_pieces(removals, size, for_two=len(removals) >= 64)
+
+
+def even_pieces(removals: Sequence[Removal], size: int, for_two: bool = False) -> list[list[Removal]]:
+    """Removals in pieces of at most ``size``, as even as can be; with ``for_two`` an even number of them."""
     n = len(removals)
     count = -(-n // size)
-    if n >= 64:
+    if for_two:
         count += count % 2
     edges = [n * i // count for i in range(count + 1)] if count else []
     return [list(removals[a:b]) for a, b in itertools.pairwise(edges)]

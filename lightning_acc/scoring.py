@@ -17,7 +17,8 @@ import torch
 from lightning_acc import cluster, planning, shards
 from lightning_acc import removals as removal_sets
 from lightning_acc.errors import RequestError, RunError
-from lightning_acc.methods import FORWARD, REVERSE
+from lightning_acc.low_rank import sweep as low_rank
+from lightning_acc.methods import LOW_RANK, METHODS, REVERSE
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal
@@ -25,9 +26,8 @@ from lightning_acc.replay import Replay
 from lightning_acc.scores import Scores
 from lightning_acc.trajectory.manifest import CONVENTION
 from lightning_acc.trajectory.run import Run
-from lightning_acc.work import Job, Result, compute
+from lightning_acc.work import FACTS, Job, Result, compute
 
-METHODS = tuple(FORWARD)
 READOUTS = ("exact", "linear")
 DEFAULT_MEMORY_GB = 2.0
 
@@ -41,6 +41,7 @@ def score(
     dtype: str | None = None,
     ray_address: str | None = "local",
     *,
+    rank: int | None = None,
     keep_shifts: bool = False,
     memory_gb: float = DEFAULT_MEMORY_GB,
     save: bool = True,
@@ -53,15 +54,18 @@ def score(
 
     Args:
         run: a recorded run, or its path.
-        method: ``"loo"`` (the truth), ``"acc-sgd-ie"``, ``"sgd-ie"`` or ``"tracin"``.
+        method: ``"loo"`` (the truth), ``"acc-sgd-ie"``, ``"acc-low-rank"``, ``"sgd-ie"`` or ``"tracin"``.
         removals: None for every sample by itself; a list of sample ids; or a list of lists of ids, each removed together.
         query: name of a query recorded with the run, or a ``Query``.
         readout: ``"exact"`` evaluates the query at the shifted parameters; ``"linear"`` takes the shift's product with its
-            gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for the others,
-            whose one reverse sweep then answers for all samples; asked for ``"exact"`` these carry shifts too.
+            gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
+            ``tracin``, whose one reverse sweep then answers for all samples; asked for ``"exact"`` these carry shifts too.
+            For ``acc-low-rank`` None is exact where that is a small part of the work, and linear for many thousand
+            samples, whose single shifts are too small for the query's curvature to matter.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
+        rank: of ``acc-low-rank``: in how many directions it follows the contraction of the training; 0 in none, None chooses.
         keep_shifts: also return the shifts of the final parameters, (n_removals, p).
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
@@ -77,17 +81,23 @@ def score(
     """
     run = run if isinstance(run, Run) else Run(run)
     _choose("method", method, METHODS)
-    if readout is None:
-        readout = "linear" if method in REVERSE and not keep_shifts else "exact"
-    _choose("readout", readout, READOUTS)
+    if rank is not None and (method != LOW_RANK or isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
+        raise RequestError(f"rank={rank!r} with method={method!r}: a rank, 0 or more, goes with {LOW_RANK} alone.")
     wanted = removal_sets.parse(removals, run.n_samples)
+    distinct = list(dict.fromkeys(wanted))
     if isinstance(query, str):
         query = run.query(query)
-    job = Job(run, method, query, readout, dtype, keep_shifts, int(memory_gb * 2**30))
+    if readout is None:
+        linear = method in REVERSE or (method == LOW_RANK and not low_rank.exact_by_default(run, len(distinct), query))
+        readout = "linear" if linear and not keep_shifts else "exact"
+    _choose("readout", readout, READOUTS)
+    job = Job(run, method, query, readout, dtype, keep_shifts, int(memory_gb * 2**30), rank)
     replay = Replay(run, dtype)  # refuses what cannot be replayed before any worker starts
-    distinct = list(dict.fromkeys(wanted))
     if job.reversed:
         parts = [distinct]
+    elif method == LOW_RANK:
+        low_rank.check(replay)
+        parts = planning.even_pieces(distinct, low_rank.removals_at_once(replay, distinct, job.memory))
     else:
         parts = planning.chunks(distinct, planning.chunk_size(replay, method, job.memory)) if distinct else []
 
@@ -97,6 +107,7 @@ def score(
         "query": query.name,
         "query_fingerprint": query.fingerprint,
         "readout": readout,
+        **({"rank": "chosen" if rank is None else str(rank)} if method == LOW_RANK else {}),
         "dtype": dtype or run.dtype,
         "convention": CONVENTION,
         "manifest_hash": run.hash,
@@ -150,11 +161,24 @@ def score(
         wall_seconds=time.perf_counter() - started,
         peak_memory_gb=max((result.peak_memory_gb for _, result in finished), default=0.0),
     )
+    conditions.update(finished[0][1].facts if finished else _facts(known))
+    if any("curvature" in result.facts for _, result in finished):
+        warnings.warn(
+            f"The shifts of {method} are too rough to read the query's curvature from (relative error "
+            f"{max(result.facts['shift_error'] for _, result in finished):.2f}), so that its scores are read linearly: give "
+            f"a rank above {conditions['basis_rank']}.",
+            UserWarning,
+            stacklevel=2,
+        )
     shifts = None
     if keep_shifts:
         rows = {removal: shift for part, result in finished for removal, shift in zip(part, _rows(result), strict=True)}
         shifts = torch.stack([rows[removal] for removal in wanted]) if wanted else torch.zeros(0, run.n_parameters)
     return Scores.build(wanted, np.array([values[removal] for removal in wanted]), conditions, shifts)
+
+
+def _facts(known: Scores | None) -> dict[str, Any]:
+    return {key: known.conditions[key] for key in FACTS if key in known.conditions} if known is not None else {}
 
 
 def _compute_here(replay: Replay, job: Job, removals: list[Removal], progress: Callable[[float], None]) -> Result:
@@ -180,6 +204,8 @@ def table_name(conditions: dict[str, Any], run: Run) -> str:
     """File name of a table: ``<method>[-<query>]``, then what is not as usual (readout, dtype)."""
     method = conditions["method"]
     usual = "linear" if method in REVERSE else "exact"
+    if conditions.get("rank", "chosen") != "chosen":
+        method = f"{method}.rank-{conditions['rank']}"
     name = method if conditions["query"] == "val" else f"{method}-{conditions['query']}"
     name += "" if conditions["readout"] == usual else f".{conditions['readout']}"
     return name + ("" if conditions["dtype"] == run.dtype else f".{conditions['dtype']}")

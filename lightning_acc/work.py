@@ -5,18 +5,24 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_acc import planning, sweep
 from lightning_acc.errors import RequestError
-from lightning_acc.methods import FORWARD, REVERSE
+from lightning_acc.low_rank.sweep import TRUSTED, low_rank
+from lightning_acc.methods import FORWARD, LOW_RANK, REVERSE
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal
 from lightning_acc.replay import Replay
 from lightning_acc.trajectory.run import Run
+
+
+FACTS = ("basis_rank", "largest_left_out", "shift_error", "curvature")
+"""What acc-low-rank tells of its basis and its shifts, beside the scores."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Job:
     dtype: str | None
     keep_shifts: bool
     memory: int
+    rank: int | None = None
 
     @property
     def reversed(self) -> bool:
@@ -39,17 +46,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one chunk: scores (n,), shifts (n, p) or None, and what it cost."""
+    """What came out for one chunk: scores (n,), shifts (n, p) or None, what it cost, and facts about how it was done."""
 
     scores: np.ndarray
     shifts: torch.Tensor | None
     seconds: float
     peak_memory_gb: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def cost(self) -> dict[str, float]:
-        """What it cost, as conditions of a table."""
-        return {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb}
+    def cost(self) -> dict[str, Any]:
+        """What it cost and what else is known of it, as conditions of a table."""
+        return {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb, **self.facts}
 
 
 def compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay | None = None) -> Result:
@@ -75,8 +83,11 @@ def compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay:
 def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay | None) -> Result:
     started = time.perf_counter()
     replay = replay or Replay(job.run, job.dtype)
-    shifts = None
-    if job.reversed:
+    shifts: torch.Tensor | None = None
+    facts: dict[str, Any] = {}
+    if job.method == LOW_RANK:
+        values, shifts, facts = _low_rank(job, removals, progress, replay)
+    elif job.reversed:
         per_sample = sweep.reverse(replay, REVERSE[job.method](), job.query, job.memory, progress)
         values = torch.stack([per_sample[list(removal)].sum() for removal in removals])
     else:
@@ -87,13 +98,38 @@ def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay
             size = planning.query_rows(replay, job.query, job.memory)
             parts = shifts.split(size) if len(shifts) else [shifts]
             values = torch.cat([_exact_readout(job.query, replay, theta, part) for part in parts])
-        progress(1.0)
+    progress(1.0)
     return Result(
         scores=values.double().numpy(),
         shifts=shifts if job.keep_shifts else None,
         seconds=time.perf_counter() - started,
         peak_memory_gb=peak_memory_gb(),
+        facts=facts,
     )
+
+
+def _low_rank(
+    job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
+    """Scores and shifts by acc-low-rank, and what its basis and its shifts are like."""
+    found = low_rank(replay, removals, job.query, job.memory, job.rank, lambda done: progress(0.9 * done))
+    basis = found.basis
+    facts: dict[str, Any] = {"basis_rank": basis.rank, "largest_left_out": basis.left}
+    values, everyone = found.scores, torch.arange(len(removals))
+    if job.readout == "exact" and len(removals):
+        curvatures, errors = [], []
+        for part in everyone.split(planning.query_rows(replay, job.query, job.memory)):
+            shifts = found.shifts(part)
+            linear = shifts @ found.gradient
+            curvatures.append(_exact_readout(job.query, replay, found.final, shifts) - linear)
+            errors.append(linear - values[part])
+        # The sweep back reads the true shifts, though only along one direction: how far are the estimated ones off there?
+        facts["shift_error"] = float(torch.cat(errors).norm() / values.norm().clamp_min(1e-300))
+        if facts["shift_error"] <= TRUSTED:
+            values = values + torch.cat(curvatures)
+        else:
+            facts["curvature"] = "left out"
+    return values, found.shifts(everyone) if job.keep_shifts else None, facts
 
 
 def _exact_readout(query: Query, replay: Replay, theta: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:

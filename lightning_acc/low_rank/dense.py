@@ -27,7 +27,8 @@ class DenseShifts(RawShifts):
         self._gradients = basis.new_zeros(0)
 
     def removals_in(self, t: int, step: Step) -> Tensor:
-        return torch.unique(self._removals.occurrences(step.sample_ids)[0])
+        who: Tensor = torch.unique(self._removals.occurrences(step.sample_ids)[0])
+        return who
 
     def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
         q, point = self._basis, step.at(state)

@@ -83,7 +83,8 @@ class FactoredShifts(RawShifts):
         self._t = 0
 
     def removals_in(self, t: int, step: Step) -> Tensor:
-        return torch.unique(self._visits.owners[t])
+        who: Tensor = torch.unique(self._visits.owners[t])
+        return who
 
     def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
         visits, r = self._visits, len(self._directions) - 1
@@ -136,7 +137,7 @@ class FactoredShifts(RawShifts):
             weighted = values * weights.reshape(-1, *[1] * (values.ndim - 1))
             return values.new_zeros(len(who), *values.shape[1:]).index_add(0, inverse, weighted)
 
-        return Seen(*map(together, (projected, own, first, second)), contraction)
+        return Seen(together(projected), together(own), together(first), together(second), contraction)
 
     def add(self, drift: Tensor, source: Tensor) -> None:
         visits, t = self._visits, self._t

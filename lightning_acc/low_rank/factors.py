@@ -48,7 +48,7 @@ class Layer:
     def outputs(self, inputs: Tensor, vectors: Tensor) -> Tensor:
         """``W a + b`` for inputs (B, in) and the parameters of flat vectors (k, p); (k, B, out)."""
         weight, bias = self.of(vectors)
-        products = (inputs @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1)
+        products: Tensor = (inputs @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1)
         return products if bias is None else products + bias[:, None]
 
 
@@ -115,19 +115,20 @@ class LinearFactors:
 
             def changes(along: dict[str, Tensor], extra: list[Tensor | None]) -> Any:
                 pushed = [torch.zeros_like(zero) if e is None else e for zero, e in zip(added, extra, strict=True)]
-                (deltas, _, _), (d_deltas, d_inputs, d_outputs) = torch.func.jvp(of, (moving, added), (along, pushed))
+                (deltas, _, _), tangents = torch.func.jvp(of, (moving, added), (along, pushed))  # type: ignore[misc]
+                d_deltas, d_inputs, d_outputs = tangents
                 chosen = [(d_inputs[i], d_outputs[i]) for i, lead in enumerate(leads) if lead]
                 return deltas, d_deltas, chosen
 
             tangents = {name: piece for layer in behind for name, piece in layer.named(directions).items()}
-            in_dims = ({name: 0 for name in tangents}, [None if d is None else 0 for d in direct])
-            out_dims = (None, 0, 0)
+            in_dims = (dict.fromkeys(tangents, 0), [None if d is None else 0 for d in direct])
+            out_dims: Any = (None, 0, 0)
             deltas, delta_changes, chosen = torch.vmap(changes, in_dims, out_dims, randomness="same")(tangents, direct)
         input_changes: list[Tensor | None] = [None] * len(layers)
         for i, (moved, change) in zip([i for i, lead in enumerate(leads) if lead], chosen, strict=True):
             input_changes[i] = moved
             direct[i] = change - moved @ layers[i].of(theta)[0].T
-        return Factors(inputs, deltas, input_changes, delta_changes, direct)
+        return Factors(inputs, deltas, input_changes, delta_changes, [d for d in direct if d is not None])
 
     @contextmanager
     def _watching(self, added: list[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:

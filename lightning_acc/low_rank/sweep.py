@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +14,20 @@ from lightning_acc.errors import RequestError
 from lightning_acc.low_rank import basis as bases
 from lightning_acc.low_rank.dense import DenseShifts
 from lightning_acc.low_rank.factored import FactoredShifts, Visits
-from lightning_acc.low_rank.factors import factors_for
+from lightning_acc.low_rank.factors import LinearFactors, factors_for
 from lightning_acc.low_rank.method import AccLowRank, AdjointGradients, RawShifts
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal, Removals
 from lightning_acc.replay import Replay, Tape
+from lightning_acc.trajectory.run import Run
 
-LEFT_TO_CONTRACT = 0.2
+LEFT_TO_CONTRACT = 0.001
 """Directions that the whole training contracts by less than this exponent are left out of the basis."""
-LARGEST_RANK, SMALLEST_CAP = 128, 20
+LARGEST_RANK, SMALLEST_CAP = 256, 20
 WORK = 6e11
 """The rank that is chosen keeps occurrences * parameters * rank below this (about a minute), where that leaves 20."""
+EXACT_WORK = 3e11
+"""Multiplications for the exact readout, removals * examples * parameters, that are still spent by default."""
 TRUSTED = 0.5
 """Largest relative error of the shifts' linear readout with which they are still used to read curvature."""
 
@@ -97,7 +99,7 @@ def low_rank(
         else:
             basis = bases.find(places, rank)
         progress(0.25)
-        tracked = _tracker(replay, removals, basis, memory)
+        tracked = tracker(replay, removals, basis)
         state = replay.initial
         for t in range(total):
             step = replay.step(t)
@@ -107,12 +109,52 @@ def low_rank(
     return Pass(tracked.scores, tracked.first, state[0], gradient, basis, tracked.shifts)
 
 
-def _tracker(replay: Replay, removals: Sequence[Removal], basis: bases.Basis, memory: int) -> AccLowRank:
+def exact_by_default(run: Run, n: int, query: Query) -> bool:
+    """Whether n removals are read exactly unless asked otherwise: where that takes a minute or two at most."""
+    return n * query.n_examples * run.n_parameters <= EXACT_WORK
+
+
+def bytes_needed(replay: Replay, removals: Sequence[Removal]) -> tuple[int, int]:
+    """Bytes for each of the removals that are tracked together, and for a step on top of them all."""
+    vector = replay.initial[0].nbytes
+    factors = _factors(replay, removals)
+    if factors is None:
+        # The state, and at a step vectors and activations of those it sees, as for exact ACC.
+        largest = max((len(step.sample_ids) for step in replay.run.steps), default=0)
+        return len(replay.initial) * vector, 6 * (largest * vector + replay.activation_bytes)
+    visits = sum(len(step.sample_ids) for step in replay.run.steps) / max(1, replay.run.n_samples)
+    numbers = sum(sum(layer.weight[1]) for layer in factors.layers) + len(replay.initial)
+    rank = largest_rank(replay)
+    each = int(max(1.0, visits) * numbers + 3 * len(replay.initial) * rank) * replay.initial[0].element_size()
+    return each, 3 * rank * (replay.activation_bytes + vector)
+
+
+def removals_at_once(replay: Replay, removals: Sequence[Removal], memory: int) -> int:
+    """How many of the removals can be tracked together within ``memory`` bytes.
+
+    Raises:
+        RequestError: not even one can.
+    """
+    each, at_a_step = bytes_needed(replay, removals)
+    if memory < each + at_a_step:
+        raise RequestError(
+            f"acc-low-rank needs about {(each + at_a_step) / 2**30:.2f} GB for a single removal of this run, more than the "
+            f"budget of {memory / 2**30:.2f} GB: give memory_gb={1.1 * (each + at_a_step) / 2**30:.1f} or more."
+        )
+    return (memory - at_a_step) // each
+
+
+def _factors(replay: Replay, removals: Sequence[Removal]) -> LinearFactors | None:
+    if len(replay) and all(len(removal) == 1 for removal in removals):
+        return factors_for(replay.objective, replay.step(0), replay.initial[0])
+    return None
+
+
+def tracker(replay: Replay, removals: Sequence[Removal], basis: bases.Basis) -> AccLowRank:
+    """The method, set up for n removals; their shifts as factors where that can be, else as vectors."""
     n, parts = len(removals), len(replay.initial)
     raw: RawShifts
-    factors = None
-    if all(len(removal) == 1 for removal in removals) and len(replay):
-        factors = factors_for(replay.objective, replay.step(0), replay.initial[0])
+    factors = _factors(replay, removals)
     if factors is not None:
         owners = torch.full((replay.run.n_samples,), -1)
         owners[[removal[0] for removal in removals]] = torch.arange(n)
@@ -152,4 +194,4 @@ def largest_rank(replay: Replay) -> int:
     """The rank that is not exceeded unless asked for."""
     occurrences = sum(len(step.sample_ids) for step in replay.run.steps)
     affordable = int(WORK / max(1, occurrences * len(replay.initial[0])))
-    return min(LARGEST_RANK, max(SMALLEST_CAP, affordable), max(1, math.ceil(replay.run.n_samples / 2)))
+    return min(LARGEST_RANK, max(SMALLEST_CAP, affordable), max(1, replay.run.n_samples))

@@ -150,7 +150,7 @@ def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace
         from wandb_workspaces.reports.v2 import interface as wr
 
     if tables is None:
-        from lightning_acc.scoring import METHODS
+        from lightning_acc.methods import METHODS
 
         tables = METHODS
     estimates = [name for name in tables if name.split("-")[0].split(".")[0] != "loo"]
