@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import queue
 import sys
 import threading
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_REPORTS = 0.3
 TRIES = 4
 """How often a piece is given out before it counts as failed."""
+SECONDS_TO_MAKE_ROOM = 2.0
+"""Pause before a piece whose result found the object store full is given out again; twice as long every time."""
 SECONDS_UNTIL_HUNG = 600.0
 """Without a word from a piece that has begun, its worker counts as hung."""
 
@@ -96,8 +99,14 @@ class _Task:
 class _Farm:
     def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split) -> None:
         self._ray, self._bar, self._split = ray, bar, split
-        # In a list, the reference reaches the worker as it is, and the worker can set up its path before unpacking it.
-        self._shared = [ray.put((work, job))]
+        try:
+            # In a list, the reference reaches the worker as it is, and the worker can set up its path before unpacking it.
+            self._shared = [ray.put((work, job))]
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise RequestError(
+                f"Ray's object store has no room for what the workers share ({_reason(error)}): free some, or start Ray with a "
+                "larger object_store_memory."
+            ) from error
         # Tries are counted here: Ray's own would neither split a piece nor notice one that hangs.
         self._remote = ray.remote(_work).options(num_cpus=1, num_returns="streaming", max_retries=0)
         self._running: list[_Task] = []
@@ -123,7 +132,8 @@ class _Farm:
                             yield task.piece, Failure(_reason(outcome))
                         else:
                             shares[task.part] += len(smaller) - 1
-                            self._running += [self._start(task.part, piece, task.tries + 1) for piece in smaller]
+                            pause = SECONDS_TO_MAKE_ROOM * 2 ** (task.tries - 1) if self._no_room(outcome) else 0.0
+                            self._running += [self._start(task.part, piece, task.tries + 1, pause) for piece in smaller]
                 for task in self._running:
                     if task.heard is not None and time.monotonic() - task.heard > SECONDS_UNTIL_HUNG:
                         self._give_up(task)
@@ -134,8 +144,11 @@ class _Farm:
             for task in self._running:
                 self._ray.cancel(task.messages, force=False)
 
-    def _start(self, part: int, piece: Any, tries: int) -> _Task:
-        return _Task(part, piece, tries, self._remote.remote(self._shared, piece, sys.path))
+    def _start(self, part: int, piece: Any, tries: int, pause: float = 0.0) -> _Task:
+        return _Task(part, piece, tries, self._remote.remote(self._shared, piece, sys.path, pause))
+
+    def _no_room(self, error: BaseException | None) -> bool:
+        return isinstance(error, (self._ray.exceptions.ObjectStoreFullError, self._ray.exceptions.OutOfDiskError))
 
     def _hear(self, task: _Task) -> _Done | Exception | None:
         """What the worker says next: the result, what it failed of, or None for progress."""
@@ -145,10 +158,11 @@ class _Farm:
         except StopIteration:
             return ChildProcessError("its worker ended without a result")
         except exceptions.RayTaskError as error:
-            if isinstance(error.cause, InfluenceError):
-                raise error.cause from None
-            if isinstance(error.cause, MemoryError):
-                return error.cause
+            cause: Exception = error.cause
+            if isinstance(cause, InfluenceError):
+                raise cause from None
+            if isinstance(cause, MemoryError) or self._no_room(cause):
+                return cause
             raise
         except exceptions.TaskCancelledError:
             return TimeoutError(f"its worker said nothing for {SECONDS_UNTIL_HUNG:.0f} s")
@@ -156,7 +170,7 @@ class _Farm:
             return error if isinstance(error, Exception) else None
         task.heard = time.monotonic()
         if isinstance(message, _Done):
-            return message
+            return _Done(pickle.loads(message.result))
         task.done = message
         return None
 
@@ -167,6 +181,8 @@ class _Farm:
 
 @dataclass(frozen=True)
 class _Done:
+    """The result: from a worker in bytes, as Ray would keep arrays in its object store, and fill it, while they are in use."""
+
     result: Any
 
 
@@ -178,9 +194,11 @@ def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _work(shared: list[Any], piece: Any, path: list[str]) -> Iterator[Any]:
-    """In a worker: yields the fraction done now and then, and the result at last."""
+def _work(shared: list[Any], piece: Any, path: list[str], pause: float) -> Iterator[Any]:
+    """In a worker, after a pause: yields the fraction done now and then, and the result at last."""
     import ray
+
+    time.sleep(pause)
 
     sys.path.extend(entry for entry in path if entry not in sys.path)
     work, job = ray.get(shared[0])
@@ -188,7 +206,7 @@ def _work(shared: list[Any], piece: Any, path: list[str]) -> Iterator[Any]:
 
     def run() -> None:
         try:
-            messages.put(_Done(work(job, piece, lambda done: messages.put(float(done)))))
+            messages.put(_Done(pickle.dumps(work(job, piece, lambda done: messages.put(float(done))))))
         except BaseException as error:
             messages.put(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -9,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_acc.removals import Removal
+from lightning_acc.trajectory.store import Store
 from lightning_acc.work import Result, compute
 
 PLACE = "LIGHTNING_ACC_TEST_FAULTS"
@@ -20,26 +24,62 @@ def faulty(job: Any, removals: list[Removal], progress: Callable[[float], None],
     """``compute``, after the fault that waits for this chunk."""
     fault = Path(os.environ[PLACE]) / str(removals[0][0])
     kind = fault.read_text() if fault.exists() else ""
-    if kind and kind != "killed always":
-        fault.unlink()
+    if kind and not kind.endswith("always"):
+        fault.unlink(missing_ok=True)
     progress(0.1)
     if kind.startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "memory":
         raise MemoryError("no more")
-    if kind == "hangs" or (kind.startswith("hangs on ") and kind.endswith(_node())):
-        with open(Path(os.environ[PLACE]) / "hanging", "a") as file:
-            file.write(f"{removals[0][0]}-{removals[-1][0]}\n")
+    if kind == "full":
+        from ray.exceptions import ObjectStoreFullError
+
+        raise ObjectStoreFullError("no room")
+    if kind in ("hangs", "hangs always"):
         time.sleep(600)
+    if kind.startswith("hangs on "):
+        _hang_on(kind.split()[-1], _name(removals), progress)
+    if kind == "storage":
+        _disturb(job.run.store)
     if kind == "slow":
         time.sleep(3)
-    with open(Path(os.environ[PLACE]) / "computed", "a") as file:
-        file.write(f"{removals[0][0]}-{removals[-1][0]}\n")
-    return compute(job, removals, progress, replay)
+    _note("computed", _name(removals))
+    result = compute(job, removals, progress, replay)
+    if kind == "diverges":
+        result.scores[0] = np.nan
+    return result
 
 
-def _node() -> str:
+def _name(removals: list[Removal]) -> str:
+    return f"{removals[0][0]}-{removals[-1][0]}"
+
+
+def _note(what: str, text: str) -> None:
+    with open(Path(os.environ[PLACE]) / what, "a") as file:
+        file.write(f"{text}\n")
+
+
+def _hang_on(node: str, name: str, progress: Callable[[float], None]) -> None:
+    """On that node, hang; on another one, wait until that one does."""
     import ray
 
-    identity: str = ray.get_runtime_context().get_node_id()
-    return identity
+    if ray.get_runtime_context().get_node_id() == node:
+        _note("hanging", name)
+        time.sleep(600)
+    while not (Path(os.environ[PLACE]) / "hanging").exists():
+        progress(0.1)
+        time.sleep(0.1)
+
+
+def _disturb(store: Store) -> None:
+    """Let the next two reads find the storage busy."""
+    files = store.filesystem
+    reads = files.cat_file
+
+    def busy(path: str, *arguments: Any, **options: Any) -> Any:
+        _note("busy", path)
+        if len((Path(os.environ[PLACE]) / "busy").read_text().splitlines()) == 2:
+            files.cat_file = reads
+        raise OSError(errno.EBUSY, "Please reduce your request rate")
+
+    files.cat_file = busy

@@ -7,8 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from problems import data, make, record
 
 import lightning_acc as la
-from lightning_acc import cluster, planning, scoring
+from lightning_acc import planning, scoring
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -71,22 +72,6 @@ def whole_table(run: la.Run) -> np.ndarray:
     return np.array([table[(i,)] for i in range(N)])
 
 
-def test_killed_hanging_and_starved_workers(
-    run: la.Run, undisturbed: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "SECONDS_UNTIL_HUNG", 4.0)
-    strike(tmp_path, at0="killed", at60="memory", at120="hangs", at180="killed")
-    found = la.score(run, "loo")
-    split = slice(60, 60 + CHUNK)  # computed in two halves, which round otherwise
-    np.testing.assert_allclose(found.values[split], undisturbed[split], rtol=1e-9, atol=1e-13)
-    rest = np.r_[0:60, 80:N]
-    assert np.array_equal(found.values[rest], undisturbed[rest])
-    assert np.array_equal(whole_table(run), found.values)
-    assert {"60-69", "70-79"} <= set(computed(tmp_path))
-    assert len(computed(tmp_path)) == len(set(computed(tmp_path))) == N // CHUNK + 1
-    assert not list((tmp_path / "faults").glob("[0-9]*"))  # all of them struck
-
-
 def test_what_fails_for_good_is_named_and_the_rest_is_kept(run: la.Run, undisturbed: np.ndarray, tmp_path: Path) -> None:
     strike(tmp_path, at40="killed always")
     with pytest.raises(la.RunError, match=r"20 of 240 removals failed \(40, 41, .*others are stored; score again"):
@@ -118,17 +103,19 @@ import sys
 sys.path.insert(0, {tests!r})
 import faults
 import lightning_acc as la
-from lightning_acc import planning, scoring
+from lightning_acc import cluster, planning, scoring
 planning.LARGEST_CHUNK = {chunk}
-if {slow!r}:
-    scoring._compute_here = lambda replay, *arguments: faults.faulty(*arguments)
+cluster.SECONDS_UNTIL_HUNG, cluster.SECONDS_TO_MAKE_ROOM = {hung}, 0.2
+scoring.compute = faults.faulty
+scoring._compute_here = lambda replay, *arguments: faults.faulty(*arguments)
 print("scoring", flush=True)
-la.score({path!r}, "loo", ray_address=None, progress=False)
+la.score({path!r}, "loo", ray_address={address!r}, progress=False)
 """
+HUNG = 4.0
 
 
-def start(run: la.Run, slow: bool = True) -> subprocess.Popen[str]:
-    script = SCRIPT.format(tests=str(Path(__file__).parent), path=run.path, chunk=CHUNK, slow=slow)
+def start(run: la.Run, address: str | None = None) -> subprocess.Popen[str]:
+    script = SCRIPT.format(tests=str(Path(__file__).parent), path=run.path, chunk=CHUNK, address=address, hung=HUNG)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert process.stdout is not None
     assert process.stdout.readline() == "scoring\n"
@@ -155,34 +142,48 @@ def test_two_commands_at_once_do_no_harm(run: la.Run, undisturbed: np.ndarray) -
     assert np.array_equal(whole_table(run), undisturbed)
 
 
-def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path) -> None:
+@pytest.fixture
+def nodes() -> Iterator[Any]:
+    """A cluster of two nodes with a CPU each, the second of which may go, and this process connected to it."""
     import ray
     from ray.cluster_utils import Cluster
 
     # Ray's own patience, half a minute, is for networks: here a node is missed after a second or two.
     checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 5}
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": checks}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
+    size = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False, "_system_config": checks})
     try:
-        second = nodes.add_node(num_cpus=1)
-        nodes.wait_for_nodes()
-        ray.init(address=nodes.address, log_to_driver=False, logging_level=40)
-        strike(tmp_path, **{f"at{first}": f"hangs on {second.node_id}" for first in range(0, N, CHUNK)})
-
-        def remove() -> None:
-            while not (tmp_path / "faults/hanging").exists():
-                time.sleep(0.05)
-            nodes.remove_node(second, allow_graceful=False)
-
-        thread = threading.Thread(target=remove, daemon=True)
-        thread.start()
-        found = la.score(run, "loo", ray_address="auto")
-        thread.join(timeout=60)
-        assert not thread.is_alive()
-        assert {node["NodeID"]: node["Alive"] for node in nodes_without(second.node_id)}[second.node_id] is False
+        cluster.second = cluster.add_node(**size)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
+        yield cluster
     finally:
         ray.shutdown()
-        nodes.shutdown()
+        cluster.shutdown()
+
+
+def remove_when_it_works(nodes: Any, tmp_path: Path) -> None:
+    """Remove the second node as soon as it hangs in a piece, and return when Ray has noticed: it misses some checks first."""
+    import ray
+
+    until(lambda: (tmp_path / "faults/hanging").exists())
+    nodes.remove_node(nodes.second, allow_graceful=False)
+    until(lambda: {node["NodeID"]: node["Alive"] for node in ray.nodes()}[nodes.second.node_id] is False)
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    started = time.monotonic()
+    while not true():
+        assert time.monotonic() - started < seconds, f"nothing happened in {seconds} s"
+        time.sleep(0.05)
+
+
+def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, nodes: Any) -> None:
+    strike(tmp_path, **{f"at{first}": f"hangs on {nodes.second.node_id}" for first in range(0, N, CHUNK)})
+    thread = ThreadPoolExecutor(1)
+    removed = thread.submit(remove_when_it_works, nodes, tmp_path)
+    found = la.score(run, "loo", ray_address="auto")
+    removed.result()
     hanging = (tmp_path / "faults/hanging").read_text().split()
     assert len(hanging) == 1  # the node went while it worked on this piece,
     assert set(hanging) <= set(computed(tmp_path))  # which another one took over
@@ -191,16 +192,36 @@ def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path) 
     assert np.array_equal(whole_table(run), undisturbed)
 
 
-def nodes_without(gone: str) -> list[dict[str, Any]]:
-    """Ray's nodes, as soon as it has noticed that one is gone: it takes several missed health checks for that."""
+def test_every_fault_in_one_run(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, nodes: Any) -> None:
+    """Each fault strikes once, the driver is killed last, and the next one computes what is missing."""
     import ray
 
-    for _ in range(600):
-        nodes: list[dict[str, Any]] = ray.nodes()
-        if not any(node["NodeID"] == gone and node["Alive"] for node in nodes):
-            break
-        time.sleep(0.1)
-    return nodes
+    full = ray.put(np.zeros(9_000_000))  # 72 MB of the 80 there are, and in use
+    held = ray.get(full)
+    strike(tmp_path, at0="killed", at20="memory", at40="full", at60="hangs", at80="storage", at120="diverges")
+    strike(tmp_path, **{f"at{first}": f"hangs on {nodes.second.node_id}" for first in (100, 140, 160, 180)})
+    strike(tmp_path, at220="hangs always")
+    driver = start(run, nodes.address)
+    remove_when_it_works(nodes, tmp_path)
+    until(lambda: len(list((Path(run.path) / "shards").glob("*.parquet"))) == N // CHUNK)  # but for 220; 20 is in halves
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    assert driver.returncode == -signal.SIGKILL
+    assert len((tmp_path / "faults/busy").read_text().splitlines()) == 2
+    (tmp_path / "faults/220").unlink()
+    assert not list((tmp_path / "faults").glob("[0-9]*"))  # all of them struck
+    with pytest.warns(UserWarning, match=r"1 of 240 removals have no finite score \(120\)"):
+        found = la.score(run, "loo", ray_address="auto")
+    assert len(held) == 9_000_000
+    assert found.conditions["reused"] == N - CHUNK
+    assert len(computed(tmp_path)) == len(set(computed(tmp_path))) == N // CHUNK + 1  # no piece twice
+    assert {"20-29", "30-39"} <= set(computed(tmp_path))
+    halves, bad = np.arange(20, 40), [120]  # two halves round otherwise than the whole
+    np.testing.assert_allclose(found.values[halves], undisturbed[halves], rtol=1e-9, atol=1e-13)
+    rest = np.setdiff1d(np.arange(N), [*halves, *bad])
+    assert np.array_equal(found.values[rest], undisturbed[rest])
+    assert np.isnan(found.values[bad]).all()
+    assert np.array_equal(whole_table(run), found.values, equal_nan=True)
 
 
 def test_a_removal_that_diverges_is_reported_and_the_rest_finishes(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
