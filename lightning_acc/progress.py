@@ -63,6 +63,8 @@ class Progress:
         if not fraction and not any(self._fractions):
             self._bar.reset()  # what went before, such as starting workers, says nothing of the time left
             self._started = time.monotonic()
+            if self._lines is not None:
+                self._lines.restart()
         self._fractions[part] = fraction
         done = sum(self._fractions) / len(self._fractions)
         gone = time.monotonic() - self._started
@@ -101,8 +103,11 @@ class _Lines:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._next = time.monotonic() + SECONDS_BEFORE_LINES
         self._said = False
+        self.restart()
+
+    def restart(self) -> None:
+        self._next = time.monotonic() + SECONDS_BEFORE_LINES
 
     def say(self, done: float, text: str) -> None:
         now = time.monotonic()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3 import server as server
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("LIGHTNING_ACC_TRUST", "problems")  # for processes that open a run without importing its module

@@ -9,11 +9,9 @@ import os
 import pickle
 import random
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +25,12 @@ import lightning_acc as la
 from lightning_acc.trajectory import store as stores
 from lightning_acc.trajectory.store import Store, may_pass
 
-pytest.importorskip("s3fs")
-pytest.importorskip("moto")
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    """The port of an S3 server with the bucket ``bucket``; clients find it through the environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "the-key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        try:
-            for _ in range(300):
-                try:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            Store("s3://bucket").filesystem.mkdir("bucket")
-            yield port
-        finally:
-            process.terminate()
-            process.wait()
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""One cluster of two nodes and a run on S3: the same scores to the last bit as in one process, also of a submitted job."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import numpy as np
+import pytest
+from problems import data, make, record
+from s3 import free_port
+
+import lightning_acc as la
+from lightning_acc import scores, scoring
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+N = 120
+BIN = Path(sys.executable).parent
+URL = "s3://bucket/jobs/run"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, server: int) -> np.ndarray:
+    """The scores of the run on a disk, computed in this process; beside it stands the same run on S3, unscored."""
+    run = record(tmp_path_factory.mktemp("jobs") / "run", make(hidden=6), data(n=N), batch_size=20)
+    assert record(URL, make(hidden=6), data(n=N), batch_size=20).store.names("scores") == []  # type: ignore[arg-type]
+    values = la.score(run, "acc-sgd-ie", ray_address=None).values
+    shutil.rmtree(run.path)  # no node could read it
+    return values
+
+
+@pytest.fixture(scope="module")
+def nodes(alone: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two nodes with a CPU each, and a job server; they know the storage, and where faults are noted."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+        patch.setenv(faults.PLACE, str(tmp_path_factory.mktemp("faults")))
+        head = {"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def test_two_nodes_that_see_nothing_of_the_drivers_disk(
+    nodes: Any, alone: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(scoring, "compute", faults.noted_node)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level=40)
+    try:
+        farmed = la.score(URL, "acc-sgd-ie", ray_address="auto", save=False)
+    finally:
+        ray.shutdown()
+    assert np.array_equal(farmed.values, alone)
+    assert len(set((Path(os.environ[faults.PLACE]) / "nodes").read_text().split())) == 2
+    assert not list(here.iterdir())
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's project: the package of the run's module, which no node has installed."""
+    shutil.copy(Path(__file__).parent / "problems.py", tmp_path / "problems.py")
+    return tmp_path
+
+
+def forgotten() -> la.Run:
+    """The run, with nothing scored."""
+    run = la.Run(URL)
+    run.store.remove("scores", "shards")
+    assert run.store.names("scores") == []
+    return run
+
+
+SCORE = ["lightning-acc", "score", URL, "--trust", "problems", "--ray-address", "auto"]
+
+
+def test_a_job_submitted_on_the_command_line(nodes: Any, alone: np.ndarray, project: Path) -> None:
+    run = forgotten()
+    words = ["ray", "job", "submit", "--address", f"http://{nodes.webui_url}", "--working-dir", ".", "--", *SCORE]
+    done = subprocess.run(words, cwd=project, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"Scores\(acc-sgd-ie: {N} removals", done.stdout)
+    assert np.array_equal(scores.read(run.store, "acc-sgd-ie").values, alone)
+
+
+def test_a_job_submitted_through_the_api(nodes: Any, alone: np.ndarray, project: Path) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    run = forgotten()
+    client = JobSubmissionClient(f"http://{nodes.webui_url}")
+    job = client.submit_job(entrypoint=" ".join(SCORE), runtime_env={"working_dir": str(project)})
+    started = time.monotonic()
+    while not client.get_job_status(job).is_terminal():
+        assert time.monotonic() - started < 120
+        time.sleep(0.2)
+    assert client.get_job_status(job) == "SUCCEEDED", client.get_job_logs(job)
+    assert np.array_equal(scores.read(run.store, "acc-sgd-ie").values, alone)
+    assert "most harmful first" in client.get_job_logs(job)
