@@ -101,9 +101,10 @@ class LowRankPass(Forecast):
         if not n:
             return Cost(c.load, ahead + c.scan, 0.0, None)
         size = low_rank.removals_at_once(replay, c.visited, c.memory)
-        theta, rank = replay.initial[0], min(low_rank.largest_rank(replay), len(replay.initial[0]))
+        theta, rank = replay.initial[0], low_rank.largest_rank(replay)
         back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).hessian_product(theta[None])))
-        directions = torch.randn(min(rank + bases.OVERSAMPLING, len(theta)), len(theta)).to(theta)
+        width, numbers = min(rank + bases.OVERSAMPLING, len(theta)), torch.Generator().manual_seed(0)
+        directions = torch.randn(width, len(theta), generator=numbers).to(theta)
         point = replay.step(c.chosen[0]).at(replay.initial)
         iterations = 0 if rank == len(theta) else bases.ITERATIONS * len(bases.spread(total))
         basis = iterations * c.seconds(lambda: point.hessian_product(directions)) if iterations else 0.0

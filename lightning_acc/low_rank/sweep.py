@@ -138,8 +138,8 @@ def removals_at_once(replay: Replay, removals: Sequence[Removal], memory: int) -
     each, at_a_step = bytes_needed(replay, removals)
     if memory < each + at_a_step:
         raise RequestError(
-            f"acc-low-rank needs about {(each + at_a_step) / 2**30:.2f} GB for a single removal of this run, more than the "
-            f"budget of {memory / 2**30:.2f} GB: give memory_gb={1.1 * (each + at_a_step) / 2**30:.1f} or more."
+            f"acc-low-rank needs about {(each + at_a_step) / 2**30:.2g} GB for a single removal of this run, more than the "
+            f"budget of {memory / 2**30:.2g} GB: give memory_gb={1.1 * (each + at_a_step) / 2**30:.2g} or more."
         )
     return (memory - at_a_step) // each
 
@@ -194,4 +194,4 @@ def largest_rank(replay: Replay) -> int:
     """The rank that is not exceeded unless asked for."""
     occurrences = sum(len(step.sample_ids) for step in replay.run.steps)
     affordable = int(WORK / max(1, occurrences * len(replay.initial[0])))
-    return min(LARGEST_RANK, max(SMALLEST_CAP, affordable), max(1, replay.run.n_samples))
+    return min(LARGEST_RANK, max(SMALLEST_CAP, affordable), len(replay.initial[0]))

@@ -1,0 +1,245 @@
+"""acc-low-rank: with a whole basis it is ACC-SGD-IE, without its correction SGD-IE; between them it is close at a low rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import FEATURES, N, Net, StepOnly, data, make, record
+from torch import nn
+
+import lightning_acc as la
+from lightning_acc import scoring, work
+from lightning_acc.agreement import rmse
+from lightning_acc.low_rank import basis, sweep
+from lightning_acc.replay import Replay
+
+ROUND_OFF = 1e-12
+MEMORY = 2**30
+EVERYONE = [(i,) for i in range(N)]
+SGD: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "lr": 0.05},
+    {"momentum": 0.5, "dampening": 0.3, "lr": 0.1},
+]
+
+
+def whole(run: la.Run, rank: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
+    rank = run.n_parameters if rank is None else rank
+    return la.score(run, "acc-low-rank", removals, rank=rank, ray_address=None, save=False, **options)
+
+
+def exact(run: la.Run, method: str = "acc-sgd-ie", removals: list[Any] | None = None, **options: Any) -> la.Scores:
+    return la.score(run, method, removals, ray_address=None, save=False, **options)
+
+
+@pytest.fixture(params=["factors", "vectors"])
+def representation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "vectors":
+        monkeypatch.setattr(sweep, "factors_for", lambda *_: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("optimizer", SGD)
+@pytest.mark.parametrize(("loss", "hidden"), [("squared", 0), ("cross-entropy", 0), ("cross-entropy", 4)])
+def test_a_whole_basis_is_acc_sgd_ie_and_no_correction_is_sgd_ie(
+    tmp_path: Path, loss: str, hidden: int, optimizer: dict[str, Any], representation: str
+) -> None:
+    run = record(tmp_path / "run", make(hidden=hidden, loss=loss, optimizer=optimizer, decay_lr=0.7), data(loss))
+    found = whole(run, keep_shifts=True)
+    truth = exact(run, keep_shifts=True)
+    assert found.shifts is not None
+    assert truth.shifts is not None
+    torch.testing.assert_close(found.shifts, truth.shifts, rtol=0, atol=ROUND_OFF)
+    np.testing.assert_allclose(found.values, truth.values, rtol=0, atol=ROUND_OFF)
+    linear = whole(run, readout="linear").values
+    np.testing.assert_allclose(linear, exact(run, readout="linear").values, rtol=0, atol=ROUND_OFF)
+
+    first = exact(run, "sgd-ie").values
+    for rank in (0, 3, run.n_parameters):
+        passed = sweep.low_rank(Replay(run), EVERYONE, run.query("val"), MEMORY, rank)
+        np.testing.assert_allclose(passed.first.numpy(), first, rtol=0, atol=ROUND_OFF)
+        assert np.abs(passed.scores.numpy() - first).max() > 1e-3 * np.abs(first).max()  # there is a correction
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("optimizer", SGD[:2])
+def test_factors_and_vectors_are_the_same(
+    tmp_path: Path, rank: int, optimizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = record(tmp_path / "run", make(hidden=4, optimizer=optimizer), accumulate_grad_batches=2)
+    passes = []
+    for _ in range(2):
+        passes.append(sweep.low_rank(Replay(run), EVERYONE, run.query("val"), MEMORY, rank))
+        monkeypatch.setattr(sweep, "factors_for", lambda *_: None)
+    torch.testing.assert_close(passes[0].scores, passes[1].scores, rtol=0, atol=ROUND_OFF)
+    some = torch.tensor([3, 0, 17])
+    torch.testing.assert_close(passes[0].shifts(some), passes[1].shifts(some), rtol=0, atol=ROUND_OFF)
+    assert passes[0].basis.rank == rank
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, FEATURES)
+        self.out = nn.Linear(FEATURES, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+
+
+class Twice(Net):
+    """Calls its layer twice, so that its gradient is no single outer product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _Twice()  # type: ignore[assignment]
+
+
+class Frozen(Net):
+    def __init__(self) -> None:
+        super().__init__(hidden=4)
+        self.net[0].requires_grad_(False)
+
+
+class WithLayerNorm(Net):
+    def __init__(self) -> None:
+        super().__init__(hidden=4)
+        self.net.insert(1, nn.LayerNorm(4))
+
+
+class StepAlone(StepOnly):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    "module", [Twice, Frozen, WithLayerNorm, StepAlone, lambda: Net(hidden=4, dropout=0.3)], ids=lambda module: module.__name__
+)
+def test_any_module_is_followed(tmp_path: Path, module: Any) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", module().double())
+    np.testing.assert_allclose(whole(run).values, exact(run).values, rtol=0, atol=ROUND_OFF)
+
+
+def test_groups_the_empty_removal_and_samples_no_step_saw(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4), data(n=30), max_epochs=1, limit_train_batches=3)
+    seen = set(torch.cat([step.sample_ids for step in run.steps]).tolist())
+    unseen = next(i for i in range(30) if i not in seen)
+    removals = [[], [unseen], [0, 1, 2, 3, 4, 5], sorted(seen)[:2]]
+    found = whole(run, removals=removals)
+    assert found.values[:2].tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(found.values, exact(run, removals=removals).values, rtol=0, atol=ROUND_OFF)
+    assert whole(run, removals=[[unseen]], rank=2).values.tolist() == [0.0]
+
+
+def test_a_sample_that_is_seen_twice_in_a_batch(tmp_path: Path) -> None:
+    sampler = [0, 0, 1, 2, 3, 3, 3, 4, 0, 5, 6, 7]
+    loader = torch.utils.data.DataLoader(data(n=8), 4, sampler=sampler)
+    run = record(tmp_path / "run", make(hidden=4), loader)
+    np.testing.assert_allclose(whole(run).values, exact(run).values, rtol=0, atol=ROUND_OFF)
+
+
+def test_a_low_rank_is_close_and_says_how_far(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=16, activation="gelu"), data(n=60), batch_size=10, max_epochs=6)
+    truth, reference = exact(run, "loo").values, exact(run).values
+    errors = {rank: rmse(whole(run, rank).values, reference) for rank in (20, 60)}
+    assert errors[60] < errors[20] < 0.5 * rmse(exact(run, "sgd-ie").values, truth)
+    chosen = la.score(run, "acc-low-rank", ray_address=None, save=False)
+    assert rmse(chosen.values, truth) < 1.3 * rmse(reference, truth)
+    told = [whole(run, rank).conditions["shift_error"] for rank in (20, 60)]
+    assert told[1] < told[0]
+
+
+def test_shifts_that_are_too_rough_are_not_read_for_curvature(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=8), data(n=40), batch_size=4, max_epochs=8)
+    with pytest.warns(UserWarning, match=r"too rough to read the query's curvature from \(relative error .*rank above 0"):
+        rough = whole(run, 0)
+    assert rough.conditions["curvature"] == "left out"
+    assert rough.values.tolist() == whole(run, 0, readout="linear").values.tolist()
+
+
+def test_the_basis_holds_the_top_eigenvectors_of_the_averaged_hessian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(basis, "ITERATIONS", 40)
+    run = record(tmp_path / "run", make(hidden=4))
+    replay, state, places = Replay(run), Replay(run).initial, []
+    for t in range(len(replay)):
+        places.append((replay.step(t), state))
+        state = replay.step(t)(state)
+    identity = torch.eye(run.n_parameters, dtype=torch.float64)
+    hessian = sum(step.at(state).hessian_product(identity) for step, state in places) / len(places)
+    values, vectors = torch.linalg.eigh(hessian)  # type: ignore[arg-type]
+    order = values.abs().argsort(descending=True)
+    found = basis.find(places, 3)
+    torch.testing.assert_close(found.values, values[order[:3]], rtol=1e-3, atol=1e-6)
+    overlap = (found.vectors.T @ vectors[:, order[:3]]).abs()
+    torch.testing.assert_close(overlap, torch.eye(3, dtype=torch.float64), rtol=0, atol=0.05)
+    assert found.left == pytest.approx(float(values.abs()[order[3]]), rel=0.05)
+    enough = float(values.abs()[order[1]] * 0.99)
+    assert basis.find(places, 3, enough).rank == 2
+
+
+def test_pieces_are_the_whole(tmp_path: Path, representation: str) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    each, at_a_step = sweep.bytes_needed(Replay(run), EVERYONE)
+    passes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "compute", lambda job, part, *rest: passes.append(len(part)) or work.compute(job, part, *rest))
+        found = whole(run, 5, memory_gb=(at_a_step + 10 * each) / 2**30)
+    assert passes == [8, 8, 8]
+    np.testing.assert_allclose(found.values, whole(run, 5).values, rtol=1e-9, atol=1e-13)
+    with pytest.raises(la.RequestError, match=r"needs about .* GB for a single removal .* give memory_gb="):
+        whole(run, 5, memory_gb=at_a_step / 2**30)
+
+
+def test_stored_scores_of_another_rank_are_not_taken(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    for rank in (None, 4, 9):
+        for reused in (0, N):
+            found = la.score(run, "acc-low-rank", rank=rank, readout="linear", ray_address=None)
+            assert found.conditions["reused"] == reused
+            assert found.conditions["rank"] == ("chosen" if rank is None else str(rank))
+            assert int(found.conditions["basis_rank"]) <= (rank or run.n_parameters)
+    names = {path.name for path in (tmp_path / "run/scores").iterdir()}
+    assert names == {"acc-low-rank.linear.parquet", "acc-low-rank.rank-4.linear.parquet", "acc-low-rank.rank-9.linear.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (
+            {"optimizer": {"class": "AdamW", "lr": 0.01}},
+            {},
+            "its optimizer is not affine in the gradient, as SGD is. Use acc-sgd-ie",
+        ),
+        ({}, {"gradient_clip_val": 0.5}, "its gradients are clipped"),
+    ],
+)
+def test_what_it_does_not_follow_is_refused(
+    tmp_path: Path, module: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    run = record(tmp_path / "run", make(**module), **options)
+    with pytest.raises(la.RequestError, match=words):
+        whole(run)
+
+
+class Grouped(Net):
+    def configure_optimizers(self) -> Any:
+        weights, biases = ([p for p in self.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False))
+        return torch.optim.SGD([{"params": weights, "weight_decay": 0.1}, {"params": biases}], lr=0.1)
+
+
+def test_parameter_groups_of_different_settings_are_refused(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", Grouped().double())
+    with pytest.raises(la.RequestError, match="parameter groups have different hyper-parameters"):
+        whole(run)
+
+
+@pytest.mark.parametrize("bad", [{"rank": -1}, {"rank": True}, {"rank": 2.5}, {"rank": 3, "method": "sgd-ie"}])
+def test_ranks_that_are_none(tmp_path: Path, bad: dict[str, Any]) -> None:
+    run = record(tmp_path / "run", make())
+    with pytest.raises(la.RequestError, match="a rank, 0 or more, goes with acc-low-rank alone"):
+        la.score(run, **{"method": "acc-low-rank", **bad}, ray_address=None)
