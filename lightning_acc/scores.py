@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from lightning_acc.errors import RunError
 from lightning_acc.removals import Removal
+from lightning_acc.trajectory import tables
 from lightning_acc.trajectory.store import Store
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def read(store: Store, name: str, folder: str = "scores") -> Scores:
     """
     file = f"{folder}/{name}.parquet"
     try:
-        table = pyarrow.parquet.read_table(pa.BufferReader(store.read(file)))
+        table = tables.read(store.read(file))
         conditions = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         numbers = {key: float(conditions[key]) for key in _NUMBERS}
     except (pa.ArrowException, AttributeError, KeyError, ValueError) as error:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from problems import make, record
 
 BLOCKED = """
@@ -41,3 +42,26 @@ def test_only_one_part_each_imports_ray_and_wandb() -> None:
     sources = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
     assert [name for name, text in sources.items() if "import ray" in text] == ["cluster.py"]
     assert {name.split("/")[0] for name, text in sources.items() if "import wandb" in text} == {"tracking"}
+
+
+READING = """
+import os
+import sys
+import pyarrow as pa
+import pyarrow.parquet
+from lightning_acc.trajectory import tables
+
+table = pa.table({"score": [0.5, -0.5]}, metadata={"method": "loo"})
+sink = pa.BufferOutputStream()
+pa.parquet.write_table(table, sink)
+threads = len(os.listdir("/proc/self/task"))
+found = tables.read(sink.getvalue().to_pybytes())
+assert found.equals(table, check_metadata=True)
+print(len(os.listdir("/proc/self/task")) - threads)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux lists them")
+def test_reading_a_table_leaves_no_threads_that_abort_the_end_of_a_process() -> None:
+    done = subprocess.run([sys.executable, "-c", READING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr

@@ -248,12 +248,12 @@ class Run:
 
     def sample_info(self) -> pyarrow.Table | None:
         """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""
-        import pyarrow.parquet
+        from lightning_acc.trajectory import tables
 
         if "samples/info.parquet" not in self.manifest["files"]:
             return None
         data = manifest.read_file(self.store, "samples/info.parquet", self._file("samples/info.parquet")["sha256"])
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+        table = tables.read(data)
         manifest.check_columns(self.store.locate("samples/info.parquet"), table.column_names)
         return table
 
