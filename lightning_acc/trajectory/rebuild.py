@@ -94,7 +94,7 @@ def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
     try:
         found = _find(place, name, trust)
     except (ImportError, AttributeError) as error:
-        remedy = "put it where Python finds it"
+        remedy = "put its folder on the PYTHONPATH"
         if place == "__main__":
             remedy = "it was defined in the script that trained; define it in a file of its own and import it there"
         raise RunError(
