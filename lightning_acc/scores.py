@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,9 @@ class Scores:
 
     Attributes:
         table: columns ``removal`` (list of sample ids), ``score`` (float64; positive: the removal would raise the query,
-            the samples help) and ``rank`` (1 is the most harmful), in the order of the removals asked for.
+            the samples help) and ``rank`` (1 is the most harmful), in the order of the removals asked for. ``acc-low-rank``
+            adds ``uncertainty`` (float64), a figure for how far the score may be off; confirmed scores add ``loo``, the truth
+            where it was computed, else NaN.
         conditions: method, query, readout, dtype, convention, manifest hash, version, seconds, peak memory and so on;
             also in the table's Arrow metadata.
         shifts: final parameter shifts (n_removals, p), where they were asked for.
@@ -42,15 +45,20 @@ class Scores:
 
     @classmethod
     def build(
-        cls, removals: list[Removal], scores: np.ndarray, conditions: dict[str, Any], shifts: Tensor | None = None
+        cls,
+        removals: list[Removal],
+        scores: np.ndarray,
+        conditions: dict[str, Any],
+        shifts: Tensor | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
     ) -> Scores:
-        """Rank the scores and join them with their conditions."""
+        """Rank the scores and join them with ``more`` columns and their conditions."""
         scores = np.asarray(scores, dtype=np.float64)
         ranks = np.empty(len(scores), dtype=np.int64)
         ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
         conditions = {**conditions, "sign": SIGN}
         table = pa.table(
-            {"removal": pa.array(removals, pa.list_(pa.int64())), "score": scores, "rank": ranks},
+            {"removal": pa.array(removals, pa.list_(pa.int64())), "score": scores, "rank": ranks, **(more or {})},
             metadata={key: str(value) for key, value in conditions.items()},
         )
         return cls(table, conditions, shifts)
@@ -77,19 +85,39 @@ class Scores:
         """The removals, in the order of the table."""
         return [tuple(ids) for ids in self.table["removal"].to_pylist()]
 
-    def by_removal(self) -> dict[Removal, float]:
-        """Score of each removal."""
-        return dict(zip(self.removals, self.values.tolist(), strict=True))
+    @property
+    def more(self) -> dict[str, np.ndarray]:
+        """The columns beside removal, score and rank, each (n_removals,)."""
+        return {name: self.table[name].to_numpy() for name in self.table.column_names[3:]}
+
+    def by_removal(self, column: str = "score") -> dict[Removal, float]:
+        """Score of each removal, or another figure."""
+        return dict(zip(self.removals, self.table[column].to_pylist(), strict=True))
+
+    def picked(self, removals: list[Removal], conditions: dict[str, Any], shifts: Tensor | None = None) -> Scores:
+        """The scores of some of the removals, in another order, under other conditions."""
+        row = {removal: i for i, removal in enumerate(self.removals)}
+        rows = np.array([row[removal] for removal in removals], dtype=np.int64)
+        more = {name: values[rows] for name, values in self.more.items()}
+        return Scores.build(removals, self.values[rows], conditions, shifts, more)
 
     def merged(self, older: Scores) -> Scores:
         """These scores with those of ``older`` for removals that are not in here; the seconds add up."""
-        mine = self.by_removal()
-        rest = {removal: score for removal, score in older.by_removal().items() if removal not in mine}
-        both = {**mine, **rest}
+        mine = set(self.removals)
+        rest = [i for i, removal in enumerate(older.removals) if removal not in mine]
         share = len(rest) / max(1, len(older))
         seconds = self.conditions["seconds"] + share * older.conditions["seconds"]
-        conditions = {**self.conditions, "seconds": seconds, "n": len(both)}
-        return Scores.build(list(both), np.array(list(both.values())), conditions)
+        conditions = {**self.conditions, "seconds": seconds, "n": len(mine) + len(rest)}
+        names = dict.fromkeys([*self.more, *older.more])
+        columns = {"score": (self.values, older.values)}
+        columns |= {name: (_column(self, name), _column(older, name)) for name in names}
+        both = {name: np.concatenate([ours, theirs[rest]]) for name, (ours, theirs) in columns.items()}
+        removals = [*self.removals, *(older.removals[i] for i in rest)]
+        return Scores.build(removals, both.pop("score"), conditions, None, both)
+
+
+def _column(scores: Scores, name: str) -> np.ndarray:
+    return scores.more.get(name, np.full(len(scores), np.nan))
 
 
 def write(store: Store, name: str, scores: Scores, folder: str = "scores") -> None:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ def score(
             finished.append((part, result))
             if save:
                 cost = {"n": len(part), "wall_seconds": result.seconds, **result.cost}
-                shards.write(run, Scores.build(part, result.scores, {**conditions, **cost}))
+                shards.write(run, Scores.build(part, result.scores, {**conditions, **cost}, more=result.more))
     if save and distinct:
         shards.gather(run, conditions, name)
     if failures:
@@ -143,9 +143,10 @@ def score(
             f"{'stored; score again to compute what is missing' if save else 'lost, as save=False'}."
         )
 
-    values = {removal: value for part, result in finished for removal, value in zip(part, result.scores, strict=True)}
-    if known is not None:
-        values = {**known.by_removal(), **values}
+    tables = [Scores.build(part, result.scores, {"seconds": 0.0}, more=result.more) for part, result in finished]
+    tables += [known] if known is not None else []
+    together = reduce(Scores.merged, tables) if tables else Scores.build([], np.zeros(0), {})
+    values = together.by_removal()
     unbounded = [removal for removal in distinct if not np.isfinite(values[removal])]
     if unbounded:
         warnings.warn(
@@ -174,7 +175,7 @@ def score(
     if keep_shifts:
         rows = {removal: shift for part, result in finished for removal, shift in zip(part, _rows(result), strict=True)}
         shifts = torch.stack([rows[removal] for removal in wanted]) if wanted else torch.zeros(0, run.n_parameters)
-    return Scores.build(wanted, np.array([values[removal] for removal in wanted]), conditions, shifts)
+    return together.picked(wanted, conditions, shifts)
 
 
 def _facts(known: Scores | None) -> dict[str, Any]:

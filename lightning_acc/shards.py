@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
-
 from lightning_acc import scores
 from lightning_acc.errors import RunError
 from lightning_acc.removals import Removal
@@ -59,9 +57,7 @@ def gather(run: Run, conditions: dict[str, Any], name: str) -> None:
         seen = parts
         table = stored(run, conditions, name)
         if table is not None:
-            rows = sorted(table.by_removal().items())
-            values = np.array([value for _, value in rows])
-            scores.write(run.store, name, Scores.build([removal for removal, _ in rows], values, table.conditions))
+            scores.write(run.store, name, table.picked(sorted(set(table.removals)), table.conditions))
 
 
 def write_figures(run: Run, kind: str, figures: dict[str, list[float]]) -> None:

@@ -36,6 +36,7 @@ def forward(
             carry = method.advance(step, carry, chunk)
         progress((t + 1) / len(replay))
     theta, found = method.finish(carry, state)
+    replay.confirm(theta)
     # A removal that no step saw changes nothing: its shift is 0 by definition, not up to round-off.
     shifts = theta.new_zeros(len(removals), len(theta))
     shifts[visited] = found

@@ -20,7 +20,6 @@ from lightning_acc.removals import Removal
 from lightning_acc.replay import Replay
 from lightning_acc.trajectory.run import Run
 
-
 FACTS = ("basis_rank", "largest_left_out", "shift_error", "curvature")
 """What acc-low-rank tells of its basis and its shifts, beside the scores."""
 
@@ -46,13 +45,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one chunk: scores (n,), shifts (n, p) or None, what it cost, and facts about how it was done."""
+    """What came out for one chunk: scores (n,), shifts (n, p) or None, what it cost, facts about how it was done, and more
+    figures for each removal, (n,).
+    """
 
     scores: np.ndarray
     shifts: torch.Tensor | None
     seconds: float
     peak_memory_gb: float
     facts: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -85,8 +87,10 @@ def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay
     replay = replay or Replay(job.run, job.dtype)
     shifts: torch.Tensor | None = None
     facts: dict[str, Any] = {}
+    more: dict[str, np.ndarray] = {}
     if job.method == LOW_RANK:
-        values, shifts, facts = _low_rank(job, removals, progress, replay)
+        values, shifts, facts, uncertainty = _low_rank(job, removals, progress, replay)
+        more["uncertainty"] = uncertainty.double().numpy()
     elif job.reversed:
         per_sample = sweep.reverse(replay, REVERSE[job.method](), job.query, job.memory, progress)
         values = torch.stack([per_sample[list(removal)].sum() for removal in removals])
@@ -105,17 +109,23 @@ def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay
         seconds=time.perf_counter() - started,
         peak_memory_gb=peak_memory_gb(),
         facts=facts,
+        more=more,
     )
 
 
 def _low_rank(
     job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay
-) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
-    """Scores and shifts by acc-low-rank, and what its basis and its shifts are like."""
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any], torch.Tensor]:
+    """Scores and shifts by acc-low-rank, what its basis and its shifts are like, and how uncertain each score is.
+
+    What the second order changed bounds, in practice, what the third and all after it would: the correction by the own
+    Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the uncertainty.
+    """
     found = low_rank(replay, removals, job.query, job.memory, job.rank, lambda done: progress(0.9 * done))
     basis = found.basis
     facts: dict[str, Any] = {"basis_rank": basis.rank, "largest_left_out": basis.left}
     values, everyone = found.scores, torch.arange(len(removals))
+    uncertainty = (found.scores - found.first).abs()
     if job.readout == "exact" and len(removals):
         curvatures, errors = [], []
         for part in everyone.split(planning.query_rows(replay, job.query, job.memory)):
@@ -123,13 +133,15 @@ def _low_rank(
             linear = shifts @ found.gradient
             curvatures.append(_exact_readout(job.query, replay, found.final, shifts) - linear)
             errors.append(linear - values[part])
+        curvature, error = torch.cat(curvatures), torch.cat(errors)
         # The sweep back reads the true shifts, though only along one direction: how far are the estimated ones off there?
-        facts["shift_error"] = float(torch.cat(errors).norm() / values.norm().clamp_min(1e-300))
+        facts["shift_error"] = float(error.norm() / values.norm().clamp_min(1e-300))
         if facts["shift_error"] <= TRUSTED:
-            values = values + torch.cat(curvatures)
+            values = values + curvature
         else:
             facts["curvature"] = "left out"
-    return values, found.shifts(everyone) if job.keep_shifts else None, facts
+        uncertainty = uncertainty + curvature.abs() + error.abs()
+    return values, found.shifts(everyone) if job.keep_shifts else None, facts, uncertainty
 
 
 def _exact_readout(query: Query, replay: Replay, theta: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
