@@ -1,9 +1,11 @@
-"""The benchmarks run; their figures are for people, not for tests."""
+"""The benchmarks run, their figures being for people and not for tests; what is shown of clusters ends as it should."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,3 +44,31 @@ def test_bench_methods_measures_memory(capsys: pytest.CaptureFixture[str]) -> No
 def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
     load("bench_recorder", HIDDEN={"10^2": (2,)}, STEPS={"10^2": 12}, PAIRS=1, FEATURES=20, BATCH=16).main()
     assert re.search(r"10\^2 +[\d.]+ ms +[\d.]+ ms +-?[\d.]+ % +[\d,]+", capsys.readouterr().out)
+
+
+def script(name: str, *arguments: str) -> str:
+    """What a script prints, run as people do."""
+    words = [sys.executable, str(SCRIPTS / name), *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_bench_cluster() -> None:
+    printed = script("bench_cluster.py", "--quick")
+    assert float(re.search(r"^2 workers / 1 +([\d.]+)", printed, re.MULTILINE)[1]) > 0  # type: ignore[index]
+    assert float(re.search(r"^resuming a finished job +([\d.]+) s", printed, re.MULTILINE)[1]) < 5  # type: ignore[index]
+
+
+def test_soak(capsys: pytest.CaptureFixture[str]) -> None:
+    load("soak", N=60, SECONDS_BETWEEN_KILLS=(1.0, 2.0)).main(minutes=0.05)
+    printed = capsys.readouterr().out
+    assert int(re.search(r"round 1: (\d+) workers", printed)[1]) > 0  # type: ignore[index]
+    assert "rounds equal to the undisturbed run" in printed
+
+
+def test_cluster_demo() -> None:
+    printed = script("cluster_demo.py", "--trainer.max_epochs=5")
+    assert re.search(r"dashboard: http://127\.0\.0\.1:\d+", printed)
+    assert "killed: the second node" in printed
+    assert printed.endswith("the same ranking of 600 samples, to the last bit\n")
