@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from math import isnan, nan
 from typing import Any, Literal
 
 from lightning_acc.errors import InfluenceError, RunError
@@ -77,6 +78,8 @@ def score(
     dtype: Literal["float32", "float64"] | None = None,
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
+    rank: int | None = None,
+    confirm: str | None = None,
     top: int = 10,
 ) -> None:
     """Estimate, for each removal, what the run would have ended with without it.
@@ -94,22 +97,27 @@ def score(
         dtype: precision of the replay; by default as recorded.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
+        rank: of acc-low-rank; by default as many directions as matter and can be afforded.
+        confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """
     from lightning_acc.scoring import score as compute
-    from lightning_acc.selection import in_words, select
+    from lightning_acc.selection import in_words, most, select
     from lightning_acc.trajectory.run import Run
 
     opened = Run(run)
-    scores = compute(opened, method, select(opened, removals), query, readout, dtype, ray_address, memory_gb=memory_gb)
+    options: dict[str, Any] = {"memory_gb": memory_gb, "rank": rank, "confirm": most(confirm) if confirm else 0}
+    scores = compute(opened, method, select(opened, removals), query, readout, dtype, ray_address, **options)
     c = scores.conditions
     if c["reused"]:
         print(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
     print(f"{scores}, {c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
     rows = sorted(zip(scores.table["rank"].to_pylist(), scores.removals, scores.values.tolist(), strict=True))
     print("most harmful first:" if rows else "no removals")
-    for rank, removal, value in rows[:top]:
-        print(f"{rank:6d}  {value:+.3e}  {in_words(opened, removals, removal)}")
+    truth = scores.by_removal("loo") if confirm else {}
+    for place, removal, value in rows[:top]:
+        true = f"  ({truth[removal]:+.3e} by retraining)" if not isnan(truth.get(removal, nan)) else ""
+        print(f"{place:6d}  {value:+.3e}  {in_words(opened, removals, removal)}{true}")
 
 
 def retrain(

@@ -101,6 +101,17 @@ class Scores:
         more = {name: values[rows] for name, values in self.more.items()}
         return Scores.build(removals, self.values[rows], conditions, shifts, more)
 
+    def most_harmful(self, count: int) -> list[Removal]:
+        """The removals with the lowest scores, the most harmful first."""
+        removals = self.removals
+        return [removals[i] for i in np.argsort(self.values, kind="stable")[:count]]
+
+    def confirmed_by(self, truth: Scores) -> Scores:
+        """These scores with a column ``loo``: those of ``truth``, NaN for removals it does not have."""
+        known = truth.by_removal()
+        column = np.array([known.get(removal, np.nan) for removal in self.removals])
+        return Scores.build(self.removals, self.values, self.conditions, self.shifts, {**self.more, "loo": column})
+
     def merged(self, older: Scores) -> Scores:
         """These scores with those of ``older`` for removals that are not in here; the seconds add up."""
         mine = set(self.removals)

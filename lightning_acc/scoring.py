@@ -42,6 +42,7 @@ def score(
     ray_address: str | None = "local",
     *,
     rank: int | None = None,
+    confirm: int = 0,
     keep_shifts: bool = False,
     memory_gb: float = DEFAULT_MEMORY_GB,
     save: bool = True,
@@ -66,6 +67,8 @@ def score(
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
         rank: of ``acc-low-rank``: in how many directions it follows the contraction of the training; 0 in none, None chooses.
+        confirm: so many of the most harmful removals are also retrained without (``loo``); the column ``loo`` has their true
+            scores. Estimates screen, the truth confirms.
         keep_shifts: also return the shifts of the final parameters, (n_removals, p).
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
@@ -81,6 +84,8 @@ def score(
     """
     run = run if isinstance(run, Run) else Run(run)
     _choose("method", method, METHODS)
+    if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 0:
+        raise RequestError(f"confirm={confirm!r} is no number of removals to retrain without: give 0 or more.")
     if rank is not None and (method != LOW_RANK or isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise RequestError(f"rank={rank!r} with method={method!r}: a rank, 0 or more, goes with {LOW_RANK} alone.")
     wanted = removal_sets.parse(removals, run.n_samples)
@@ -175,7 +180,14 @@ def score(
     if keep_shifts:
         rows = {removal: shift for part, result in finished for removal, shift in zip(part, _rows(result), strict=True)}
         shifts = torch.stack([rows[removal] for removal in wanted]) if wanted else torch.zeros(0, run.n_parameters)
-    return together.picked(wanted, conditions, shifts)
+    scores = together.picked(wanted, conditions, shifts)
+    if not confirm:
+        return scores
+    truth = score(
+        run, "loo", scores.most_harmful(confirm), query, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb, save=save,
+        progress=progress,
+    )  # fmt: skip
+    return scores.confirmed_by(truth)
 
 
 def _facts(known: Scores | None) -> dict[str, Any]:

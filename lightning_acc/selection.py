@@ -79,3 +79,15 @@ def in_words(run: Run, words: str, removal: Removal) -> str:
         return f"{match[1]} {value} ({len(removal)} samples)"
     few = " ".join(map(str, removal[:10]))
     return few if len(removal) <= 10 else f"{few} ... ({len(removal)} samples)"
+
+
+def most(words: str) -> int:
+    """The number in ``top:N``.
+
+    Raises:
+        RequestError: the words are others.
+    """
+    match = re.fullmatch(r"top:(\d+)", words)
+    if match is None:
+        raise RequestError(f"{words!r} does not say what to confirm: use top:N, such as top:50.")
+    return int(match[1])

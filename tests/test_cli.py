@@ -57,7 +57,7 @@ def test_run_does_everything_in_order(ran: tuple[Path, str]) -> None:
     run = la.Run(directory / "runs/digits")
     assert run.n_samples == 60
     assert {path.name for path in (directory / "runs/digits/scores").iterdir()} == {
-        f"{method}.parquet" for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin")
+        f"{method}.parquet" for method in ("loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin")
     }
     info = run.sample_info()
     assert info is not None
@@ -81,6 +81,10 @@ def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.Captu
     assert "Scores(sgd-ie: 2 removals" in capsys.readouterr().out
     main(["retrain", run, "--removals=group:label", "--ray-address=null"])
     assert len(re.findall(r"^ +\d+  [-+]\S+  label \d \(\d+ samples\)$", capsys.readouterr().out, re.MULTILINE)) == 10
+    main(["score", run, "--method=acc-low-rank", "--confirm=top:2", "--ray-address=null", "--top=3"])
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^ +[12]  -\S+  \d+  \([-+]\S+ by retraining\)$", out, re.MULTILINE)) == 2
+    assert re.search(r"^ +3  [-+]\S+  \d+$", out, re.MULTILINE)
     main(["evaluate", run])
     assert "jaccard_10" in capsys.readouterr().out
     main(["report", run])
@@ -95,7 +99,8 @@ def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.Captu
         (["audit", "nowhere"], "There is no run directory at .*nowhere"),
         (["score", "RUN", "--removals", "nofile"], "'nofile' names no removals and no file"),
         (["score", "RUN", "--removals", "random:100"], "random:100 asks for 100 samples, but this run has 60"),
-        (["score", "RUN", "--removals", "top:3@magic"], r"needs the scores of magic.*it has acc-sgd-ie"),
+        (["score", "RUN", "--removals", "top:3@magic"], r"needs the scores of magic.*it has acc-low-rank, acc-sgd-ie"),
+        (["score", "RUN", "--confirm", "all"], "'all' does not say what to confirm: use top:N"),
         (["score", "RUN", "--query", "train"], "no query 'train': it has test, val"),
     ],
 )
@@ -176,7 +181,7 @@ def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> N
     )
     assert "CONSOLE" not in done.stderr
     dom = done.stdout
-    assert dom.count("<figure><figcaption>") == 3  # acc-sgd-ie, sgd-ie, tracin against the truth
+    assert dom.count("<figure><figcaption>") == 4  # the estimates against the truth
     assert dom.count("<circle") == 3 * 60
     assert dom.count('class="sample') == 48
     assert "data:image/png" in dom

@@ -12,6 +12,7 @@ from problems import N, Net, data, fit, make, record, replay_by_hand
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
+from lightning_acc.methods import METHODS
 
 EXACT = 1e-10  # relative, for what is equal up to round-off
 OPTIMIZERS = [
@@ -142,8 +143,9 @@ def test_7_the_audit_finds_the_step_that_was_tampered_with(tmp_path: Path) -> No
     assert report.first_bad_step == 6
     assert report.max_abs_error == pytest.approx(1e-4, rel=1e-6)
     assert "step 6" in str(report)
-    with pytest.raises(la.RunError, match=r"audit FAILED: step 6.*no score of this run can be trusted"):
-        la.score(run, "sgd-ie", ray_address=None)
+    for method in METHODS:
+        with pytest.raises(la.RunError, match=r"audit FAILED: step 6.*no score of this run can be trusted"):
+            la.score(run, method, ray_address=None)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_acc as la
 from lightning_acc import scoring, work
-from lightning_acc.agreement import rmse
+from lightning_acc.agreement import rmse, spearman
 from lightning_acc.low_rank import basis, sweep
 from lightning_acc.replay import Replay
 
@@ -243,3 +243,24 @@ def test_ranks_that_are_none(tmp_path: Path, bad: dict[str, Any]) -> None:
     run = record(tmp_path / "run", make())
     with pytest.raises(la.RequestError, match="a rank, 0 or more, goes with acc-low-rank alone"):
         la.score(run, **{"method": "acc-low-rank", **bad}, ray_address=None)
+
+
+def test_the_most_harmful_are_confirmed_by_retraining(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    found = la.score(run, "acc-low-rank", ray_address=None, confirm=3, save=False)
+    truth = exact(run, "loo").by_removal()
+    for removal, rank, loo in zip(found.removals, found.table["rank"].to_pylist(), found.table["loo"].to_pylist(), strict=True):
+        assert loo == pytest.approx(truth[removal], rel=1e-9) if rank <= 3 else np.isnan(loo)
+    with pytest.raises(la.RequestError, match="confirm=-1 is no number of removals"):
+        la.score(run, confirm=-1, ray_address=None)
+
+
+def test_uncertainty_follows_the_true_error(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=8, activation="gelu"), data(n=60), batch_size=10, max_epochs=8)
+    found = la.score(run, "acc-low-rank", ray_address=None)
+    error = np.abs(found.values - exact(run, "loo").values)
+    uncertainty = found.table["uncertainty"].to_numpy()
+    assert spearman(uncertainty, error) > 0.3
+    assert np.mean(error <= uncertainty) > 0.8
+    again = la.score(run, "acc-low-rank", [5, 3], ray_address=None)  # as stored
+    assert again.table["uncertainty"].to_pylist() == uncertainty[[5, 3]].tolist()
