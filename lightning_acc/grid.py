@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_acc.errors import RequestError
+from lightning_acc.methods import METHODS
 from lightning_acc.trajectory.store import digest
 
 DATA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,4 +96,6 @@ class Study:
     def key(self) -> str:
         """Hash of what the cells share; results under another one are computed again."""
         shared = {key: value for key, value in asdict(self).items() if key in ("n_train", "lr", "share", "dtype")}
-        return digest(json.dumps({**shared, "version": importlib.metadata.version("lightning-acc")}).encode())[:12]
+        return digest(
+            json.dumps({**shared, "methods": METHODS, "version": importlib.metadata.version("lightning-acc")}).encode()
+        )[:12]

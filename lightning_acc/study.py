@@ -23,6 +23,7 @@ from lightning_acc import cluster
 from lightning_acc.agreement import agreement
 from lightning_acc.errors import RunError
 from lightning_acc.grid import CORRUPTIONS, DATA, MODELS, Cell, Study
+from lightning_acc.methods import LOW_RANK
 from lightning_acc.progress import Progress
 from lightning_acc.replay import Replay
 from lightning_acc.scoring import score
@@ -123,6 +124,8 @@ def _rows(study: Study, cell: Cell, run: Run, progress: Callable[[float], None])
     assert accumulated.shifts is not None
     found["acc-sgd-ie", "exact"] = accumulated.values, seconds
     found["acc-sgd-ie", "linear"] = (accumulated.shifts @ gradient).numpy(), seconds
+    scores = score(run, LOW_RANK, readout="exact", **options)
+    found[LOW_RANK, "exact"] = scores.values, scores.conditions["seconds"]
     for method in ("sgd-ie", "tracin"):
         scores = score(run, method, **options)
         found[method, "linear"] = scores.values, scores.conditions["seconds"]

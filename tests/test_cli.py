@@ -182,7 +182,7 @@ def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> N
     assert "CONSOLE" not in done.stderr
     dom = done.stdout
     assert dom.count("<figure><figcaption>") == 4  # the estimates against the truth
-    assert dom.count("<circle") == 3 * 60
+    assert dom.count("<circle") == 4 * 60
     assert dom.count('class="sample') == 48
     assert "data:image/png" in dom
     assert "was " in dom
