@@ -30,13 +30,13 @@ class DenseShifts(RawShifts):
         who: Tensor = torch.unique(self._removals.occurrences(step.sample_ids)[0])
         return who
 
-    def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
+    def see(self, t: int, step: Step, state: State, gamma: Tensor, z: Tensor, mixing: Tensor) -> Seen:
         q, point = self._basis, step.at(state)
         removed = point.removed(self._removals, curved=True)
         who = self._who = removed.removals
         self._gradients = removed.gradients
         self._u[who] = mixing @ self._u[who]
-        curved = removed.hessian_product(self._u[who, 0] + y @ q.T)
+        curved = removed.hessian_product(self._whole(self._u[who, 0], z))
         own = removed.hessian_product(z @ q.T) if q.shape[1] else curved
         contraction = point.hessian_product(q.T.contiguous()) @ q if q.shape[1] else q.new_zeros(0, 0)
         return Seen(self._gradients @ q, own @ q, self._gradients @ gamma, curved @ gamma, contraction)
@@ -44,5 +44,9 @@ class DenseShifts(RawShifts):
     def add(self, drift: Tensor, source: Tensor) -> None:
         self._u[self._who] = drift @ self._u[self._who] - source[:, None] * self._gradients[:, None]
 
-    def shifts(self, removals: Tensor, mixing: Tensor) -> Tensor:
-        return torch.einsum("nk,nkp->np", mixing[:, 0], self._u[removals])
+    def shifts(self, removals: Tensor, z: Tensor, mixing: Tensor) -> Tensor:
+        return self._whole(torch.einsum("nk,nkp->np", mixing[:, 0], self._u[removals]), z)
+
+    def _whole(self, u: Tensor, z: Tensor) -> Tensor:
+        """``x = u + Q y`` with ``y = z - Q^T u``."""
+        return u + (z - u @ self._basis) @ self._basis.T

@@ -67,9 +67,10 @@ class FactoredShifts(RawShifts):
         visits: the occurrences of the removed samples.
         basis: Q, (p, r).
         parts: number of tensors of the state.
+        n: number of removals.
     """
 
-    def __init__(self, factors: LinearFactors, visits: Visits, basis: Tensor, parts: int) -> None:
+    def __init__(self, factors: LinearFactors, visits: Visits, basis: Tensor, parts: int, n: int) -> None:
         self._factors, self._visits = factors, visits
         self._directions = torch.cat([basis.T, basis.new_zeros(1, len(basis))])
         """The columns of Q, and below them the gamma of the step."""
@@ -79,14 +80,16 @@ class FactoredShifts(RawShifts):
         self._deltas = [basis.new_empty(visits.total, shape[0]) for shape in shapes]
         self._sizes = basis.new_zeros(visits.total, parts)
         """How much of each visit's gradient there is in each part of the state."""
-        self._weights = basis.new_zeros(0)
+        self._a = basis.new_zeros(n, parts, basis.shape[1])
+        """Q^T u, in each part of the state."""
+        self._weights, self._projected = basis.new_zeros(0), basis.new_zeros(0)
         self._t = 0
 
     def removals_in(self, t: int, step: Step) -> Tensor:
         who: Tensor = torch.unique(self._visits.owners[t])
         return who
 
-    def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
+    def see(self, t: int, step: Step, state: State, gamma: Tensor, z: Tensor, mixing: Tensor) -> Seen:
         visits, r = self._visits, len(self._directions) - 1
         self._directions[r] = gamma
         f = self._factors(step, state[0], self._directions)
@@ -95,7 +98,8 @@ class FactoredShifts(RawShifts):
         rows, owners = visits.rows[t], visits.owners[t]
         who = self.removals_in(t, step)
         inverse = torch.searchsorted(who, owners)
-        y, z, mixing = y[inverse], z[inverse], mixing[inverse]  # of each occurrence
+        self._a[who] = mixing @ self._a[who]
+        y, z, mixing = (z - self._a[who, 0])[inverse], z[inverse], mixing[inverse]  # of each occurrence
         weights = self._weights = step.weights[rows]
 
         past, known = visits.before(t, owners)
@@ -137,15 +141,18 @@ class FactoredShifts(RawShifts):
             weighted = values * weights.reshape(-1, *[1] * (values.ndim - 1))
             return values.new_zeros(len(who), *values.shape[1:]).index_add(0, inverse, weighted)
 
-        return Seen(together(projected), together(own), together(first), together(second), contraction)
+        self._projected = together(projected)
+        return Seen(self._projected, together(own), together(first), together(second), contraction)
 
     def add(self, drift: Tensor, source: Tensor) -> None:
         visits, t = self._visits, self._t
-        past, known = visits.before(t, torch.unique(visits.owners[t]))
+        who = torch.unique(visits.owners[t])
+        self._a[who] = drift @ self._a[who] - source[:, None] * self._projected[:, None]
+        past, known = visits.before(t, who)
         self._sizes[past[known]] = self._sizes[past[known]] @ drift.T
         self._sizes[visits.first[t] : visits.first[t + 1]] = -self._weights[:, None] * source
 
-    def shifts(self, removals: Tensor, mixing: Tensor) -> Tensor:
+    def shifts(self, removals: Tensor, z: Tensor, mixing: Tensor) -> Tensor:
         past, known = self._visits.before(self._t + 1, removals)
         sizes = torch.einsum("mk,mvk->mv", mixing[:, 0], self._sizes[past]) * known
         u = sizes.new_zeros(len(removals), self._directions.shape[1])
@@ -155,7 +162,8 @@ class FactoredShifts(RawShifts):
             weight += torch.einsum("mvo,mvi->moi", deltas, self._inputs[i][past])
             if bias is not None:
                 bias += deltas.sum(1)
-        return u
+        y = z - torch.einsum("mk,mkr->mr", mixing[:, 0], self._a[removals])
+        return u + y @ self._directions[:-1]
 
 
 def _contraction(f: Factors, directions: list[Tensor], weights: Tensor, r: int) -> Tensor:

@@ -49,14 +49,14 @@ class Seen:
 
 
 class RawShifts(ABC):
-    """The raw shifts u of n removals, and how the own gradients and Hessians of their samples are taken."""
+    """The raw shifts u of n removals, in some form, and how the own gradients and Hessians of their samples are taken."""
 
     @abstractmethod
     def removals_in(self, t: int, step: Step) -> Tensor:
         """The removals (m,) whose samples step t saw, sorted."""
 
     @abstractmethod
-    def see(self, t: int, step: Step, state: State, gamma: Tensor, y: Tensor, z: Tensor, mixing: Tensor) -> Seen:
+    def see(self, t: int, step: Step, state: State, gamma: Tensor, z: Tensor, mixing: Tensor) -> Seen:
         """Look at step t.
 
         Args:
@@ -64,8 +64,7 @@ class RawShifts(ABC):
             step: the step.
             state: the recorded run's state before it.
             gamma: ``gamma_t``, (p,).
-            y: of the removals in the step, (m, r).
-            z: likewise.
+            z: of the removals in the step, (m, r).
             mixing: what has become of each one's raw state since it was last seen, ``mixing @ then``; (m, parts, parts).
         """
 
@@ -79,8 +78,8 @@ class RawShifts(ABC):
         """
 
     @abstractmethod
-    def shifts(self, removals: Tensor, mixing: Tensor) -> Tensor:
-        """u of these removals (m,), (m, p), after the step last seen."""
+    def shifts(self, removals: Tensor, z: Tensor, mixing: Tensor) -> Tensor:
+        """x of these removals (m,), (m, p), after the step last seen, as ``z`` and ``mixing`` are now."""
 
 
 class AccLowRank:
@@ -100,7 +99,6 @@ class AccLowRank:
     def __init__(self, basis: Tensor, raw: RawShifts, parts: int, n: int, n_steps: int) -> None:
         self.basis, self.raw = basis, raw
         r = basis.shape[1]
-        self._a = basis.new_zeros(n, parts, r)
         self._z = [basis.new_zeros(n, r) for _ in range(parts)]
         self._since = torch.eye(parts, dtype=basis.dtype).repeat(n_steps + 1, 1, 1)
         """By the step a removal was last seen at, plus 1: the product of all updates since."""
@@ -115,12 +113,10 @@ class AccLowRank:
         drift, source = (tensor.to(gamma) for tensor in step.response())
         who = self.raw.removals_in(t, step)
         mixing = self._since[self._seen[who]]
-        a, z = mixing @ self._a[who], self._z[0][who]
-        seen = self.raw.see(t, step, state, gamma, z - a[:, 0], z, mixing)
+        seen = self.raw.see(t, step, state, gamma, self._z[0][who], mixing)
         self.raw.add(drift, source)
         self.first[who] -= seen.first
         self.second[who] -= seen.second
-        self._a[who] = drift @ a - source[:, None] * seen.projected[:, None]
         change = self._z[0] @ seen.contraction
         change[who] -= seen.projected + seen.own
         self._z = [_combined(self._z, row, change, float(to)) for row, to in zip(drift.tolist(), source, strict=True)]
@@ -134,9 +130,7 @@ class AccLowRank:
 
     def shifts(self, removals: Tensor) -> Tensor:
         """The estimates x (m, p) of the final shifts of these removals (m,): rough, unless r = p."""
-        mixing = self._since[self._seen[removals]]
-        y = self._z[0][removals] - (mixing @ self._a[removals])[:, 0]
-        return self.raw.shifts(removals, mixing) + y @ self.basis.T
+        return self.raw.shifts(removals, self._z[0][removals], self._since[self._seen[removals]])
 
 
 def _combined(parts: list[Tensor], factors: list[float], change: Tensor, factor: float) -> Tensor:

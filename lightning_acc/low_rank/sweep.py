@@ -158,7 +158,7 @@ def tracker(replay: Replay, removals: Sequence[Removal], basis: bases.Basis) -> 
     if factors is not None:
         owners = torch.full((replay.run.n_samples,), -1)
         owners[[removal[0] for removal in removals]] = torch.arange(n)
-        raw = FactoredShifts(factors, Visits((s.sample_ids for s in replay.run.steps), owners, n), basis.vectors, parts)
+        raw = FactoredShifts(factors, Visits((s.sample_ids for s in replay.run.steps), owners, n), basis.vectors, parts, n)
     else:
         raw = DenseShifts(Removals(removals), basis.vectors, parts)
     return AccLowRank(basis.vectors, raw, parts, n, len(replay))
