@@ -79,6 +79,7 @@ def score(
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     rank: int | None = None,
+    state: Literal["parameters", "outputs"] | None = None,
     confirm: str | None = None,
     top: int = 10,
 ) -> None:
@@ -98,6 +99,7 @@ def score(
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
         rank: of acc-low-rank; by default as many directions as matter and can be afforded.
+        state: of acc-low-rank; outputs keeps few numbers of each sample, parameters (by default) all that count.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """
@@ -106,7 +108,7 @@ def score(
     from lightning_acc.trajectory.run import Run
 
     opened = Run(run)
-    options: dict[str, Any] = {"memory_gb": memory_gb, "rank": rank, "confirm": most(confirm) if confirm else 0}
+    options: dict[str, Any] = {"memory_gb": memory_gb, "rank": rank, "state": state, "confirm": most(confirm) if confirm else 0}
     scores = compute(opened, method, select(opened, removals), query, readout, dtype, ray_address, **options)
     c = scores.conditions
     if c["reused"]:

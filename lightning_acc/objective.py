@@ -104,7 +104,7 @@ class Objective:
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
                 part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
         self._call = _Call(module.requires_grad_(False))
-        self._loss = per_sample_loss if hasattr(module, "per_sample_loss") else losses_of_training_step
+        self.loss = per_sample_loss if hasattr(module, "per_sample_loss") else losses_of_training_step
         self._vmap = vectorised
         self._autocast = autocast
 
@@ -131,7 +131,7 @@ class Objective:
 
     def losses(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode."""
-        return self.call(theta, self._loss, batches.unflatten(self.structure, leaves))
+        return self.call(theta, self.loss, batches.unflatten(self.structure, leaves))
 
     def losses_each(self, thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """Losses (n, B) at each of ``thetas`` (n, p); with ``own_rows`` the leaves are (n, B, ...), a batch for each."""

@@ -42,6 +42,7 @@ def score(
     ray_address: str | None = "local",
     *,
     rank: int | None = None,
+    state: str | None = None,
     confirm: int = 0,
     keep_shifts: bool = False,
     memory_gb: float = DEFAULT_MEMORY_GB,
@@ -67,6 +68,10 @@ def score(
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
         rank: of ``acc-low-rank``: in how many directions it follows the contraction of the training; 0 in none, None chooses.
+        state: of ``acc-low-rank``: what it keeps of each sample. ``"parameters"``, also None, keeps what the exact shift needs;
+            ``"outputs"`` keeps rank + outputs numbers, so that more samples are followed at once, less truly where the model
+            is not linear in its parameters. It takes single samples alone, and a module whose outputs and their loss can be
+            told apart: see ``lightning_acc.low_rank.protocol``.
         confirm: so many of the most harmful removals are also retrained without (``loo``); the column ``loo`` has their true
             scores. Estimates screen, the truth confirms.
         keep_shifts: also return the shifts of the final parameters, (n_removals, p).
@@ -88,6 +93,9 @@ def score(
         raise RequestError(f"confirm={confirm!r} is no number of removals to retrain without: give 0 or more.")
     if rank is not None and (method != LOW_RANK or isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise RequestError(f"rank={rank!r} with method={method!r}: a rank, 0 or more, goes with {LOW_RANK} alone.")
+    if state is not None and (method != LOW_RANK or state not in low_rank.STATES):
+        raise RequestError(f"state={state!r} with method={method!r}: 'parameters' or 'outputs' goes with {LOW_RANK} alone.")
+    state = state or low_rank.PARAMETERS
     wanted = removal_sets.parse(removals, run.n_samples)
     distinct = list(dict.fromkeys(wanted))
     if isinstance(query, str):
@@ -96,13 +104,13 @@ def score(
         linear = method in REVERSE or (method == LOW_RANK and not low_rank.exact_by_default(run, len(distinct), query))
         readout = "linear" if linear and not keep_shifts else "exact"
     _choose("readout", readout, READOUTS)
-    job = Job(run, method, query, readout, dtype, keep_shifts, int(memory_gb * 2**30), rank)
+    job = Job(run, method, query, readout, dtype, keep_shifts, int(memory_gb * 2**30), rank, state)
     replay = Replay(run, dtype)  # refuses what cannot be replayed before any worker starts
     if job.reversed:
         parts = [distinct]
     elif method == LOW_RANK:
-        low_rank.check(replay)
-        parts = planning.even_pieces(distinct, low_rank.removals_at_once(replay, distinct, job.memory))
+        low_rank.check(replay, distinct, state)
+        parts = planning.even_pieces(distinct, low_rank.removals_at_once(replay, distinct, job.memory, state))
     else:
         parts = planning.chunks(distinct, planning.chunk_size(replay, method, job.memory)) if distinct else []
 
@@ -112,7 +120,7 @@ def score(
         "query": query.name,
         "query_fingerprint": query.fingerprint,
         "readout": readout,
-        **({"rank": "chosen" if rank is None else str(rank)} if method == LOW_RANK else {}),
+        **({"rank": "chosen" if rank is None else str(rank), "state": state} if method == LOW_RANK else {}),
         "dtype": dtype or run.dtype,
         "convention": CONVENTION,
         "manifest_hash": run.hash,
@@ -217,6 +225,8 @@ def table_name(conditions: dict[str, Any], run: Run) -> str:
     """File name of a table: ``<method>[-<query>]``, then what is not as usual (readout, dtype)."""
     method = conditions["method"]
     usual = "linear" if method in REVERSE else "exact"
+    if conditions.get("state", low_rank.PARAMETERS) != low_rank.PARAMETERS:
+        method = f"{method}.{conditions['state']}"
     if conditions.get("rank", "chosen") != "chosen":
         method = f"{method}.rank-{conditions['rank']}"
     name = method if conditions["query"] == "val" else f"{method}-{conditions['query']}"

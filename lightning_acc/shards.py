@@ -20,7 +20,7 @@ from lightning_acc.trajectory.run import Run
 from lightning_acc.trajectory.store import digest
 
 FOLDER = "shards"
-SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version", "rank")
+SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version", "rank", "state")
 """Conditions under which two scores of one removal are the same number."""
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.objective import Objective, Parameters, quiet, traceable
+from lightning_acc.objective import LossFunction, Objective, Parameters, quiet, traceable
 from lightning_acc.optimizers import Hyperparameters, State, Update
 from lightning_acc.removals import Removals
 from lightning_acc.trajectory import batches
@@ -105,10 +105,14 @@ class Step:
 
     def losses(self, theta: Parameters) -> Tensor:
         """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
+        return self.evaluate(theta, self.objective.loss)
+
+    def evaluate(self, theta: Parameters, function: LossFunction) -> Tensor:
+        """``function(module, batch)``, (B, ...), at parameters ``theta``, (p,) or by name; of all accumulated batches."""
         parts = []
         for batch in self.accumulated:
             with batch.random_numbers():
-                parts.append(self.objective.losses(theta, batch.leaves))
+                parts.append(self.objective.call(theta, function, batches.unflatten(self.objective.structure, batch.leaves)))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def losses_each(self, thetas: Tensor) -> Tensor:

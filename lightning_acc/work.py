@@ -13,7 +13,7 @@ import torch
 
 from lightning_acc import planning, sweep
 from lightning_acc.errors import RequestError
-from lightning_acc.low_rank.sweep import TRUSTED, low_rank
+from lightning_acc.low_rank.sweep import PARAMETERS, TRUSTED, low_rank
 from lightning_acc.methods import FORWARD, LOW_RANK, REVERSE
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal
@@ -36,6 +36,7 @@ class Job:
     keep_shifts: bool
     memory: int
     rank: int | None = None
+    state: str = PARAMETERS
 
     @property
     def reversed(self) -> bool:
@@ -121,7 +122,7 @@ def _low_rank(
     What the second order changed bounds, in practice, what the third and all after it would: the correction by the own
     Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the uncertainty.
     """
-    found = low_rank(replay, removals, job.query, job.memory, job.rank, lambda done: progress(0.9 * done))
+    found = low_rank(replay, removals, job.query, job.memory, job.rank, lambda done: progress(0.9 * done), job.state)
     basis = found.basis
     facts: dict[str, Any] = {"basis_rank": basis.rank, "largest_left_out": basis.left}
     values, everyone = found.scores, torch.arange(len(removals))

@@ -98,7 +98,7 @@ class LinearFactors:
 
         def of(parameters: dict[str, Tensor], extra: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
             def loss(outputs: list[Tensor]) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-                with self._watching([*map(torch.add, outputs, extra)]) as seen:
+                with self.watching([*map(torch.add, outputs, extra)]) as seen:
                     total = step.losses({**named, **parameters}).sum()
                 return total, ([a for a, _ in seen], [y for _, y in seen])
 
@@ -106,7 +106,7 @@ class LinearFactors:
             return deltas, inputs, outputs
 
         with traceable():
-            with torch.no_grad(), self._watching(added) as seen:
+            with torch.no_grad(), self.watching(added) as seen:
                 step.losses(theta)
             inputs = [a for a, _ in seen]
             direct = [
@@ -131,7 +131,7 @@ class LinearFactors:
         return Factors(inputs, deltas, input_changes, delta_changes, [d for d in direct if d is not None])
 
     @contextmanager
-    def _watching(self, added: list[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def watching(self, added: list[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """In here each layer's outputs get ``added``, and its inputs and outputs are noted."""
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
 
@@ -156,7 +156,7 @@ class LinearFactors:
     def _depends(self, step: Step, theta: Tensor) -> list[bool]:
         """Whether each layer's inputs depend on the parameters."""
         theta = theta.detach().requires_grad_()
-        with traceable(), self._watching([theta.new_zeros(len(step.sample_ids), x.weight[1][0]) for x in self.layers]) as seen:
+        with traceable(), self.watching([theta.new_zeros(len(step.sample_ids), x.weight[1][0]) for x in self.layers]) as seen:
             step.losses(theta)
         return [a.requires_grad for a, _ in seen]
 

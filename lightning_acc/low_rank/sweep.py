@@ -16,11 +16,15 @@ from lightning_acc.low_rank.dense import DenseShifts
 from lightning_acc.low_rank.factored import FactoredShifts, Visits
 from lightning_acc.low_rank.factors import LinearFactors, factors_for
 from lightning_acc.low_rank.method import AccLowRank, AdjointGradients, RawShifts
+from lightning_acc.low_rank.outputs import OutputShifts
+from lightning_acc.low_rank.protocol import split_for
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal, Removals
-from lightning_acc.replay import Replay, Tape
+from lightning_acc.replay import CACHE_BYTES, Replay, Tape
 from lightning_acc.trajectory.run import Run
 
+PARAMETERS, OUTPUTS = STATES = ("parameters", "outputs")
+"""What is kept of each raw shift: itself, or the gradients in the outputs that it came from."""
 LEFT_TO_CONTRACT = 0.001
 """Directions that the whole training contracts by less than this exponent are left out of the basis."""
 LARGEST_RANK, SMALLEST_CAP = 256, 20
@@ -60,6 +64,7 @@ def low_rank(
     memory: int,
     rank: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
+    state: str = PARAMETERS,
 ) -> Pass:
     """Score removals by acc-low-rank.
 
@@ -70,12 +75,14 @@ def low_rank(
         memory: bytes for the states of the sweep back; the gradients of the query along the run go to a temporary file.
         rank: directions of the basis; None chooses.
         progress: told the fraction done.
+        state: what is kept of the raw shifts, one of ``STATES``.
 
     Raises:
-        RequestError: the optimizer's update is not one affine function for all parameters, or there is no such rank.
+        RequestError: the optimizer's update is not one affine function for all parameters, there is no such rank, or the
+            removals or the module cannot be followed in this state.
     """
     total = len(replay)
-    check(replay)
+    check(replay, removals, state)
     if rank is not None and rank < 0:
         raise RequestError(f"rank={rank} is no number of directions: give 0 or more, or None.")
     with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
@@ -88,10 +95,10 @@ def low_rank(
         adjoint = AdjointGradients(gammas)
         carry = adjoint.init(gradient, tape.final, 0)
         wanted, places = set(bases.spread(total)), []
-        for back, (step, state) in enumerate(tape.backwards(), start=1):
+        for back, (step, before) in enumerate(tape.backwards(), start=1):
             if total - back in wanted:
-                places.append((step, state))
-            carry = adjoint.advance(step.at(state), carry)
+                places.append((step, before))
+            carry = adjoint.advance(step.at(before), carry)
             progress(0.05 + 0.15 * back / total)
         if rank is None:
             time = sum(gain(replay, t) for t in range(total))
@@ -99,14 +106,14 @@ def low_rank(
         else:
             basis = bases.find(places, rank)
         progress(0.25)
-        tracked = tracker(replay, removals, basis)
-        state = replay.initial
+        tracked = tracker(replay, removals, basis, state)
+        current = replay.initial
         for t in range(total):
             step = replay.step(t)
-            tracked.advance(t, step, state, gammas[t])
-            state = step(state)
+            tracked.advance(t, step, current, gammas[t])
+            current = step(current)
             progress(0.25 + 0.75 * (t + 1) / total)
-    return Pass(tracked.scores, tracked.first, state[0], gradient, basis, tracked.shifts)
+    return Pass(tracked.scores, tracked.first, current[0], gradient, basis, tracked.shifts)
 
 
 def exact_by_default(run: Run, n: int, query: Query) -> bool:
@@ -114,9 +121,16 @@ def exact_by_default(run: Run, n: int, query: Query) -> bool:
     return n * query.n_examples * run.n_parameters <= EXACT_WORK
 
 
-def bytes_needed(replay: Replay, removals: Sequence[Removal]) -> tuple[int, int]:
+def bytes_needed(replay: Replay, removals: Sequence[Removal], state: str = PARAMETERS) -> tuple[int, int]:
     """Bytes for each of the removals that are tracked together, and for a step on top of them all."""
     vector = replay.initial[0].nbytes
+    if state == OUTPUTS and len(replay):
+        parts, rank, number = len(replay.initial), largest_rank(replay), replay.initial[0].element_size()
+        outputs = split_for(replay).of(replay.step(0), replay.initial[0])
+        at_a_step = 4 * rank * (outputs.numel() * number + vector) + 4 * CACHE_BYTES + 16 * replay.activation_bytes
+        if factors_for(replay.objective, replay.step(0), replay.initial[0]) is None:
+            at_a_step += 6 * len(outputs) * vector
+        return ((2 * parts + 1) * rank + parts * outputs.shape[1]) * number, at_a_step
     factors = _factors(replay, removals)
     if factors is None:
         # The state, and at a step vectors and activations of those it sees, as for exact ACC.
@@ -129,13 +143,13 @@ def bytes_needed(replay: Replay, removals: Sequence[Removal]) -> tuple[int, int]
     return each, 3 * rank * (replay.activation_bytes + vector)
 
 
-def removals_at_once(replay: Replay, removals: Sequence[Removal], memory: int) -> int:
+def removals_at_once(replay: Replay, removals: Sequence[Removal], memory: int, state: str = PARAMETERS) -> int:
     """How many of the removals can be tracked together within ``memory`` bytes.
 
     Raises:
         RequestError: not even one can.
     """
-    each, at_a_step = bytes_needed(replay, removals)
+    each, at_a_step = bytes_needed(replay, removals, state)
     if memory < each + at_a_step:
         raise RequestError(
             f"acc-low-rank needs about {(each + at_a_step) / 2**30:.2g} GB for a single removal of this run, more than the "
@@ -150,25 +164,29 @@ def _factors(replay: Replay, removals: Sequence[Removal]) -> LinearFactors | Non
     return None
 
 
-def tracker(replay: Replay, removals: Sequence[Removal], basis: bases.Basis) -> AccLowRank:
-    """The method, set up for n removals; their shifts as factors where that can be, else as vectors."""
+def tracker(replay: Replay, removals: Sequence[Removal], basis: bases.Basis, state: str = PARAMETERS) -> AccLowRank:
+    """The method, set up for n removals; their shifts as outputs where asked for, as factors where that can be, or vectors."""
     n, parts = len(removals), len(replay.initial)
     raw: RawShifts
     factors = _factors(replay, removals)
-    if factors is not None:
-        owners = torch.full((replay.run.n_samples,), -1)
+    owners = torch.full((replay.run.n_samples,), -1)
+    if all(len(removal) == 1 for removal in removals):
         owners[[removal[0] for removal in removals]] = torch.arange(n)
+    if state == OUTPUTS and len(replay):
+        raw = OutputShifts(split_for(replay), factors, owners, replay.step, basis.vectors, replay.initial, n)
+    elif factors is not None:
         raw = FactoredShifts(factors, Visits((s.sample_ids for s in replay.run.steps), owners, n), basis.vectors, parts, n)
     else:
         raw = DenseShifts(Removals(removals), basis.vectors, parts)
     return AccLowRank(basis.vectors, raw, parts, n, len(replay))
 
 
-def check(replay: Replay) -> None:
-    """Refuse runs acc-low-rank does not describe.
+def check(replay: Replay, removals: Sequence[Removal] = (), state: str = PARAMETERS) -> None:
+    """Refuse what acc-low-rank does not describe.
 
     Raises:
-        RequestError: the update is not affine, or not the same for all parameters.
+        RequestError: the run's update is not affine, or not the same for all parameters; or the removals or the module
+            cannot be followed in this state.
     """
     steps = replay.run.steps
     for t in (0, len(steps) - 1) if len(steps) else ():
@@ -178,6 +196,11 @@ def check(replay: Replay) -> None:
                 f"acc-low-rank follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
                 "acc-sgd-ie, or sgd-ie for many samples."
             )
+    if state == OUTPUTS:
+        if any(len(removal) != 1 for removal in removals):
+            raise RequestError("state='outputs' follows single samples: score groups with state='parameters'.")
+        if len(steps):
+            split_for(replay)
 
 
 def gain(replay: Replay, t: int) -> float:
