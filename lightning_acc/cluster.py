@@ -83,7 +83,8 @@ class _Task:
         part: which of the original pieces it belongs to.
         piece: what it is.
         tries: how often it has been given out.
-        messages: Ray's stream of what the worker says.
+        messages: Ray's stream of what the worker says; by ``ray://`` only the last, the result.
+        number: names it at the desk.
         heard: when it last said something; None before it begins.
         done: the fraction of it that is done.
     """
@@ -92,6 +93,7 @@ class _Task:
     piece: Any
     tries: int
     messages: Any
+    number: int
     heard: float | None = None
     done: float = 0.0
 
@@ -100,16 +102,23 @@ class _Farm:
     def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split) -> None:
         self._ray, self._bar, self._split = ray, bar, split
         try:
-            # In a list, the reference reaches the worker as it is, and the worker can set up its path before unpacking it.
-            self._shared = [ray.put((work, job))]
+            # In bytes, as whoever unpacks it must have set up its path before.
+            self._shared = ray.put(ray.cloudpickle.dumps((work, job)))
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             raise RequestError(
                 f"Ray's object store has no room for what the workers share ({_reason(error)}): free some, or start Ray with a "
                 "larger object_store_memory."
             ) from error
         # Tries are counted here: Ray's own would neither split a piece nor notice one that hangs.
-        self._remote = ray.remote(_work).options(num_cpus=1, num_returns="streaming", max_retries=0)
+        options = {"num_cpus": 1, "max_retries": 0}
+        self._remote = ray.remote(_work).options(num_returns="streaming", **options)
+        self._desk: Any = None
+        self._by_ray_client = ray.util.client.ray.is_connected()  # ray://, which has no streams
+        if self._by_ray_client:
+            self._desk = ray.remote(_Desk).options(num_cpus=0).remote()
+            self._remote = ray.remote(_work_for_desk).options(**options)
         self._running: list[_Task] = []
+        self._started = 0
 
     def run(self, pieces: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         shares = [1] * len(pieces)
@@ -118,7 +127,7 @@ class _Farm:
             self._running = [self._start(part, piece, 1) for part, piece in enumerate(pieces)]
             while self._running:
                 ready, _ = self._ray.wait([t.messages for t in self._running], num_returns=1, timeout=1.0, fetch_local=False)
-                for task in [task for task in self._running if any(task.messages is one for one in ready)]:
+                for task in [task for task in self._running if task.messages in ready]:
                     outcome = self._hear(task)
                     if isinstance(outcome, _Done):
                         self._running.remove(task)
@@ -134,6 +143,7 @@ class _Farm:
                             shares[task.part] += len(smaller) - 1
                             pause = SECONDS_TO_MAKE_ROOM * 2 ** (task.tries - 1) if self._no_room(outcome) else 0.0
                             self._running += [self._start(task.part, piece, task.tries + 1, pause) for piece in smaller]
+                self._read_desk()
                 for task in self._running:
                     if task.heard is not None and time.monotonic() - task.heard > SECONDS_UNTIL_HUNG:
                         self._give_up(task)
@@ -145,7 +155,20 @@ class _Farm:
                 self._ray.cancel(task.messages, force=False)
 
     def _start(self, part: int, piece: Any, tries: int, pause: float = 0.0) -> _Task:
-        return _Task(part, piece, tries, self._remote.remote(self._shared, piece, sys.path, pause))
+        self._started += 1
+        desk = () if self._desk is None else (self._desk, self._started)
+        return _Task(part, piece, tries, self._remote.remote(self._shared, piece, sys.path, pause, *desk), self._started)
+
+    def _read_desk(self) -> None:
+        if self._desk is not None:
+            try:
+                said = self._ray.get(self._desk.collect.remote())
+            except self._ray.exceptions.RayError:  # gone with its node: pieces are done all the same
+                self._desk = None
+                return
+            for task in self._running:
+                if task.number in said:
+                    task.heard, task.done = time.monotonic(), said[task.number]
 
     def _no_room(self, error: BaseException | None) -> bool:
         return isinstance(error, (self._ray.exceptions.ObjectStoreFullError, self._ray.exceptions.OutOfDiskError))
@@ -154,7 +177,7 @@ class _Farm:
         """What the worker says next: the result, what it failed of, or None for progress."""
         exceptions = self._ray.exceptions
         try:
-            message = self._ray.get(next(task.messages))
+            message = self._ray.get(task.messages if self._by_ray_client else next(task.messages))
         except StopIteration:
             return ChildProcessError("its worker ended without a result")
         except exceptions.RayTaskError as error:
@@ -194,14 +217,12 @@ def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _work(shared: list[Any], piece: Any, path: list[str], pause: float) -> Iterator[Any]:
+def _work(shared: bytes, piece: Any, path: list[str], pause: float) -> Iterator[Any]:
     """In a worker, after a pause: yields the fraction done now and then, and the result at last."""
-    import ray
-
     time.sleep(pause)
 
     sys.path.extend(entry for entry in path if entry not in sys.path)
-    work, job = ray.get(shared[0])
+    work, job = pickle.loads(shared)
     messages: queue.Queue[Any] = queue.Queue()
 
     def run() -> None:
@@ -223,6 +244,29 @@ def _work(shared: list[Any], piece: Any, path: list[str], pause: float) -> Itera
         if time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
             yield message
+
+
+def _work_for_desk(shared: bytes, piece: Any, path: list[str], pause: float, desk: Any, number: int) -> Any:
+    """``_work`` where Ray has no streams: returns the result, and leaves at the desk how far it is."""
+    for message in _work(shared, piece, path, pause):
+        if isinstance(message, _Done):
+            return message
+        desk.say.remote(number, message)
+    raise ChildProcessError("no result")
+
+
+class _Desk:
+    """On the cluster: where pieces leave how far they are, until the driver collects it."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, float] = {}
+
+    def say(self, number: int, done: float) -> None:
+        self._said[number] = done
+
+    def collect(self) -> dict[int, float]:
+        said, self._said = self._said, {}
+        return said
 
 
 @contextmanager

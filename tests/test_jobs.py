@@ -19,10 +19,12 @@ from problems import data, make, record
 from s3 import free_port
 
 import lightning_acc as la
-from lightning_acc import scores, scoring
+from lightning_acc import cluster, scores, scoring
+from lightning_acc.progress import watched_by
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 120
+README = Path(__file__).parent.parent / "README.md"
 BIN = Path(sys.executable).parent
 URL = "s3://bucket/jobs/run"
 
@@ -47,13 +49,15 @@ def nodes(alone: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
         patch.setenv(faults.PLACE, str(tmp_path_factory.mktemp("faults")))
         head = {"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        head["ray_client_server_port"] = free_port()
+        both = Cluster(initialize_head=True, head_node_args=head)
         try:
-            cluster.add_node(num_cpus=1)
-            cluster.wait_for_nodes()
-            yield cluster
+            both.client = f"ray://127.0.0.1:{head['ray_client_server_port']}"
+            both.add_node(num_cpus=1)
+            both.wait_for_nodes()
+            yield both
         finally:
-            cluster.shutdown()
+            both.shutdown()
 
 
 def test_two_nodes_that_see_nothing_of_the_drivers_disk(
@@ -74,6 +78,20 @@ def test_two_nodes_that_see_nothing_of_the_drivers_disk(
     assert not list(here.iterdir())
 
 
+def test_a_client_far_from_the_cluster(nodes: Any, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ray://, which has no streams: pieces are heard all the same, so that one that hangs is noticed."""
+    monkeypatch.setattr(scoring, "compute", faults.faulty)
+    monkeypatch.setattr(cluster, "SECONDS_UNTIL_HUNG", 4.0)
+    hanging = Path(os.environ[faults.PLACE]) / "0"
+    hanging.write_text("hangs")
+    heard: list[float] = []
+    with watched_by(lambda done, rate, left: heard.append(done)):
+        farmed = la.score(URL, "acc-sgd-ie", ray_address=nodes.client, save=False)
+    assert not hanging.exists()
+    assert np.array_equal(farmed.values, alone)
+    assert heard[-1] == 1
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's project: the package of the run's module, which no node has installed."""
@@ -89,13 +107,18 @@ def forgotten() -> la.Run:
     return run
 
 
-SCORE = ["lightning-acc", "score", URL, "--trust", "problems", "--ray-address", "auto"]
+def of_the_readme(start: str) -> list[str]:
+    """The command of the README that begins so, for this run."""
+    lines = [line.partition("#")[0].split() for line in README.read_text().splitlines() if line.startswith(start)]
+    assert lines, start
+    return [{"s3://my-bucket/runs/mine": URL, "mypackage": "problems"}.get(word, word) for word in lines[0]]
 
 
 def test_a_job_submitted_on_the_command_line(nodes: Any, alone: np.ndarray, project: Path) -> None:
     run = forgotten()
-    words = ["ray", "job", "submit", "--address", f"http://{nodes.webui_url}", "--working-dir", ".", "--", *SCORE]
-    done = subprocess.run(words, cwd=project, capture_output=True, text=True, check=False, timeout=120)
+    there = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://{nodes.webui_url}"}
+    words = of_the_readme("ray job submit ")
+    done = subprocess.run(words, cwd=project, env=there, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"Scores\(acc-sgd-ie: {N} removals", done.stdout)
     assert np.array_equal(scores.read(run.store, "acc-sgd-ie").values, alone)
@@ -106,7 +129,8 @@ def test_a_job_submitted_through_the_api(nodes: Any, alone: np.ndarray, project:
 
     run = forgotten()
     client = JobSubmissionClient(f"http://{nodes.webui_url}")
-    job = client.submit_job(entrypoint=" ".join(SCORE), runtime_env={"working_dir": str(project)})
+    words = of_the_readme("lightning-acc score s3://")
+    job = client.submit_job(entrypoint=" ".join(words), runtime_env={"working_dir": str(project)})
     started = time.monotonic()
     while not client.get_job_status(job).is_terminal():
         assert time.monotonic() - started < 120
