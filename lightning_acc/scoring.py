@@ -176,11 +176,11 @@ def score(
         peak_memory_gb=max((result.peak_memory_gb for _, result in finished), default=0.0),
     )
     conditions.update(finished[0][1].facts if finished else _facts(known))
-    if any("curvature" in result.facts for _, result in finished):
+    if any("fallback" in result.facts for _, result in finished):
+        error = max(result.facts["shift_error"] for _, result in finished)
         warnings.warn(
-            f"The shifts of {method} are too rough to read the query's curvature from (relative error "
-            f"{max(result.facts['shift_error'] for _, result in finished):.2f}), so that its scores are read linearly: give "
-            f"a rank above {conditions['basis_rank']}.",
+            f"At rank {conditions['basis_rank']} the shifts that {method} takes gradients at are too rough (relative error "
+            f"{error:.2f}): its scores are those of sgd-ie. Give a higher rank, or confirm the top of the ranking with loo.",
             UserWarning,
             stacklevel=2,
         )

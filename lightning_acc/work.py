@@ -20,7 +20,7 @@ from lightning_acc.removals import Removal
 from lightning_acc.replay import Replay
 from lightning_acc.trajectory.run import Run
 
-FACTS = ("basis_rank", "largest_left_out", "shift_error", "curvature")
+FACTS = ("basis_rank", "largest_left_out", "shift_error", "fallback")
 """What acc-low-rank tells of its basis and its shifts, beside the scores."""
 
 
@@ -123,25 +123,20 @@ def _low_rank(
     Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the uncertainty.
     """
     found = low_rank(replay, removals, job.query, job.memory, job.rank, lambda done: progress(0.9 * done), job.state)
-    basis = found.basis
-    facts: dict[str, Any] = {"basis_rank": basis.rank, "largest_left_out": basis.left}
-    values, everyone = found.scores, torch.arange(len(removals))
-    uncertainty = (found.scores - found.first).abs()
-    if job.readout == "exact" and len(removals):
-        curvatures, errors = [], []
+    basis, everyone = found.basis, torch.arange(len(removals))
+    facts: dict[str, Any] = {"basis_rank": basis.rank, "largest_left_out": basis.left, "shift_error": found.shift_error}
+    values, uncertainty = found.scores, (found.scores - found.first).abs()
+    if found.shift_error > TRUSTED:
+        # Gradients taken at shifts as rough as these would make the scores worse, not better.
+        facts["fallback"] = "sgd-ie"
+        values = found.first
+    elif job.readout == "exact" and len(removals):
         for part in everyone.split(planning.query_rows(replay, job.query, job.memory)):
             shifts = found.shifts(part)
             linear = shifts @ found.gradient
-            curvatures.append(_exact_readout(job.query, replay, found.final, shifts) - linear)
-            errors.append(linear - values[part])
-        curvature, error = torch.cat(curvatures), torch.cat(errors)
-        # The sweep back reads the true shifts, though only along one direction: how far are the estimated ones off there?
-        facts["shift_error"] = float(error.norm() / values.norm().clamp_min(1e-300))
-        if facts["shift_error"] <= TRUSTED:
-            values = values + curvature
-        else:
-            facts["curvature"] = "left out"
-        uncertainty = uncertainty + curvature.abs() + error.abs()
+            curvature = _exact_readout(job.query, replay, found.final, shifts) - linear
+            uncertainty[part] += curvature.abs() + (linear - values[part]).abs()
+            values[part] += curvature
     return values, found.shifts(everyone) if job.keep_shifts else None, facts, uncertainty
 
 

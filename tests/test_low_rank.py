@@ -154,12 +154,15 @@ def test_a_low_rank_is_close_and_says_how_far(tmp_path: Path) -> None:
     assert told[1] < told[0]
 
 
-def test_shifts_that_are_too_rough_are_not_read_for_curvature(tmp_path: Path) -> None:
+def test_shifts_that_are_too_rough_are_not_used(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=8), data(n=40), batch_size=4, max_epochs=8)
-    with pytest.warns(UserWarning, match=r"too rough to read the query's curvature from \(relative error .*rank above 0"):
-        rough = whole(run, 0)
-    assert rough.conditions["curvature"] == "left out"
-    assert rough.values.tolist() == whole(run, 0, readout="linear").values.tolist()
+    for readout in ("exact", "linear"):
+        with pytest.warns(UserWarning, match=r"At rank 0 .* too rough \(relative error .*its scores are those of sgd-ie"):
+            rough = whole(run, 0, readout=readout)
+        assert rough.conditions["fallback"] == "sgd-ie"
+        assert rough.conditions["shift_error"] > 1
+        np.testing.assert_allclose(rough.values, exact(run, "sgd-ie").values, rtol=0, atol=ROUND_OFF)
+    assert "fallback" not in whole(run).conditions
 
 
 def test_the_basis_holds_the_top_eigenvectors_of_the_averaged_hessian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

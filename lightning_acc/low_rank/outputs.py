@@ -49,6 +49,8 @@ class OutputShifts(RawShifts):
         n: int,
     ) -> None:
         self._split, self._factors, self._owners, self._step, self._basis = split, factors, owners, step, basis
+        self._directions = torch.cat([basis.T, basis.new_zeros(1, len(basis))])
+        """The columns of Q, and below them the gamma of the step."""
         self._theta = state[0]
         width = split.of(step(0), state[0]).shape[1]
         self._s = basis.new_zeros(n, len(state), width)
@@ -71,7 +73,8 @@ class OutputShifts(RawShifts):
         self._s[who] = mixing @ self._s[who]
 
         jacobian = self._jacobian(step, theta)
-        along = jacobian.along(torch.cat([self._basis.T, gamma[None]]))
+        self._directions[r] = gamma
+        along = jacobian.along(self._directions)
         slopes, curvatures = self._split.derivatives(step, theta, jacobian.outputs)
         bent = torch.einsum("bcd,kbd->kbc", curvatures, along[:r])  # A J Q
         contraction = (step.weights[:, None] * bent).flatten(1) @ along[:r].flatten(1).T

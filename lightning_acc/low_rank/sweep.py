@@ -33,7 +33,9 @@ WORK = 6e11
 EXACT_WORK = 3e11
 """Multiplications for the exact readout, removals * examples * parameters, that are still spent by default."""
 TRUSTED = 0.5
-"""Largest relative error of the shifts' linear readout with which they are still used to read curvature."""
+"""Largest relative error of the shifts' linear readout with which they are still used."""
+TESTED = 256
+"""How many removals' shifts are held against the sweep back."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Pass:
         final: parameters of the run, (p,).
         gradient: of the query there, (p,).
         basis: the basis used.
+        shift_error: relative error (root mean square) of what some of the shifts, spread over all, say of the query to first
+            order: the sweep back knows that exactly.
         shifts: gives the estimated shifts (m, p) of removals by index (m,).
     """
 
@@ -54,6 +58,7 @@ class Pass:
     final: Tensor
     gradient: Tensor
     basis: bases.Basis
+    shift_error: float
     shifts: Callable[[Tensor], Tensor]
 
 
@@ -113,7 +118,15 @@ def low_rank(
             tracked.advance(t, step, current, gammas[t])
             current = step(current)
             progress(0.25 + 0.75 * (t + 1) / total)
-    return Pass(tracked.scores, tracked.first, current[0], gradient, basis, tracked.shifts)
+    error = _shift_error(tracked, gradient, len(removals))
+    return Pass(tracked.scores, tracked.first, current[0], gradient, basis, error, tracked.shifts)
+
+
+def _shift_error(tracked: AccLowRank, gradient: Tensor, n: int) -> float:
+    some = torch.linspace(0, n - 1, min(n, TESTED)).round().long().unique()
+    scores = tracked.scores[some]
+    found = torch.cat([scores[:0], *(tracked.shifts(part) @ gradient for part in some.split(16))])
+    return float((found - scores).norm() / scores.norm().clamp_min(1e-300))
 
 
 def exact_by_default(run: Run, n: int, query: Query) -> bool:
