@@ -25,7 +25,7 @@ from lightning_acc.trajectory.run import Run
 
 PARAMETERS, OUTPUTS = STATES = ("parameters", "outputs")
 """What is kept of each raw shift: itself, or the gradients in the outputs that it came from."""
-LEFT_TO_CONTRACT = 0.001
+LEFT_TO_CONTRACT = 0.0002
 """Directions that the whole training contracts by less than this exponent are left out of the basis."""
 LARGEST_RANK, SMALLEST_CAP = 256, 20
 WORK = 6e11
