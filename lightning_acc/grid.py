@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_acc.errors import RequestError
-from lightning_acc.methods import METHODS
 from lightning_acc.trajectory.store import digest
 
 DATA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -95,6 +94,8 @@ class Study:
     @property
     def key(self) -> str:
         """Hash of what the cells share; results under another one are computed again."""
+        from lightning_acc.methods import METHODS  # not before: it imports torch
+
         shared = {key: value for key, value in asdict(self).items() if key in ("n_train", "lr", "share", "dtype")}
         return digest(
             json.dumps({**shared, "methods": METHODS, "version": importlib.metadata.version("lightning-acc")}).encode()

@@ -17,7 +17,8 @@ sys.path.insert(0, {tests!r})
 import lightning_acc as la
 run = la.Run({path!r})
 assert run.audit().ok
-for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
+from lightning_acc.methods import METHODS
+for method in METHODS:
     la.score(run, method, ray_address=None)
 print(la.evaluate(run).to_pylist()[1]["method"])
 """

@@ -24,16 +24,19 @@ def small(path: Path, **options: object) -> Study:
 def test_cells_are_scored_and_not_computed_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = run_study(small(tmp_path), ray_address=None)
     frame = table.to_pandas()
-    assert len(frame) == 2 * 5
+    assert len(frame) == 2 * 6
     assert set(zip(frame["method"], frame["readout"], strict=True)) == {
         ("loo", "exact"),
         ("acc-sgd-ie", "exact"),
         ("acc-sgd-ie", "linear"),
+        ("acc-low-rank", "exact"),
         ("sgd-ie", "linear"),
         ("tracin", "linear"),
     }
     exact = frame[(frame["method"] == "acc-sgd-ie") & (frame["readout"] == "exact")]
     assert (exact["kendall"] > 0.98).all()
+    low_rank = frame[frame["method"] == "acc-low-rank"]
+    assert (low_rank["rmse"].to_numpy() < 1.3 * exact["rmse"].to_numpy()).all()
     assert (frame[frame["method"] == "sgd-ie"]["rmse"].to_numpy() > exact["rmse"].to_numpy()).all()
     assert (frame["audit_error"] == 0).all()
     assert "acc-sgd-ie" in summary(table)
@@ -41,9 +44,9 @@ def test_cells_are_scored_and_not_computed_twice(tmp_path: Path, capsys: pytest.
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     more = run_study(small(tmp_path, seeds=[0, 1]), ray_address="local")
     assert "2 of 4 cells are there already" in capsys.readouterr().out
-    assert len(more) == 4 * 5
+    assert len(more) == 4 * 6
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
-    assert more.slice(0, 10).equals(table.cast(more.schema))
+    assert more.slice(0, 12).equals(table.cast(more.schema))
 
     run_study(small(tmp_path, lr=0.05), ray_address=None)  # another study in the same place: nothing is taken over
     assert "there already" not in capsys.readouterr().out
