@@ -60,6 +60,17 @@ def test_bench_cluster() -> None:
     assert float(re.search(r"^resuming a finished job +([\d.]+) s", printed, re.MULTILINE)[1]) < 5  # type: ignore[index]
 
 
+def test_bench_scaling() -> None:
+    printed = script("bench_scaling.py", "--quick")
+    for title in ("seconds against n, p = 6,370", "seconds against p, n = 64", "GB added against n, p = 6,370"):
+        rows = printed[printed.index(title) :].split("\n\n")[0].splitlines()
+        assert rows[0].endswith("exponent")
+        assert len(rows) == 7
+        for row in rows[1:]:
+            assert re.fullmatch(r"[a-z, -]+?( +~?[\d.e-]+){2} +-?\d\.\d\d", row), row
+            assert all(float(value) > 0 for value in re.findall(r" ~?(\d[\d.e-]*)", row)[:2]), row
+
+
 def test_soak(capsys: pytest.CaptureFixture[str]) -> None:
     load("soak", N=60, SECONDS_BETWEEN_KILLS=(1.0, 2.0)).main(minutes=0.05)
     printed = capsys.readouterr().out
