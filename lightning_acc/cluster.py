@@ -283,13 +283,7 @@ def connect(address: str) -> Iterator[Any]:
         raise RequestError(f'{address!r} is no Ray address: use "local", "auto", "ray://host:port", or None for no Ray.')
     ours = not ray.is_initialized()
     if ours:
-        local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-        except ConnectionError as error:
-            raise RequestError(
-                f'No Ray cluster answers at {address!r} ({error}): start one with "ray start --head", or use "local".'
-            ) from error
+        _initialise(ray, address)
     try:
         if ray.cluster_resources().get("CPU", 0) < 1:
             raise RequestError(f"The Ray cluster at {address!r} has no CPU to work on: add a node, or use another cluster.")
@@ -297,3 +291,17 @@ def connect(address: str) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _initialise(ray: Any, address: str) -> None:
+    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    for tries in range(1, TRIES + 1):
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+            return
+        except ConnectionError as error:
+            # Where Ray's proxy for ray:// forks at a bad moment, that one client's server does not start; the next one will.
+            if tries == TRIES or "Starting Ray client server failed" not in str(error):
+                raise RequestError(
+                    f'No Ray cluster answers at {address!r} ({error}): start one with "ray start --head", or use "local".'
+                ) from error

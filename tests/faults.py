@@ -86,10 +86,12 @@ def _disturb(store: Store) -> None:
 
 
 def noted_node(job: Any, removals: list[Removal], progress: Callable[[float], None], replay: Any = None) -> Result:
-    """``compute``, noting the node; it lets the others have their share."""
+    """``compute``, after two nodes have been noted: a quick one would do all the work before the other has begun."""
     import ray
 
-    if ray.is_initialized():
-        _note("nodes", ray.get_runtime_context().get_node_id())
-        time.sleep(2)
+    _note("nodes", ray.get_runtime_context().get_node_id())
+    started = time.monotonic()
+    while len(set((Path(os.environ[PLACE]) / "nodes").read_text().split())) < 2 and time.monotonic() - started < 60:
+        progress(0.1)
+        time.sleep(0.1)
     return compute(job, removals, progress, replay)

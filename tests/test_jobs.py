@@ -47,6 +47,7 @@ def nodes(alone: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+        patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "10")
         patch.setenv(faults.PLACE, str(tmp_path_factory.mktemp("faults")))
         head = {"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
         head["ray_client_server_port"] = free_port()
