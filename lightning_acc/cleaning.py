@@ -23,12 +23,13 @@ from scipy import stats
 from lightning_acc import cluster, shards
 from lightning_acc.controls import NotAClassifier, correct, rankings, stored_values
 from lightning_acc.errors import RequestError, RunError
+from lightning_acc.methods import METHODS
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
 from lightning_acc.replay import Replay
 from lightning_acc.retraining import Retraining, retrain
-from lightning_acc.scoring import DEFAULT_MEMORY_GB, METHODS, score
-from lightning_acc.trajectory import batches
+from lightning_acc.scoring import DEFAULT_MEMORY_GB, score
+from lightning_acc.trajectory import batches, tables
 from lightning_acc.trajectory.run import Run
 from lightning_acc.trajectory.store import digest
 
@@ -147,11 +148,9 @@ def write(run: Run, table: pa.Table) -> None:
 
 def read(run: Run) -> pa.Table | None:
     """The table of ``clean`` stored with the run; None where there is none that belongs to its present content."""
-    import pyarrow.parquet
-
     if not run.store.exists(NAME):
         return None
-    table = pyarrow.parquet.read_table(pa.BufferReader(run.store.read(NAME)))
+    table = tables.read(run.store.read(NAME))
     return table if (table.schema.metadata or {}).get(b"manifest_hash") == run.hash.encode() else None
 
 

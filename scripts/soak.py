@@ -75,7 +75,7 @@ def a_round(run: la.Run, address: str, workers: Path, killed: Counter[str]) -> d
     log = workers.parent / "errors"
     while True:
         with open(log, "w") as errors:  # Ray tells of every worker it lost
-            driver = subprocess.Popen([sys.executable, __file__, "--drive", run.path, address], stderr=errors)
+            driver = subprocess.Popen([sys.executable, __file__, "--drive", run.path, address], stdout=errors, stderr=errors)
             try:
                 while driver.poll() is None:
                     time.sleep(random.uniform(*SECONDS_BETWEEN_KILLS))
