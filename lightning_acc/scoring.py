@@ -63,7 +63,8 @@ def score(
             gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
             ``tracin``, whose one reverse sweep then answers for all samples; asked for ``"exact"`` these carry shifts too.
             For ``acc-low-rank`` None is exact where that is a small part of the work, and linear for many thousand
-            samples, whose single shifts are too small for the query's curvature to matter.
+            samples, whose single shifts are too small for the query's curvature to matter, and with ``state="outputs"``,
+            whose shifts are rougher than its scores.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
@@ -101,7 +102,8 @@ def score(
     if isinstance(query, str):
         query = run.query(query)
     if readout is None:
-        linear = method in REVERSE or (method == LOW_RANK and not low_rank.exact_by_default(run, len(distinct), query))
+        exact = state == low_rank.PARAMETERS and low_rank.exact_by_default(run, len(distinct), query)
+        linear = method in REVERSE or (method == LOW_RANK and not exact)
         readout = "linear" if linear and not keep_shifts else "exact"
     _choose("readout", readout, READOUTS)
     job = Job(run, method, query, readout, dtype, keep_shifts, int(memory_gb * 2**30), rank, state)

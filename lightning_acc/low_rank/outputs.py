@@ -7,7 +7,8 @@ the basis ``z_j = Q^T x`` is known as ever, so that
     x = Q z_j + (1 - Q Q^T) J^T s,      H = J^T A J      (Gauss-Newton, A the Hessian of the loss in the outputs),
 
 and a step needs ``J x``, the shift of the sample's outputs, alone. On models that are linear in their parameters nothing of
-this is an approximation; on others that of J as it was by J as it is, and of H.
+this is an approximation; on others J as it was is replaced by J as it is, and H by its Gauss-Newton part. Using
+``z_j - Q^T u`` with the u of the time in place of ``z_j - Q^T J^T s`` would mix the two Jacobians and is far worse.
 """
 
 from __future__ import annotations
