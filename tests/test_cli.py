@@ -186,7 +186,7 @@ def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> N
     assert dom.count('class="sample') == 48
     assert "data:image/png" in dom
     assert "was " in dom
-    assert dom.count('class="bar"') == 4
+    assert dom.count('class="bar"') == 5  # what each cost
 
 
 def test_the_page_survives_hostile_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
