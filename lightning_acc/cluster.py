@@ -184,7 +184,8 @@ class _Farm:
             cause: Exception = error.cause
             if isinstance(cause, InfluenceError):
                 raise cause from None
-            if isinstance(cause, MemoryError) or self._no_room(cause):
+            # What Ray itself failed at, such as bringing over what the workers share, may go better elsewhere.
+            if isinstance(cause, (MemoryError, exceptions.RayError)):
                 return cause
             raise
         except exceptions.TaskCancelledError:
@@ -277,6 +278,7 @@ def connect(address: str) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # by default 20: a busy machine may take longer
     import ray
 
     if address not in ("local", "auto") and "://" not in address and ":" not in address:

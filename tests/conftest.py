@@ -8,6 +8,9 @@ import torch
 from s3 import server as server
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray reads this once in a process: clusters of all tests must agree, and those of several nodes here have no token to share.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # the machine may be busy
 os.environ.setdefault("LIGHTNING_ACC_TRUST", "problems")  # for processes that open a run without importing its module
 torch.set_num_threads(1)  # small products on several threads wait for each other
 

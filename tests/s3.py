@@ -31,7 +31,7 @@ def server() -> Iterator[int]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         try:
-            for _ in range(300):
+            for _ in range(1200):  # two minutes: the machine may be busy
                 try:
                     socket.create_connection(("127.0.0.1", port), 1).close()
                     break

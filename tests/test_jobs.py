@@ -45,7 +45,6 @@ def nodes(alone: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
         patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "10")
         patch.setenv(faults.PLACE, str(tmp_path_factory.mktemp("faults")))

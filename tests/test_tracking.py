@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import lightning_acc as la
 from lightning_acc import cleaning, samples, tracking
 from lightning_acc.data.base import png
+from lightning_acc.methods import METHODS
 from lightning_acc.timeline import influence_over_time
 from lightning_acc.tracking import connection, driver, panels
 
@@ -155,7 +156,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         pl.seed_everything(1)
         trainer(la.TrajectoryRecorder(directory / "run")).fit(make(hidden=4), datamodule=Described())
         run = la.Run(directory / "run")
-        for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
+        for method in METHODS:
             la.score(run, method, ray_address=None)
             la.score(run, method, [[3, 11]], ray_address=None)
         cleaning.write(run, cleaning_table())
@@ -194,7 +195,7 @@ def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> Non
 
 def test_agreement_names_the_sample_of_every_point(logged: Logged) -> None:
     truth = {row["sample"]: row["score"] for row in logged.rows("ranking/loo")}
-    for name in ("acc-sgd-ie", "sgd-ie", "tracin"):
+    for name in METHODS[1:]:
         estimate = {row["sample"]: row["score"] for row in logged.rows(f"ranking/{name}")}
         points = logged.rows(f"agreement/{name}-against-loo_table")
         assert {row["sample id"] for row in points} == set(truth)
@@ -254,14 +255,14 @@ def test_cost_and_detection_are_there(logged: Logged) -> None:
     conditions = logged.facts["config"]["scores"]
     for key in ("cost_table", "cost/memory_table"):
         rows = {row["method"]: row for row in logged.rows(key)}
-        assert set(rows) == {"loo (exact)", "acc-sgd-ie (exact)", "sgd-ie (linear)", "tracin (linear)"}
+        assert set(rows) == {"loo (exact)", "acc-sgd-ie (exact)", "acc-low-rank (exact)", "sgd-ie (linear)", "tracin (linear)"}
         for label, row in rows.items():
             of = conditions[label.split()[0]]
             assert row["seconds"] == pytest.approx(of["seconds"])
             assert row["peak_memory_gb"] == pytest.approx(of["peak_memory_gb"])
             assert row["peak_memory_gb"] > 0.01
     curves = logged.lines("finding the corrupted")
-    assert set(curves) == {"loo", "acc-sgd-ie", "sgd-ie", "tracin", "chance"}
+    assert set(curves) == {*METHODS, "chance"}
     assert curves["chance"] == [(1, 2 / N), (N, 2 / N)]
     order = [int(row["sample"]) for row in logged.rows("ranking/loo") if " " not in row["sample"]]
     for k, share in curves["loo"]:
@@ -270,7 +271,7 @@ def test_cost_and_detection_are_there(logged: Logged) -> None:
 
 def test_content_hashes_tie_the_runs_together(logged: Logged) -> None:
     folder = Path(logged.run.path)
-    names = [f"scores/{name}.parquet" for name in ("loo", "acc-sgd-ie", "sgd-ie", "tracin")]
+    names = [f"scores/{name}.parquet" for name in METHODS]
     names += ["evaluation.json", "cleaning.parquet"]
     content = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     content["manifest"] = logged.run.hash
@@ -300,7 +301,7 @@ def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Log
     assert [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]] == [s.name for s in built.sections]
     known = set(logged.summary) | {"progress/fraction", "progress/seconds_left"}
     # Only what cleaning was done by is there.
-    known |= {f"cleaning by {method}_table" for method in ("loo", "acc-sgd-ie", "tracin")}
+    known |= {f"cleaning by {method}_table" for method in ("loo", "acc-sgd-ie", "acc-low-rank", "tracin")}
     charts = {}
     for section in built.sections:
         assert section.is_open
