@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 
 from lightning_acc.trajectory.store import Store
@@ -24,8 +26,8 @@ def server() -> Iterator[int]:
     """The port of an S3 server with the bucket ``bucket``; clients find it through the environment."""
     port = free_port()
     words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryFile() as said, pytest.MonkeyPatch.context() as patch:
+        process = subprocess.Popen(words, stdout=said, stderr=said)
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "the-key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
@@ -36,7 +38,11 @@ def server() -> Iterator[int]:
                     socket.create_connection(("127.0.0.1", port), 1).close()
                     break
                 except OSError:
+                    if process.poll() is not None:
+                        said.seek(0)
+                        pytest.fail(f"the server ended with status {process.returncode}: {said.read().decode()}")
                     time.sleep(0.1)
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # one may be connected to an earlier server
             Store("s3://bucket").filesystem.mkdir("bucket")
             yield port
         finally:
