@@ -25,7 +25,7 @@ import lightning_acc as la
 from lightning_acc.data import DigitsDataModule
 from lightning_acc.models import Classifier
 
-N, EPOCHS, SECONDS = 1200, 20, 60.0
+N, EPOCHS, SECONDS = 1200, 50, 60.0
 LOO: dict[str, Any] = {"method": "loo", "save": False, "progress": False, "memory_gb": 0.1}
 
 
@@ -35,7 +35,7 @@ def record(path: Path) -> la.Run:
     pl.seed_everything(0, verbose=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[la.TrajectoryRecorder(path)], **quiet)
-    trainer.fit(Classifier(64, 10, (32,)), datamodule=DigitsDataModule(n_train=N, batch_size=50))
+    trainer.fit(Classifier(64, 10, (32,)), datamodule=DigitsDataModule(n_train=N, n_val=90, batch_size=50))
     return la.Run(path)
 
 
