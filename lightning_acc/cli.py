@@ -79,7 +79,7 @@ def score(
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     rank: int | None = None,
-    state: Literal["parameters", "outputs"] | None = None,
+    state: Literal["parameters", "outputs", "screened"] | None = None,
     confirm: str | None = None,
     top: int = 10,
 ) -> None:
@@ -99,7 +99,8 @@ def score(
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
         rank: of acc-low-rank; by default as many directions as matter and can be afforded.
-        state: of acc-low-rank; outputs keeps few numbers of each sample, parameters (by default) all that count.
+        state: of acc-low-rank: parameters keeps all that counts of each sample, outputs few numbers of each; screened follows
+            the few most influential samples exactly, and is what large runs get by default.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """

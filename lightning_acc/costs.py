@@ -9,6 +9,7 @@ import torch
 
 from lightning_acc import planning
 from lightning_acc.low_rank import basis as bases
+from lightning_acc.low_rank import screened
 from lightning_acc.low_rank import sweep as low_rank
 from lightning_acc.methods import LOW_RANK, REVERSE
 from lightning_acc.planning import Calibration, Cost
@@ -86,7 +87,7 @@ class SweptBack(Forecast):
 
 
 class LowRankPass(Forecast):
-    """One sweep back, the basis and one pass forward, with the readout ``score`` would choose; at the largest rank."""
+    """One sweep back, the basis and one pass forward, with the state and the readout that ``score`` would choose."""
 
     def cost(self, calibration: Calibration) -> Cost:
         """Seconds, measured.
@@ -96,35 +97,72 @@ class LowRankPass(Forecast):
         """
         c, replay = calibration, calibration.replay
         low_rank.check(replay)
-        n, total = len(c.visited), len(replay)
+        n = len(c.visited)
         ahead = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t)(replay.initial)))
         if not n:
             return Cost(c.load, ahead + c.scan, 0.0, None)
-        size = low_rank.removals_at_once(replay, c.visited, c.memory)
-        theta, rank = replay.initial[0], low_rank.largest_rank(replay)
-        back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).hessian_product(theta[None])))
-        width, numbers = min(rank + bases.OVERSAMPLING, len(theta)), torch.Generator().manual_seed(0)
-        directions = torch.randn(width, len(theta), generator=numbers).to(theta)
-        point = replay.step(c.chosen[0]).at(replay.initial)
-        iterations = 0 if rank == len(theta) else bases.ITERATIONS * len(bases.spread(total))
-        basis = iterations * c.seconds(lambda: point.hessian_product(directions)) if iterations else 0.0
-        vectors = torch.linalg.qr(directions.T)[0][:, :rank]
+        theta = replay.initial[0]
+        back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).transposed(theta)))
+        # Two passes forward are plain: for the states, and for the record of the run in the second.
+        shared = (2 + planning.taken_again(replay, c.memory)) * ahead + back
+        screened = low_rank.chosen_state(replay.run) == low_rank.SCREENED
+        seconds, read, size = self._screened(c) if screened else self._tracked(c)
+        thetas = theta.expand(min(read, 8, planning.query_rows(replay, c.query, c.memory)), -1)
+        each = c.seconds(lambda: c.query.values(replay.objective, thetas)) / len(thetas)
+        return Cost(c.load, shared + seconds + read * each, 0.0, None if size >= n else size)
+
+    def _tracked(self, c: Calibration) -> tuple[float, int, int]:
+        """Seconds of the basis and the pass, how many are read exactly, and how many are tracked together."""
+        replay, theta, n = c.replay, c.replay.initial[0], len(c.visited)
+        size, rank = low_rank.removals_at_once(replay, c.visited, c.memory), low_rank.largest_rank(replay)
+        places = len(bases.spread(len(replay)))
+        vectors = torch.linalg.qr(_directions(theta, rank).T)[0]
         tracked = low_rank.tracker(replay, c.visited[:size], bases.Basis(vectors.contiguous(), theta.new_zeros(0), 0.0))
         forward = c.over_the_run(lambda t: c.seconds(lambda: tracked.advance(t, replay.step(t), replay.initial, theta)))
-        read = 0.0
-        if low_rank.exact_by_default(replay.run, n, c.query):
-            thetas = theta.expand(min(n, 8, planning.query_rows(replay, c.query, c.memory)), -1)
-            read = c.seconds(lambda: c.query.values(replay.objective, thetas)) / len(thetas)
-        per_chunk = (2 + planning.taken_again(replay, c.memory)) * ahead + back + basis + forward
-        return Cost(c.load, per_chunk, read, None if size >= n else size)
+        basis = 0.0 if rank == len(theta) else _basis_seconds(c, rank, places)
+        return basis + forward, low_rank.read_exactly(replay.run, n, c.query), size
+
+    def _screened(self, c: Calibration) -> tuple[float, int, int]:
+        """The same where few removals are followed."""
+        replay, theta, n = c.replay, c.replay.initial[0], len(c.visited)
+        followed, modelled = screened.counts(replay, n, c.memory, low_rank.most_followed(replay.run))
+        directions, some = _directions(theta, followed), followed + modelled
+
+        def step(t: int) -> float:
+            point, sample = replay.step(t).at(replay.initial), c.sample(t, some)
+            of_all = c.seconds(lambda: point.hessian_product(directions)) * (
+                1 + screened.FRESH_STEPS * bool(modelled) / followed
+            )
+            removed = point.removed(sample, curved=True)
+            shifts = theta.expand(len(removed.removals), -1)
+            return of_all + c.seconds(lambda: point.removed(sample, curved=True).hessian_product(shifts))
+
+        basis = _basis_seconds(c, screened.DIRECTIONS, screened.PLACES) if modelled else 0.0
+        return basis + c.over_the_run(step), some, n
 
     def bytes(self, calibration: Calibration, removals: int) -> int:
         """Bytes the pass adds to the process at its peak."""
         c, replay = calibration, calibration.replay
-        each, at_a_step = low_rank.bytes_needed(replay, c.visited)
-        basis = 4 * low_rank.largest_rank(replay) * replay.initial[0].nbytes
+        vector, parts = replay.initial[0].nbytes, len(replay.initial)
+        if low_rank.chosen_state(replay.run) == low_rank.SCREENED:
+            followed, modelled = screened.counts(replay, removals, c.memory, low_rank.most_followed(replay.run))
+            forward = (3 * followed + 2 * modelled) * parts * vector + 3 * screened.DIRECTIONS * bool(modelled) * vector
+        else:
+            each, at_a_step = low_rank.bytes_needed(replay, c.visited)
+            forward = 4 * low_rank.largest_rank(replay) * vector + at_a_step + each * removals
         # What the sweep back kept is given back before the pass forward.
-        return basis + max(planning.reverse_bytes(replay, "sgd-ie", c.memory), at_a_step + each * removals)
+        return max(planning.reverse_bytes(replay, "sgd-ie", c.memory), forward)
+
+
+def _directions(like: torch.Tensor, count: int) -> torch.Tensor:
+    """Directions (count, p) at random."""
+    return torch.randn(min(count, len(like)), len(like), generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _basis_seconds(c: Calibration, rank: int, places: int) -> float:
+    directions = _directions(c.replay.initial[0], rank + bases.OVERSAMPLING)
+    point = c.replay.step(c.chosen[0]).at(c.replay.initial)
+    return bases.ITERATIONS * min(places, len(c.replay)) * c.seconds(lambda: point.hessian_product(directions))
 
 
 FORECASTS: list[Forecast] = [

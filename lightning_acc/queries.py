@@ -82,6 +82,15 @@ class Query:
                 )
         return total / self.n_examples
 
+    def changes(self, objective: Objective, theta: Tensor, shifts: Tensor, rows: int) -> Tensor:
+        """``query(theta + D) - query(theta)`` for each row D of ``shifts`` (n, p), ``rows`` of them at a time; returns (n,)."""
+        parts = [shifts.new_zeros(0)]
+        for part in shifts.split(rows) if len(shifts) else ():
+            values = self.values(objective, torch.cat([theta[None], theta + part]))
+            # What shifts nothing changes nothing, not by the last bit two places in a batched product may differ in.
+            parts.append(torch.where((part != 0).any(1), values[1:] - values[0], 0.0))
+        return torch.cat(parts)
+
     def gradient(self, objective: Objective, theta: Tensor) -> Tensor:
         """Gradient (p,) of the query at ``theta`` (p,)."""
         total = torch.zeros_like(theta)

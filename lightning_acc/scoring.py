@@ -62,17 +62,19 @@ def score(
         readout: ``"exact"`` evaluates the query at the shifted parameters; ``"linear"`` takes the shift's product with its
             gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
             ``tracin``, whose one reverse sweep then answers for all samples; asked for ``"exact"`` these carry shifts too.
-            For ``acc-low-rank`` None is exact where that is a small part of the work, and linear for many thousand
-            samples, whose single shifts are too small for the query's curvature to matter, and with ``state="outputs"``,
-            whose shifts are rougher than its scores.
+            For ``acc-low-rank`` None is exact, for the most influential removals where there are too many to read all so,
+            and linear with ``state="outputs"``, whose shifts are rougher than its scores.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
-        rank: of ``acc-low-rank``: in how many directions it follows the contraction of the training; 0 in none, None chooses.
-        state: of ``acc-low-rank``: what it keeps of each sample. ``"parameters"``, also None, keeps what the exact shift needs;
+        rank: of ``acc-low-rank``: in how many directions it follows the contraction of the training, 0 in none; with
+            ``state="screened"``, how many removals it follows exactly. None chooses.
+        state: of ``acc-low-rank``: what it keeps. ``"parameters"`` keeps of each sample what the exact shift needs;
             ``"outputs"`` keeps rank + outputs numbers, so that more samples are followed at once, less truly where the model
             is not linear in its parameters. It takes single samples alone, and a module whose outputs and their loss can be
-            told apart: see ``lightning_acc.low_rank.protocol``.
+            told apart: see ``lightning_acc.low_rank.protocol``. ``"screened"`` follows the few most influential removals
+            exactly, and corrects a few hundred more by what these tell: see ``lightning_acc.low_rank.screened``. None is
+            ``"screened"`` where a run is too large to follow all the directions it contracts in, else ``"parameters"``.
         confirm: so many of the most harmful removals are also retrained without (``loo``); the column ``loo`` has their true
             scores. Estimates screen, the truth confirms.
         keep_shifts: also return the shifts of the final parameters, (n_removals, p).
@@ -95,15 +97,19 @@ def score(
     if rank is not None and (method != LOW_RANK or isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise RequestError(f"rank={rank!r} with method={method!r}: a rank, 0 or more, goes with {LOW_RANK} alone.")
     if state is not None and (method != LOW_RANK or state not in low_rank.STATES):
-        raise RequestError(f"state={state!r} with method={method!r}: 'parameters' or 'outputs' goes with {LOW_RANK} alone.")
-    state = state or low_rank.PARAMETERS
+        states = ", ".join(map(repr, low_rank.STATES))
+        raise RequestError(f"state={state!r} with method={method!r}: one of {states} goes with {LOW_RANK} alone.")
+    if state == low_rank.SCREENED and keep_shifts:
+        raise RequestError("state='screened' has the shifts of a few removals alone: keep_shifts goes with state='parameters'.")
+    if state is None:
+        free = method == LOW_RANK and rank is None and not keep_shifts
+        state = low_rank.chosen_state(run) if free else low_rank.PARAMETERS
     wanted = removal_sets.parse(removals, run.n_samples)
     distinct = list(dict.fromkeys(wanted))
     if isinstance(query, str):
         query = run.query(query)
     if readout is None:
-        exact = state == low_rank.PARAMETERS and low_rank.exact_by_default(run, len(distinct), query)
-        linear = method in REVERSE or (method == LOW_RANK and not exact)
+        linear = method in REVERSE or (method == LOW_RANK and state == low_rank.OUTPUTS)
         readout = "linear" if linear and not keep_shifts else "exact"
     _choose("readout", readout, READOUTS)
     job = Job(run, method, query, readout, dtype, keep_shifts, int(memory_gb * 2**30), rank, state)

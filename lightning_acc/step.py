@@ -166,7 +166,16 @@ class Point:
         Reverse over reverse at ONE parameter vector with ONE weight vector, which is what makes it cheap: the forward pass
         is shared by all n.
         """
+        if not len(shifts):
+            return shifts
         return torch.cat([_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)])
+
+    def transposed(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """``(dG/dtheta)^T gamma`` (p,) and ``(dG/dw)^T gamma``, which is ``<g_i, gamma>`` of each occurrence, (B,)."""
+        curved, slopes = torch.autograd.grad(
+            self._graph, (self._leaf, self._weights), gamma, retain_graph=True, materialize_grads=True
+        )
+        return curved, slopes
 
     def removed(self, removals: Removals, curved: bool = False) -> Removed:
         """What the removed samples contribute to G_t; ``curved``: also to its derivative.

@@ -13,15 +13,16 @@ import torch
 
 from lightning_acc import planning, sweep
 from lightning_acc.errors import RequestError
-from lightning_acc.low_rank.sweep import PARAMETERS, TRUSTED, low_rank
+from lightning_acc.low_rank.screened import screened
+from lightning_acc.low_rank.sweep import PARAMETERS, SCREENED, TRUSTED, low_rank, most_followed, read_exactly
 from lightning_acc.methods import FORWARD, LOW_RANK, REVERSE
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal
 from lightning_acc.replay import Replay
 from lightning_acc.trajectory.run import Run
 
-FACTS = ("basis_rank", "largest_left_out", "shift_error", "fallback")
-"""What acc-low-rank tells of its basis and its shifts, beside the scores."""
+FACTS = ("basis_rank", "largest_left_out", "shift_error", "fallback", "read_exactly", "followed", "modelled", "model_error")
+"""What acc-low-rank tells of how it was done, beside the scores."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay
     shifts: torch.Tensor | None = None
     facts: dict[str, Any] = {}
     more: dict[str, np.ndarray] = {}
-    if job.method == LOW_RANK:
+    if job.method == LOW_RANK and job.state == SCREENED:
+        values, facts, uncertainty = _screened(job, removals, progress, replay)
+        more["uncertainty"] = uncertainty.double().numpy()
+    elif job.method == LOW_RANK:
         values, shifts, facts, uncertainty = _low_rank(job, removals, progress, replay)
         more["uncertainty"] = uncertainty.double().numpy()
     elif job.reversed:
@@ -100,9 +104,8 @@ def _compute(job: Job, removals: list[Removal], progress: sweep.Progress, replay
         if job.readout == "linear":
             values = shifts @ job.query.gradient(replay.objective, theta)
         else:
-            size = planning.query_rows(replay, job.query, job.memory)
-            parts = shifts.split(size) if len(shifts) else [shifts]
-            values = torch.cat([_exact_readout(job.query, replay, theta, part) for part in parts])
+            rows = planning.query_rows(replay, job.query, job.memory)
+            values = job.query.changes(replay.objective, theta, shifts, rows)
     progress(1.0)
     return Result(
         scores=values.double().numpy(),
@@ -131,20 +134,28 @@ def _low_rank(
         facts["fallback"] = "sgd-ie"
         values = found.first
     elif job.readout == "exact" and len(removals):
-        for part in everyone.split(planning.query_rows(replay, job.query, job.memory)):
+        facts["read_exactly"] = read_exactly(job.run, len(removals), job.query)
+        order = values.abs().argsort(descending=True, stable=True)[: facts["read_exactly"]]
+        for part in order.split(planning.query_rows(replay, job.query, job.memory)):
             shifts = found.shifts(part)
             linear = shifts @ found.gradient
-            curvature = _exact_readout(job.query, replay, found.final, shifts) - linear
+            curvature = job.query.changes(replay.objective, found.final, shifts, len(part)) - linear
             uncertainty[part] += curvature.abs() + (linear - values[part]).abs()
             values[part] += curvature
     return values, found.shifts(everyone) if job.keep_shifts else None, facts, uncertainty
 
 
-def _exact_readout(query: Query, replay: Replay, theta: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """``query(theta + D) - query(theta)`` for each row D (n, p), all from one batched evaluation; returns (n,)."""
-    values = query.values(replay.objective, torch.cat([theta[None], theta + shifts]))
-    # A removal that shifts nothing scores 0, not the difference two places in a batched product may have in the last bit.
-    return torch.where((shifts != 0).any(1), values[1:] - values[0], 0.0)
+def _screened(
+    job: Job, removals: list[Removal], progress: sweep.Progress, replay: Replay
+) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor]:
+    """The same, with the most influential removals followed exactly."""
+    rows = planning.query_rows(replay, job.query, job.memory) if job.readout == "exact" else None
+    followed = most_followed(job.run) if job.rank is None else job.rank
+    found = screened(replay, removals, job.query, job.memory, followed, rows, lambda done: progress(0.99 * done))
+    facts: dict[str, Any] = {"followed": found.followed, "modelled": found.modelled}
+    if found.model_error is not None:
+        facts["model_error"] = found.model_error
+    return found.scores, facts, found.uncertainty
 
 
 def peak_memory_gb() -> float:

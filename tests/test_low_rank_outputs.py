@@ -232,7 +232,7 @@ def test_groups_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [{"state": "rows"}, {"state": "outputs", "method": "sgd-ie"}])
 def test_states_that_are_none(tmp_path: Path, bad: dict[str, Any]) -> None:
     run = record(tmp_path / "run", make())
-    with pytest.raises(la.RequestError, match="'parameters' or 'outputs' goes with acc-low-rank alone"):
+    with pytest.raises(la.RequestError, match="one of 'parameters', 'outputs', 'screened' goes with acc-low-rank alone"):
         la.score(run, **{"method": "acc-low-rank", **bad}, ray_address=None)
 
 

@@ -119,7 +119,7 @@ class AccLowRank:
         self.second[who] -= seen.second
         change = self._z[0] @ seen.contraction
         change[who] -= seen.projected + seen.own
-        self._z = [_combined(self._z, row, change, float(to)) for row, to in zip(drift.tolist(), source, strict=True)]
+        self._z = updated(self._z, change, drift, source)
         self._since[: t + 1] = drift @ self._since[: t + 1]
         self._seen[who] = t + 1
 
@@ -133,13 +133,23 @@ class AccLowRank:
         return self.raw.shifts(removals, self._z[0][removals], self._since[self._seen[removals]])
 
 
-def _combined(parts: list[Tensor], factors: list[float], change: Tensor, factor: float) -> Tensor:
-    """``sum_k factors_k parts_k + factor change``, all (n, r)."""
-    total = factor * change
-    for part, by in zip(parts, factors, strict=True):
-        if by:
-            total.add_(part, alpha=by)
-    return total
+def updated(parts: Sequence[Tensor], change: Tensor, drift: Tensor, source: Tensor) -> list[Tensor]:
+    """What an affine update makes of changes of the state's parts and of the gradient, all (n, any).
+
+    Args:
+        parts: changes of the parts of the state.
+        change: of the gradient.
+        drift: (parts, parts), of the optimizer's update.
+        source: (parts,).
+    """
+    after = []
+    for row, factor in zip(drift.tolist(), source.tolist(), strict=True):
+        total = factor * change
+        for part, by in zip(parts, row, strict=True):
+            if by:
+                total.add_(part, alpha=by)
+        after.append(total)
+    return after
 
 
 class AdjointGradients(AdjointSgdIe):
@@ -163,5 +173,7 @@ class AdjointGradients(AdjointSgdIe):
         self.gammas[self._t][:] = gamma
         # The same as the pullback of F, without differentiating the update, which is affine.
         back = drift.T @ together
-        back[0] += point.hessian_product(gamma[None])[0]
+        curved, slopes = point.transposed(gamma)
+        back[0] += curved
+        scores.index_add_(0, point.step.sample_ids, -point.step.weights * slopes)
         return tuple(back), scores

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_acc.errors import RequestError
 from lightning_acc.low_rank import basis as bases
+from lightning_acc.low_rank.back import sweep_back
 from lightning_acc.low_rank.dense import DenseShifts
 from lightning_acc.low_rank.factored import FactoredShifts, Visits
 from lightning_acc.low_rank.factors import LinearFactors, factors_for
-from lightning_acc.low_rank.method import AccLowRank, AdjointGradients, RawShifts
+from lightning_acc.low_rank.method import AccLowRank, RawShifts
 from lightning_acc.low_rank.outputs import OutputShifts
 from lightning_acc.low_rank.protocol import split_for
 from lightning_acc.queries import Query
 from lightning_acc.removals import Removal, Removals
-from lightning_acc.replay import CACHE_BYTES, Replay, Tape
+from lightning_acc.replay import CACHE_BYTES, Replay
 from lightning_acc.trajectory.run import Run
 
-PARAMETERS, OUTPUTS = STATES = ("parameters", "outputs")
-"""What is kept of each raw shift: itself, or the gradients in the outputs that it came from."""
+PARAMETERS, OUTPUTS, SCREENED = STATES = ("parameters", "outputs", "screened")
+"""What is kept of each raw shift: itself, or the gradients in the outputs that it came from; or whole shifts of a few."""
 LEFT_TO_CONTRACT = 0.0002
 """Directions that the whole training contracts by less than this exponent are left out of the basis."""
 LARGEST_RANK, SMALLEST_CAP = 256, 20
 WORK = 6e11
 """The rank that is chosen keeps occurrences * parameters * rank below this (about a minute), where that leaves 20."""
+FEWEST_FOLLOWED, FOLLOWED_WORK = 12, 4e11
+"""Screened, as many are followed as keep occurrences * parameters * followed below this, and at least so many."""
 EXACT_WORK = 3e11
-"""Multiplications for the exact readout, removals * examples * parameters, that are still spent by default."""
+"""Multiplications spent on the exact readout: removals * examples * parameters."""
 TRUSTED = 0.5
 """Largest relative error of the shifts' linear readout with which they are still used."""
 TESTED = 256
@@ -90,34 +91,21 @@ def low_rank(
     check(replay, removals, state)
     if rank is not None and rank < 0:
         raise RequestError(f"rank={rank} is no number of directions: give 0 or more, or None.")
-    with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
-        like = replay.initial[0]
-        array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
-        gammas = torch.from_numpy(array)
-        tape = Tape(replay, memory)
-        progress(0.05)
-        gradient = query.gradient(replay.objective, tape.final[0])
-        adjoint = AdjointGradients(gammas)
-        carry = adjoint.init(gradient, tape.final, 0)
-        wanted, places = set(bases.spread(total)), []
-        for back, (step, before) in enumerate(tape.backwards(), start=1):
-            if total - back in wanted:
-                places.append((step, before))
-            carry = adjoint.advance(step.at(before), carry)
-            progress(0.05 + 0.15 * back / total)
+    with sweep_back(replay, query, memory, lambda done: progress(0.2 * done)) as back:
         if rank is None:
             time = sum(gain(replay, t) for t in range(total))
-            basis = bases.find(places, largest_rank(replay), LEFT_TO_CONTRACT / max(time, 1e-30))
+            basis = bases.find(back.places, largest_rank(replay), LEFT_TO_CONTRACT / max(time, 1e-30))
         else:
-            basis = bases.find(places, rank)
+            basis = bases.find(back.places, rank)
         progress(0.25)
         tracked = tracker(replay, removals, basis, state)
         current = replay.initial
         for t in range(total):
             step = replay.step(t)
-            tracked.advance(t, step, current, gammas[t])
+            tracked.advance(t, step, current, back.gammas[t])
             current = step(current)
             progress(0.25 + 0.75 * (t + 1) / total)
+    gradient = back.gradient
     error = _shift_error(tracked, gradient, len(removals))
     return Pass(tracked.scores, tracked.first, current[0], gradient, basis, error, tracked.shifts)
 
@@ -129,9 +117,10 @@ def _shift_error(tracked: AccLowRank, gradient: Tensor, n: int) -> float:
     return float((found - scores).norm() / scores.norm().clamp_min(1e-300))
 
 
-def exact_by_default(run: Run, n: int, query: Query) -> bool:
-    """Whether n removals are read exactly unless asked otherwise: where that takes a minute or two at most."""
-    return n * query.n_examples * run.n_parameters <= EXACT_WORK
+def read_exactly(run: Run, n: int, query: Query) -> int:
+    """How many of n removals are read exactly, the most influential: a minute or two of work. Others are by so much smaller,
+    and the curvature of the query along their shifts by its square."""
+    return min(n, max(LARGEST_RANK, int(EXACT_WORK / (query.n_examples * run.n_parameters))))
 
 
 def bytes_needed(replay: Replay, removals: Sequence[Removal], state: str = PARAMETERS) -> tuple[int, int]:
@@ -157,11 +146,13 @@ def bytes_needed(replay: Replay, removals: Sequence[Removal], state: str = PARAM
 
 
 def removals_at_once(replay: Replay, removals: Sequence[Removal], memory: int, state: str = PARAMETERS) -> int:
-    """How many of the removals can be tracked together within ``memory`` bytes.
+    """How many of the removals can be tracked together within ``memory`` bytes. Screened, all: fewer are followed then.
 
     Raises:
         RequestError: not even one can.
     """
+    if state == SCREENED:
+        return max(1, len(removals))
     each, at_a_step = bytes_needed(replay, removals, state)
     if memory < each + at_a_step:
         raise RequestError(
@@ -228,6 +219,19 @@ def gain(replay: Replay, t: int) -> float:
 
 def largest_rank(replay: Replay) -> int:
     """The rank that is not exceeded unless asked for."""
-    occurrences = sum(len(step.sample_ids) for step in replay.run.steps)
-    affordable = int(WORK / max(1, occurrences * len(replay.initial[0])))
-    return min(LARGEST_RANK, max(SMALLEST_CAP, affordable), len(replay.initial[0]))
+    affordable = int(WORK / _training_work(replay.run))
+    return min(LARGEST_RANK, max(SMALLEST_CAP, affordable), replay.run.n_parameters)
+
+
+def most_followed(run: Run) -> int:
+    """How many removals are followed exactly where they are screened, unless asked for."""
+    return min(LARGEST_RANK, max(FEWEST_FOLLOWED, int(FOLLOWED_WORK / _training_work(run))))
+
+
+def chosen_state(run: Run) -> str:
+    """The state that suits a run: removals are screened where not all directions that training contracts are affordable."""
+    return SCREENED if WORK / _training_work(run) < min(LARGEST_RANK, run.n_parameters) else PARAMETERS
+
+
+def _training_work(run: Run) -> float:
+    return max(1.0, float(sum(len(step.sample_ids) for step in run.steps)) * run.n_parameters)

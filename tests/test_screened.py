@@ -1,0 +1,159 @@
+"""acc-low-rank, screened: those that are followed score as ACC-SGD-IE does, to round-off; the others are modelled on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import N, Net, data, make, record
+
+import lightning_acc as la
+from lightning_acc.agreement import rmse, spearman
+from lightning_acc.low_rank import screened, sweep
+from lightning_acc.replay import Replay
+
+ROUND_OFF = 1e-12
+
+
+def found(run: la.Run, rank: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
+    options = {"state": "screened", "ray_address": None, "save": False, **options}
+    return la.score(run, "acc-low-rank", removals, rank=rank, **options)
+
+
+def exact(run: la.Run, method: str = "acc-sgd-ie", removals: list[Any] | None = None, **options: Any) -> la.Scores:
+    return la.score(run, method, removals, ray_address=None, save=False, **options)
+
+
+@pytest.mark.parametrize("readout", ["exact", "linear"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "lr": 0.05},
+        {"momentum": 0.5, "dampening": 0.3, "lr": 0.1},
+    ],
+)
+def test_whoever_is_followed_scores_as_acc_sgd_ie_does(tmp_path: Path, optimizer: dict[str, Any], readout: str) -> None:
+    run = record(tmp_path / "run", make(hidden=4, optimizer=optimizer, decay_lr=0.7), accumulate_grad_batches=2)
+    truth, first = exact(run, readout=readout).values, exact(run, "sgd-ie").values
+    everyone = found(run, N, readout=readout)
+    np.testing.assert_allclose(everyone.values, truth, rtol=0, atol=ROUND_OFF)
+    assert (everyone.conditions["followed"], everyone.conditions["modelled"]) == (N, 0)
+
+    some = found(run, 10, readout=readout)
+    influential = np.argsort(-np.abs(first), kind="stable")[:10]
+    np.testing.assert_allclose(some.values[influential], truth[influential], rtol=0, atol=ROUND_OFF)
+    assert some.conditions["followed"] == 10
+
+    none = found(run, 0, readout=readout)
+    np.testing.assert_allclose(none.values, first, rtol=0, atol=ROUND_OFF)
+    assert np.abs(truth - first).max() > 1e-3 * np.abs(first).max()  # there is something to correct
+
+
+@pytest.mark.parametrize("module", [lambda: Net(hidden=4, dropout=0.3), lambda: Net(hidden=4)], ids=["dropout", "plain"])
+def test_any_module_and_groups_are_followed(tmp_path: Path, module: Any) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", module().double(), data(n=30), max_epochs=2, limit_train_batches=2)
+    seen = set(torch.cat([step.sample_ids for step in run.steps]).tolist())
+    unseen = next(i for i in range(30) if i not in seen)
+    removals = [[], [unseen], [0, 1, 2, 3], sorted(seen)[:2], [sorted(seen)[-1]]]
+    some = found(run, removals=removals)
+    assert some.values[:2].tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(some.values, exact(run, removals=removals).values, rtol=0, atol=ROUND_OFF)
+
+
+def test_where_every_sample_is_seen_once_the_model_is_exact(tmp_path: Path) -> None:
+    # No shift meets its own Hessian again, so that all that SGD-IE misses is the query's curvature along the last visit.
+    run = record(tmp_path / "run", make(hidden=4, optimizer={"momentum": 0.9, "lr": 0.05}), max_epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screened, "FRESH_STEPS", N)
+        some = found(run, 8)
+    assert some.conditions["modelled"] == N - 8
+    assert some.conditions["model_error"] < 1e-9
+    np.testing.assert_allclose(some.values, exact(run).values, rtol=0, atol=1e-11)
+
+
+def test_the_model_takes_most_of_the_error(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=16, activation="gelu"), data(n=120), batch_size=10, max_epochs=5)
+    first = exact(run, "sgd-ie").values
+    others = np.argsort(-np.abs(first), kind="stable")[24:]
+    for readout, share in (("linear", 0.4), ("exact", 0.95)):
+        truth = exact(run, readout=readout).values
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(screened, "FRESH_STEPS", 120)
+            some = found(run, 24, readout=readout)
+        assert some.conditions["modelled"] == 96
+        assert rmse(some.values[others], truth[others]) < share * rmse(first[others], truth[others])
+        # What the model says of its own error, relative to the second order, holds of those that it was not fitted to.
+        relative = np.linalg.norm((some.values - truth)[others]) / np.linalg.norm((truth - first)[others])
+        assert relative / 3 < some.conditions["model_error"] < 3 * relative
+    assert spearman(some.table["uncertainty"].to_numpy(), np.abs(some.values - exact(run, "loo").values)) > 0.3
+
+
+def test_the_regression_predicts_those_it_leaves_out() -> None:
+    figures = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = figures @ torch.tensor([0.5, -2.0], dtype=torch.float64)
+    coefficients, error = screened._regressed(figures, target)
+    torch.testing.assert_close(coefficients, torch.tensor([0.5, -2.0], dtype=torch.float64))
+    assert error < 1e-12
+    target = target + torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    left_out = []
+    for i in range(12):
+        kept = torch.arange(12) != i
+        solution = torch.linalg.lstsq(figures[kept], target[kept, None]).solution[:, 0]
+        left_out.append(float(target[i] - figures[i] @ solution))
+    assert screened._regressed(figures, target)[1] == pytest.approx(np.linalg.norm(left_out) / float(target.norm()))
+    assert screened._regressed(torch.zeros(12, 2), torch.ones(12)) == (pytest.approx([0.0, 0.0]), pytest.approx(1.0))
+
+
+def test_a_model_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    monkeypatch.setattr(screened, "TRUSTED", 0.0)
+    some = found(run, 9)
+    assert some.conditions["modelled"] == 0
+    first = exact(run, "sgd-ie").values
+    others = np.argsort(-np.abs(first), kind="stable")[9:]
+    np.testing.assert_allclose(some.values[others], first[others], rtol=0, atol=ROUND_OFF)
+
+
+def test_late_visits_are_modelled_and_no_more_than_is_affordable() -> None:
+    first, last = torch.tensor([1.0, -9.0, 3.0, -5.0, 7.0, 0.0]), torch.tensor([9, 0, 9, 5, -1, 8])
+    chosen, followed = screened._chosen(first, last, 10, 1, 4)
+    assert (chosen.tolist(), followed) == ([1, 3, 2, 0, 5], 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screened, "FRESH_STEPS", 1)
+        assert screened._chosen(first, last, 10, 1, 4)[0].tolist() == [1]
+        assert screened._chosen(first, last, 10, 0, 4)[0].tolist() == [1]
+
+
+def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    assert sweep.chosen_state(run) == "parameters"
+    monkeypatch.setattr(sweep, "WORK", 0.0)
+    monkeypatch.setattr(sweep, "FOLLOWED_WORK", 0.0)
+    assert sweep.chosen_state(run) == "screened"
+    scores = la.score(run, "acc-low-rank", ray_address=None)
+    assert scores.conditions["state"] == "screened"
+    assert scores.conditions["readout"] == "exact"
+    assert scores.conditions["followed"] == sweep.FEWEST_FOLLOWED
+    assert la.score(run, "acc-low-rank", ray_address=None, keep_shifts=True).conditions["state"] == "parameters"
+    assert la.score(run, "acc-low-rank", ray_address=None, rank=3).conditions["state"] == "parameters"
+    with pytest.raises(la.RequestError, match="shifts of a few removals alone"):
+        found(run, keep_shifts=True)
+    names = {path.name for path in (tmp_path / "run/scores").iterdir()}
+    assert "acc-low-rank.screened.parquet" in names
+    row = {row["method"]: row for row in la.plan(run).table.to_pylist()}["acc-low-rank"]
+    assert row["seconds"] > 0
+
+
+def test_little_memory_follows_fewer(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4, optimizer={"momentum": 0.9, "lr": 0.05}))
+    replay, state = Replay(run), 2 * 8 * run.n_parameters
+    assert screened.counts(replay, N, 8 * 9 * state, N) == (9, 15)
+    assert screened.counts(replay, N, 8 * 9 * state, 10) == (9, 15)
+    assert screened.counts(replay, N, 4 * 9 * state, N) == (4, 0)
+    assert screened.counts(replay, 5, 2**30, 9) == (5, 0)
+    assert found(run, N, memory_gb=state / 2**30).conditions["followed"] == 1
