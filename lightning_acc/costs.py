@@ -128,14 +128,14 @@ class LowRankPass(Forecast):
         followed, modelled = screened.counts(replay, n, c.memory, low_rank.most_followed(replay.run))
         directions, some = _directions(theta, followed), followed + modelled
 
+        rows = followed + screened.FRESH_STEPS * bool(modelled)
+
         def step(t: int) -> float:
             point, sample = replay.step(t).at(replay.initial), c.sample(t, some)
-            of_all = c.seconds(lambda: point.hessian_product(directions)) * (
-                1 + screened.FRESH_STEPS * bool(modelled) / followed
-            )
-            removed = point.removed(sample, curved=True)
-            shifts = theta.expand(len(removed.removals), -1)
-            return of_all + c.seconds(lambda: point.removed(sample, curved=True).hessian_product(shifts))
+            shifts = theta.expand(len(point.removed(sample).removals), -1)
+            linearised = c.seconds(lambda: replay.step(t).at(replay.initial))
+            own = c.seconds(lambda: point.removed(sample, curved=True).hessian_product(shifts))
+            return linearised + own + c.seconds(lambda: point.hessian_product(directions)) * rows / followed
 
         basis = _basis_seconds(c, screened.DIRECTIONS, screened.PLACES) if modelled else 0.0
         return basis + c.over_the_run(step), some, n

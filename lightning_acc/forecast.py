@@ -10,6 +10,7 @@ A few recorded steps are timed on one thread, at several numbers of removals m. 
 from __future__ import annotations
 
 import io
+import math
 import os
 import resource
 import sys
@@ -26,6 +27,7 @@ import torch
 from lightning_acc import removals as removal_sets
 from lightning_acc.costs import FORECASTS
 from lightning_acc.errors import RequestError
+from lightning_acc.methods import LOW_RANK
 from lightning_acc.planning import Calibration, Cost
 from lightning_acc.progress import Progress
 from lightning_acc.queries import Query
@@ -207,13 +209,15 @@ def plan(
 def recommend(seconds: Mapping[str, Callable[[int], float]], n: int) -> str:
     """What to do about n removals, given the seconds of waiting each method takes for any number of them.
 
-    The truth where it can be waited for; otherwise the cheapest estimate that follows the removal through the run, and
-    the truth for the top of its ranking.
+    The truth where it can be waited for; otherwise an estimate that follows the removal through the run, acc-low-rank where
+    that can be waited for and else the cheapest, and the truth for the top of its ranking.
     """
     if not n:
         return "Nothing is to be removed: there is nothing to compute."
     estimates = {name: of(n) for name, of in seconds.items() if name not in ("loo", "tracin")}
     screen = min(estimates, key=lambda name: estimates[name], default="tracin" if "tracin" in seconds else None)
+    if estimates.get(LOW_RANK, math.inf) <= AFFORDABLE:
+        screen = LOW_RANK
     if "loo" not in seconds:
         return "No method can be computed." if screen is None else f"{screen} takes {duration(seconds[screen](n))}: use it."
     loo = seconds["loo"]

@@ -233,9 +233,10 @@ def table_name(conditions: dict[str, Any], run: Run) -> str:
     """File name of a table: ``<method>[-<query>]``, then what is not as usual (readout, dtype)."""
     method = conditions["method"]
     usual = "linear" if method in REVERSE else "exact"
-    if conditions.get("state", low_rank.PARAMETERS) != low_rank.PARAMETERS:
+    chosen = conditions.get("rank", "chosen") == "chosen"
+    if method == LOW_RANK and conditions["state"] != (low_rank.chosen_state(run) if chosen else low_rank.PARAMETERS):
         method = f"{method}.{conditions['state']}"
-    if conditions.get("rank", "chosen") != "chosen":
+    if not chosen:
         method = f"{method}.rank-{conditions['rank']}"
     name = method if conditions["query"] == "val" else f"{method}-{conditions['query']}"
     name += "" if conditions["readout"] == usual else f".{conditions['readout']}"

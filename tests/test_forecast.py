@@ -115,6 +115,12 @@ def test_recommends_to_screen_where_it_cannot() -> None:
     )
 
 
+def test_recommends_the_truer_screen_where_it_can_be_waited_for() -> None:
+    seconds = {"loo": lambda n: 3.0 * n, "sgd-ie": lambda n: 30.0, "acc-low-rank": lambda n: 300.0}
+    assert "acc-low-rank takes 5 min: screen with it" in recommend(seconds, 6240)
+    assert "sgd-ie takes 30 s: screen with it" in recommend({**seconds, "acc-low-rank": lambda n: 3000.0}, 6240)
+
+
 def test_recommends_the_truth_where_estimates_cost_more() -> None:
     assert "use it" in recommend({"loo": lambda n: 700.0 * n, "sgd-ie": lambda n: 2100.0}, 1)
 

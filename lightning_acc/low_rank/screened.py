@@ -13,7 +13,8 @@ sweep back tells which these are. So of all removals,
   ``score = SGD-IE + b_1 second + b_2 curvature``;
 * the others keep SGD-IE's score.
 
-With R at least the number of removals this is ACC-SGD-IE, exactly.
+With R at least the number of removals this is ACC-SGD-IE, exactly. Otherwise a score depends a little on the removals it was
+screened among.
 """
 
 from __future__ import annotations
