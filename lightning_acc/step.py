@@ -168,7 +168,8 @@ class Point:
         """
         if not len(shifts):
             return shifts
-        return torch.cat([_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)])
+        parts = [_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def transposed(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """``(dG/dtheta)^T gamma`` (p,) and ``(dG/dw)^T gamma``, which is ``<g_i, gamma>`` of each occurrence, (B,)."""

@@ -96,3 +96,18 @@ def test_what_is_said_of_the_study_follows_from_its_table() -> None:
         rf"38 epochs {times['logistic', 38]:.0f} times \(logistic\) and {times['gelu', 38]:.0f} times \(GELU\)", said
     )
     assert min(times["logistic", 2], times["gelu", 2]) > 100
+
+
+def test_what_is_said_of_full_mnist_is_what_its_script_wrote() -> None:
+    root = Path(__file__).parent.parent
+    _, _, tables = (root / "scripts/study/mnist-full.md").read_text().partition("\n\n")
+    readme = (root / "README.md").read_text()
+    found = re.search(r"<!-- mnist-full: .* -->\n(.*)<!-- end of mnist-full -->", readme, re.DOTALL)
+    assert found is not None
+    assert found[1] == tables
+    error, tau = (
+        {cells[1].strip(" `"): float(cells[place]) for cells in (line.split("|") for line in tables.splitlines()) if "acc" in line}
+        for place in (2, 3)
+    )
+    assert error["acc-low-rank"] <= 1.3 * error["acc-sgd-ie.float64"]  # "as truly as exact ACC-SGD-IE"
+    assert tau["acc-low-rank"] >= tau["acc-sgd-ie.float64"] - 0.02

@@ -33,7 +33,7 @@ from lightning_acc.removals import Removal, Removals
 from lightning_acc.replay import Replay
 from lightning_acc.step import Point, Removed
 
-DIRECTIONS, PLACES = 50, 16
+DIRECTIONS, PLACES = 30, 16
 """Directions of the basis, and steps that the Hessian is averaged over for it."""
 MOST_MODELLED = 384
 FRESH_STEPS = 2
