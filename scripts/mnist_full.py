@@ -32,7 +32,7 @@ from lightning_acc.work import FACTS
 OUT = Path(__file__).parent / "study" / "mnist-full.md"
 RANKINGS = {
     "acc-low-rank": ("acc-low-rank", None),
-    "acc-low-rank.outputs": ("acc-low-rank", "outputs"),
+    "acc-low-rank.outputs.linear": ("acc-low-rank", "outputs"),
     "sgd-ie": ("sgd-ie", None),
     "tracin": ("tracin", None),
 }
@@ -140,9 +140,8 @@ def truth(run: la.Run, count: int, costs: dict[str, str]) -> list[str]:
         found = tables[name].by_removal()
         figures = agreement(np.array([found[i] for i in ids]), true)
         cells = costs.get(name) or " | "
-        lines.append(
-            f"| `{name}` | {figures['rmse_sd']:.4f} | {figures['kendall']:.3f} | {figures['spearman']:.3f} | {cells} |"
-        )
+        label = f"`{name}`" + (", fell back to `sgd-ie`" if "fallback" in tables[name].conditions else "")
+        lines.append(f"| {label} | {figures['rmse_sd']:.4f} | {figures['kendall']:.3f} | {figures['spearman']:.3f} | {cells} |")
     return lines
 
 

@@ -106,6 +106,7 @@ def test_the_regression_predicts_those_it_leaves_out() -> None:
         solution = torch.linalg.lstsq(figures[kept], target[kept, None]).solution[:, 0]
         left_out.append(float(target[i] - figures[i] @ solution))
     assert screened._regressed(figures, target)[1] == pytest.approx(np.linalg.norm(left_out) / float(target.norm()))
+    assert screened._regressed(figures, torch.full((12,), torch.inf))[1] is None
     assert screened._regressed(torch.zeros(12, 2), torch.ones(12)) == (pytest.approx([0.0, 0.0]), pytest.approx(1.0))
 
 

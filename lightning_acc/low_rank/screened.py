@@ -54,7 +54,7 @@ class Screened:
         followed: how many removals were followed exactly.
         modelled: how many more were corrected by the model.
         model_error: relative error (root mean square) of the model on the followed removals, each left out of it once; None
-            where nothing is modelled.
+            where nothing can be.
     """
 
     scores: Tensor
@@ -115,13 +115,14 @@ def screened(
         coefficients, error = _regressed(figures[:followed], truly)
         parts = coefficients * figures[followed:]
         corrections, sizes = torch.cat([truly, parts.sum(1)]), torch.cat([sizes, parts.abs().sum(1)])
-        if error > TRUSTED:
+        if error is None or error > TRUSTED:
             chosen, corrections, sizes = chosen[:followed], truly, sizes[:followed]
     scores = first.clone()
     scores[chosen] += corrections
     # The second order grows with the square of the first: by how much, those that were followed tell.
     squares = first[chosen[:followed]] ** 2
-    uncertainty = first**2 * (sizes[:followed] @ squares / (squares @ squares).clamp_min(1e-300))
+    ratio = sizes[:followed] @ squares / (squares @ squares).clamp_min(1e-300)
+    uncertainty = first**2 * (ratio if followed else torch.nan)
     uncertainty[chosen] = sizes
     progress(1.0)
     return Screened(scores, uncertainty, followed, len(chosen) - followed, error)
@@ -235,11 +236,14 @@ def _chosen(first: Tensor, last: Tensor, total: int, followed: int, most: int) -
     return torch.cat([near, rest[: min(most, affordable)]]), len(near)
 
 
-def _regressed(figures: Tensor, target: Tensor) -> tuple[Tensor, float]:
+def _regressed(figures: Tensor, target: Tensor) -> tuple[Tensor, float | None]:
     """Coefficients (k,) of the figures (R, k) that give the target (R,), by least squares; and their relative error.
 
-    The error is that of predicting each one from the others, by the leverages of the regression.
+    The error is that of predicting each one from the others, by the leverages of the regression; None where a removal that
+    is followed has no finite figures, as without it the run diverges.
     """
+    if not bool(torch.isfinite(figures).all() and torch.isfinite(target).all()):
+        return figures.new_zeros(figures.shape[1]), None
     inverse = torch.linalg.pinv(figures.double(), rtol=1e-6)
     coefficients = inverse @ target.double()
     leverages = (figures.double() * inverse.T).sum(1)
