@@ -103,7 +103,7 @@ class LowRankPass(Forecast):
             return Cost(c.load, ahead + c.scan, 0.0, None)
         theta = replay.initial[0]
         back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).transposed(theta)))
-        # Two passes forward are plain: for the states, and for the record of the run in the second.
+        # Beside the sweep back, the run is taken forward twice: for its states, then with the shifts.
         shared = (2 + planning.taken_again(replay, c.memory)) * ahead + back
         screened = low_rank.chosen_state(replay.run) == low_rank.SCREENED
         seconds, read, size = self._screened(c) if screened else self._tracked(c)
@@ -127,7 +127,6 @@ class LowRankPass(Forecast):
         replay, theta, n = c.replay, c.replay.initial[0], len(c.visited)
         followed, modelled = screened.counts(replay, n, c.memory, low_rank.most_followed(replay.run))
         directions, some = _directions(theta, followed), followed + modelled
-
         rows = followed + screened.FRESH_STEPS * bool(modelled)
 
         def step(t: int) -> float:

@@ -40,7 +40,7 @@ FRESH_STEPS = 2
 """Fresh shifts are propagated through so many times the steps of the run, all together."""
 TRUSTED = 0.7
 """Largest relative error of the model, left-one-out on the followed removals, with which it is used."""
-FEWEST_FOLLOWED = 8
+ENOUGH = 8
 """With fewer that are followed nothing is modelled on them."""
 
 
@@ -132,7 +132,7 @@ def counts(replay: Replay, n: int, memory: int, followed: int) -> tuple[int, int
     """How many of n removals are followed, and how many are modelled at most, within ``memory`` bytes."""
     size = sum(part.nbytes for part in replay.initial)
     followed = min(n, followed, max(1, memory // (8 * size)))
-    return followed, min(n - followed, MOST_MODELLED, memory // (4 * size)) if followed >= FEWEST_FOLLOWED else 0
+    return followed, min(n - followed, MOST_MODELLED, memory // (4 * size)) if followed >= ENOUGH else 0
 
 
 class Shifts:
