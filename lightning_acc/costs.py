@@ -127,14 +127,14 @@ class LowRankPass(Forecast):
         replay, theta, n = c.replay, c.replay.initial[0], len(c.visited)
         followed, modelled = screened.counts(replay, n, c.memory, low_rank.most_followed(replay.run))
         directions, some = _directions(theta, followed), followed + modelled
-        rows = followed + screened.FRESH_STEPS * bool(modelled)
+        share = 1 + screened.FRESH_SHARE * bool(modelled)
 
         def step(t: int) -> float:
             point, sample = replay.step(t).at(replay.initial), c.sample(t, some)
             shifts = theta.expand(len(point.removed(sample).removals), -1)
             linearised = c.seconds(lambda: replay.step(t).at(replay.initial))
             own = c.seconds(lambda: point.removed(sample, curved=True).hessian_product(shifts))
-            return linearised + own + c.seconds(lambda: point.hessian_product(directions)) * rows / followed
+            return linearised + own + c.seconds(lambda: point.hessian_product(directions)) * share
 
         basis = _basis_seconds(c, screened.DIRECTIONS, screened.PLACES) if modelled else 0.0
         return basis + c.over_the_run(step), some, n

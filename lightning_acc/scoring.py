@@ -186,9 +186,12 @@ def score(
     conditions.update(finished[0][1].facts if finished else _facts(known))
     if any("fallback" in result.facts for _, result in finished):
         error = max(result.facts["shift_error"] for _, result in finished)
+        instead = "its scores are those of sgd-ie. Give a higher rank, or confirm the top of the ranking with loo."
+        if any(result.facts.get("fallback") == low_rank.SCREENED for _, result in finished):
+            instead = "the most influential removals were followed instead, as state='screened' does at once."
         warnings.warn(
             f"At rank {conditions['basis_rank']} the shifts that {method} takes gradients at are too rough (relative error "
-            f"{error:.2f}): its scores are those of sgd-ie. Give a higher rank, or confirm the top of the ranking with loo.",
+            f"{error:.2f}): {instead}",
             UserWarning,
             stacklevel=2,
         )

@@ -131,6 +131,9 @@ def _low_rank(
     values, uncertainty = found.scores, (found.scores - found.first).abs()
     if found.shift_error > TRUSTED:
         # Gradients taken at shifts as rough as these would make the scores worse, not better.
+        if job.rank is None and job.state == PARAMETERS and not job.keep_shifts:
+            values, more, uncertainty = _screened(job, removals, lambda done: progress(0.9 + 0.1 * done), replay)
+            return values, None, {**facts, **more, "fallback": SCREENED}, uncertainty
         facts["fallback"] = "sgd-ie"
         values = found.first
     elif job.readout == "exact" and len(removals):

@@ -69,7 +69,7 @@ def test_where_every_sample_is_seen_once_the_model_is_exact(tmp_path: Path) -> N
     # No shift meets its own Hessian again, so that all that SGD-IE misses is the query's curvature along the last visit.
     run = record(tmp_path / "run", make(hidden=4, optimizer={"momentum": 0.9, "lr": 0.05}), max_epochs=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(screened, "FRESH_STEPS", N)
+        patch.setattr(screened, "FRESH_SHARE", N)
         some = found(run, 8)
     assert some.conditions["modelled"] == N - 8
     assert some.conditions["model_error"] < 1e-9
@@ -83,7 +83,7 @@ def test_the_model_takes_most_of_the_error(tmp_path: Path) -> None:
     for readout, share in (("linear", 0.4), ("exact", 0.95)):
         truth = exact(run, readout=readout).values
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(screened, "FRESH_STEPS", 120)
+            patch.setattr(screened, "FRESH_SHARE", 120)
             some = found(run, 24, readout=readout)
         assert some.conditions["modelled"] == 96
         assert rmse(some.values[others], truth[others]) < share * rmse(first[others], truth[others])
@@ -122,12 +122,13 @@ def test_a_model_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: pyt
 
 def test_late_visits_are_modelled_and_no_more_than_is_affordable() -> None:
     first, last = torch.tensor([1.0, -9.0, 3.0, -5.0, 7.0, 0.0]), torch.tensor([9, 0, 9, 5, -1, 8])
-    chosen, followed = screened._chosen(first, last, 10, 1, 4)
-    assert (chosen.tolist(), followed) == ([1, 3, 2, 0, 5], 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(screened, "FRESH_STEPS", 1)
-        assert screened._chosen(first, last, 10, 1, 4)[0].tolist() == [1]
-        assert screened._chosen(first, last, 10, 0, 4)[0].tolist() == [1]
+    # The followed one was last seen 9 steps before the end, the others in their order 4, 0, 0 and 1.
+    for share, chosen in ((1.2, [1]), (1.35, [1, 3, 2, 0]), (1.4, [1, 3, 2, 0, 5])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(screened, "FRESH_SHARE", share)
+            found, followed = screened._chosen(first, last, 10, 1, 4)
+        assert (found.tolist(), followed) == (chosen, 1)
+    assert screened._chosen(first, last, 10, 9, 0)[0].tolist() == [1, 3, 2, 0, 5]
 
 
 def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +149,18 @@ def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names == {"acc-low-rank.parquet", "acc-low-rank.parameters.parquet", "acc-low-rank.rank-3.parquet"}
     row = {row["method"]: row for row in la.plan(run).table.to_pylist()}["acc-low-rank"]
     assert row["seconds"] > 0
+
+
+def test_rough_shifts_are_screened_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(tmp_path / "run", make(hidden=8), data(n=40), batch_size=4, max_epochs=8)
+    monkeypatch.setattr(sweep, "LARGEST_RANK", 3)
+    with pytest.warns(UserWarning, match=r"At rank 3 .* the most influential removals were followed instead"):
+        some = la.score(run, "acc-low-rank", ray_address=None, save=False)
+    assert (some.conditions["fallback"], some.conditions["followed"]) == ("screened", 3)
+    with pytest.warns(UserWarning, match="At rank 3 .* those of sgd-ie"):
+        assert la.score(run, "acc-low-rank", ray_address=None, rank=3, save=False).conditions["fallback"] == "sgd-ie"
+    influential = np.argsort(-np.abs(exact(run, "sgd-ie").values), kind="stable")[:3]
+    np.testing.assert_allclose(some.values[influential], exact(run).values[influential], rtol=0, atol=ROUND_OFF)
 
 
 def test_little_memory_follows_fewer(tmp_path: Path) -> None:

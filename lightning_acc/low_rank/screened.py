@@ -36,8 +36,8 @@ from lightning_acc.step import Point, Removed
 DIRECTIONS, PLACES = 30, 16
 """Directions of the basis, and steps that the Hessian is averaged over for it."""
 MOST_MODELLED = 384
-FRESH_STEPS = 2
-"""Fresh shifts are propagated through so many times the steps of the run, all together."""
+FRESH_SHARE = 1 / 6
+"""Fresh shifts are propagated, all together, through so many steps as a share of those the followed ones take."""
 TRUSTED = 0.7
 """Largest relative error of the model, left-one-out on the followed removals, with which it is used."""
 ENOUGH = 8
@@ -232,7 +232,7 @@ def _chosen(first: Tensor, last: Tensor, total: int, followed: int, most: int) -
     order = order[last[order] >= 0]
     near, rest = order[:followed], order[followed:]
     ages = (total - 1 - last[near]).sum() + (total - 1 - last[rest]).cumsum(0)
-    affordable = int((ages <= FRESH_STEPS * total).sum())
+    affordable = int((ages <= FRESH_SHARE * len(near) * total).sum())
     return torch.cat([near, rest[: min(most, affordable)]]), len(near)
 
 
