@@ -99,7 +99,7 @@ def cost(path: str) -> dict[str, str]:
 
 
 def chosen(run: la.Run, count: int) -> list[int]:
-    """Samples at random and as many of the most harmful by SGD-IE, which is neither truth nor judged first, in turns."""
+    """Samples at random and as many of the most harmful by SGD-IE, in turns."""
     order = np.argsort(values_of(run, "sgd-ie"), kind="stable").tolist()
     some = np.random.default_rng(0).choice(run.n_samples, count // 2, replace=False).tolist()
     others = [i for i in order if i not in set(some)][: count - len(some)]

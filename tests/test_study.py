@@ -109,5 +109,5 @@ def test_what_is_said_of_full_mnist_is_what_its_script_wrote() -> None:
         {cells[1].strip(" `"): float(cells[place]) for cells in (line.split("|") for line in tables.splitlines()[2:7])}
         for place in (2, 3)
     )
-    assert error["acc-low-rank"] <= 1.3 * error["acc-sgd-ie.float64"]  # "as truly as exact ACC-SGD-IE"
+    assert error["acc-low-rank"] <= 1.3 * error["acc-sgd-ie.float64"]  # "nearly as truly as exact ACC-SGD-IE"
     assert tau["acc-low-rank"] >= tau["acc-sgd-ie.float64"] - 0.02
