@@ -10,18 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_acc.agreement import evaluate
-    from lightning_acc.audit import AuditReport
-    from lightning_acc.cleaning import clean
+    from lightning_acc.core.audit import AuditReport
+    from lightning_acc.core.optimizers import OptimizerRule, register_optimizer
+    from lightning_acc.core.queries import Query
     from lightning_acc.errors import InfluenceError, RequestError, RunError
-    from lightning_acc.forecast import plan
-    from lightning_acc.optimizers import OptimizerRule, register_optimizer
-    from lightning_acc.queries import Query
+    from lightning_acc.judge.agreement import evaluate
+    from lightning_acc.judge.cleaning import clean
+    from lightning_acc.plan.forecast import plan
+    from lightning_acc.record.record import Run
     from lightning_acc.recorder import TrajectoryRecorder
-    from lightning_acc.report import write_report
-    from lightning_acc.scores import Scores
-    from lightning_acc.scoring import score
-    from lightning_acc.trajectory.run import Run
+    from lightning_acc.scoring.score import score
+    from lightning_acc.scoring.scores import Scores
+    from lightning_acc.show.report import write_report
 
 __all__ = [
     "AuditReport",
@@ -43,21 +43,21 @@ __all__ = [
 
 # Imported when first used: Lightning takes seconds to import, and the mathematics runs where it is not installed.
 _HOMES = {
-    "AuditReport": "audit",
+    "AuditReport": "core.audit",
     "InfluenceError": "errors",
-    "OptimizerRule": "optimizers",
-    "Query": "queries",
+    "OptimizerRule": "core.optimizers",
+    "Query": "core.queries",
     "RequestError": "errors",
-    "Run": "trajectory.run",
+    "Run": "record.record",
     "RunError": "errors",
-    "Scores": "scores",
+    "Scores": "scoring.scores",
     "TrajectoryRecorder": "recorder",
-    "clean": "cleaning",
-    "evaluate": "agreement",
-    "plan": "forecast",
-    "register_optimizer": "optimizers",
-    "write_report": "report",
-    "score": "scoring",
+    "clean": "judge.cleaning",
+    "evaluate": "judge.agreement",
+    "plan": "plan.forecast",
+    "register_optimizer": "core.optimizers",
+    "write_report": "show.report",
+    "score": "scoring.score",
 }
 
 

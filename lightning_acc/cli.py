@@ -8,7 +8,7 @@ from math import isnan, nan
 from typing import Any, Literal
 
 from lightning_acc.errors import InfluenceError, RunError
-from lightning_acc.grid import Study
+from lightning_acc.studies.grid import Study
 
 Method = Literal["loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin"]
 
@@ -33,7 +33,7 @@ def audit(run: str) -> None:
     Args:
         run: the run directory.
     """
-    from lightning_acc.trajectory.run import Run
+    from lightning_acc.record.record import Run
 
     report = Run(run).audit()
     print(report)
@@ -61,9 +61,9 @@ def plan(
         workers: how many workers there are; by default as many as this machine has cores.
         memory_gb: budget of each process.
     """
-    from lightning_acc.forecast import plan as forecast
-    from lightning_acc.selection import select
-    from lightning_acc.trajectory.run import Run
+    from lightning_acc.plan.forecast import plan as forecast
+    from lightning_acc.record.record import Run
+    from lightning_acc.scoring.selection import select
 
     opened = Run(run)
     print(forecast(opened, select(opened, removals), query, dtype, ray_address, workers=workers, memory_gb=memory_gb))
@@ -104,9 +104,9 @@ def score(
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """
-    from lightning_acc.scoring import score as compute
-    from lightning_acc.selection import in_words, most, select
-    from lightning_acc.trajectory.run import Run
+    from lightning_acc.record.record import Run
+    from lightning_acc.scoring.score import score as compute
+    from lightning_acc.scoring.selection import in_words, most, select
 
     opened = Run(run)
     options: dict[str, Any] = {"memory_gb": memory_gb, "rank": rank, "state": state, "confirm": most(confirm) if confirm else 0}
@@ -150,8 +150,8 @@ def evaluate(run: str) -> None:
     Args:
         run: the run directory.
     """
-    from lightning_acc.agreement import as_text
-    from lightning_acc.agreement import evaluate as compare
+    from lightning_acc.judge.agreement import as_text
+    from lightning_acc.judge.agreement import evaluate as compare
 
     print(as_text(compare(run)))
 
@@ -176,8 +176,8 @@ def clean(
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
     """
-    from lightning_acc.cleaning import as_text
-    from lightning_acc.cleaning import clean as compute
+    from lightning_acc.judge.cleaning import as_text
+    from lightning_acc.judge.cleaning import clean as compute
 
     print(as_text(compute(run, method, fractions, seeds, test, ray_address, memory_gb=memory_gb)))
 
@@ -198,10 +198,10 @@ def export(
         ids: file for the ids to drop, one on each line: the most harmful ones, of negative score.
         fraction: of the samples that ids may hold at most.
     """
-    from lightning_acc import exports
-    from lightning_acc.agreement import stored_scores
     from lightning_acc.errors import RequestError
-    from lightning_acc.trajectory.run import Run
+    from lightning_acc.judge import exports
+    from lightning_acc.judge.agreement import stored_scores
+    from lightning_acc.record.record import Run
 
     opened = Run(run)
     tables = stored_scores(opened)
@@ -225,7 +225,7 @@ def report(run: str) -> None:
     Args:
         run: the run directory.
     """
-    from lightning_acc.report import write_report
+    from lightning_acc.show.report import write_report
 
     print(f"report: {write_report(run)}")
 
@@ -237,7 +237,7 @@ def study(study: Study, ray_address: str | None = "local") -> None:
         study: the grid.
         ray_address: local, auto, ray://host:port, or null for this process.
     """
-    from lightning_acc.study import run_study, summary
+    from lightning_acc.studies.study import run_study, summary
 
     table = run_study(study, ray_address)
     print(summary(table))
@@ -253,9 +253,9 @@ def track(run: str, project: str | None = None) -> None:
     """
     import json
 
-    from lightning_acc.tracking import mode
-    from lightning_acc.tracking import track as log
-    from lightning_acc.trajectory.run import Run
+    from lightning_acc.record.record import Run
+    from lightning_acc.show.tracking import mode
+    from lightning_acc.show.tracking import track as log
 
     opened = Run(run)
     rows = json.loads(opened.store.read("evaluation.json"))["rows"] if opened.store.exists("evaluation.json") else None
@@ -268,7 +268,7 @@ def dashboards(project: str | None = None) -> None:
     Args:
         project: by default lightning-acc.
     """
-    from lightning_acc import tracking
+    from lightning_acc.show import tracking
 
     print(tracking.dashboards(project))
 
@@ -308,7 +308,7 @@ def _trusting(args: list[str]) -> list[str]:
     while rest:
         word = rest.pop(0)
         if word == "--trust" or word.startswith("--trust="):
-            from lightning_acc.trajectory.rebuild import allow
+            from lightning_acc.core.rebuild import allow
 
             named = word.partition("=")[2] or (rest.pop(0) if rest else "")
             allow(name for name in named.split(",") if name)
@@ -340,7 +340,7 @@ def main(args: list[str] | None = None) -> None:
     args = _trusting(list(sys.argv[1:] if args is None else args))
     try:
         if args and args[0] in ("fit", "run"):
-            from lightning_acc import training
+            from lightning_acc.studies import fit as training
 
             getattr(training, args[0])(args[1:])
         else:

@@ -22,8 +22,8 @@ import pytorch_lightning as pl
 import torch
 
 import lightning_acc as la
-from lightning_acc.data import DigitsDataModule
-from lightning_acc.models import Classifier
+from lightning_acc.studies.data import DigitsDataModule
+from lightning_acc.studies.models import Classifier
 
 N, EPOCHS, SECONDS = 1200, 50, 60.0
 LOO: dict[str, Any] = {"method": "loo", "save": False, "progress": False, "memory_gb": 0.1}

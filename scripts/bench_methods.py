@@ -31,7 +31,7 @@ def record(directory: Path, hidden: tuple[int, ...], features: int, epochs: int)
     from torch.utils.data import DataLoader, TensorDataset
 
     from lightning_acc import TrajectoryRecorder
-    from lightning_acc.models import Classifier
+    from lightning_acc.studies.models import Classifier
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -62,7 +62,7 @@ def record(directory: Path, hidden: tuple[int, ...], features: int, epochs: int)
 
 def loop_seconds(replay: object) -> float:
     """Seconds of the sequential baseline for the whole run: one Hessian-vector product per sample and step."""
-    from lightning_acc.replay import Replay
+    from lightning_acc.core.replay import Replay
 
     assert isinstance(replay, Replay)
     state, shifts = replay.initial, [torch.zeros_like(replay.initial[0]) for _ in range(N)]
@@ -88,9 +88,10 @@ def loop_seconds(replay: object) -> float:
 
 def speed() -> None:
     """Print the table of seconds and ratios."""
-    from lightning_acc import Run, sweep
-    from lightning_acc.methods import FORWARD, REVERSE
-    from lightning_acc.replay import Replay
+    from lightning_acc import Run
+    from lightning_acc.core.replay import Replay
+    from lightning_acc.methods import sweeps as sweep
+    from lightning_acc.methods.rules import FORWARD, REVERSE
 
     with tempfile.TemporaryDirectory() as directory:
         training = record(Path(directory) / "run", (8, 8), FEATURES, EPOCHS)

@@ -26,10 +26,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc import forecast
-from lightning_acc.data import DigitsDataModule, NewsgroupsDataModule
-from lightning_acc.methods import REVERSE
-from lightning_acc.models import Classifier
+from lightning_acc.methods.rules import REVERSE
+from lightning_acc.plan import forecast
+from lightning_acc.studies.data import DigitsDataModule, NewsgroupsDataModule
+from lightning_acc.studies.models import Classifier
 
 EPOCHS = {"digits": 15, "mlp": 4, "20news": 10, "adamw": 6, "unequal": 6, "local": 30}
 METHODS = tuple(entry.method for entry in forecast.FORECASTS)

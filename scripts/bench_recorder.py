@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acc import TrajectoryRecorder
-from lightning_acc.models import Classifier
+from lightning_acc.studies.models import Classifier
 
 HIDDEN: dict[str, tuple[int, ...]] = {"10^4": (12,), "10^6": (800, 400), "10^7": (3000, 2400)}
 STEPS = {"10^4": 300, "10^6": 120, "10^7": 24}

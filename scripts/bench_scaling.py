@@ -75,8 +75,8 @@ def record(path: str, n: int, width: int, synthetic: bool) -> None:
     from torch.utils.data import DataLoader, TensorDataset, random_split
 
     import lightning_acc as la
-    from lightning_acc.data import MNISTDataModule
-    from lightning_acc.models import Classifier
+    from lightning_acc.studies.data import MNISTDataModule
+    from lightning_acc.studies.models import Classifier
 
     _quiet()
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import lightning_acc as la
-from lightning_acc import scores
+from lightning_acc.scoring import scores
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

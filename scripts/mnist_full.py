@@ -24,10 +24,10 @@ from sklearn.metrics import roc_auc_score
 from study_figures import into_readme
 
 import lightning_acc as la
-from lightning_acc import controls
-from lightning_acc.agreement import agreement, stored_scores, truth_for
-from lightning_acc.replay import Replay
-from lightning_acc.work import FACTS
+from lightning_acc.core.replay import Replay
+from lightning_acc.judge import controls
+from lightning_acc.judge.agreement import agreement, stored_scores, truth_for
+from lightning_acc.scoring.work import FACTS
 
 OUT = Path(__file__).parent / "study" / "mnist-full.md"
 RANKINGS = {
@@ -107,7 +107,8 @@ def chosen(run: la.Run, count: int) -> list[int]:
 
 
 def retrain(run: la.Run, count: int, address: str | None) -> None:
-    from lightning_acc import cluster, planning
+    from lightning_acc.plan import planning
+    from lightning_acc.scoring import cluster
 
     ids = chosen(run, count)
     planning.LARGEST_CHUNK = AT_ONCE

@@ -28,9 +28,11 @@ import pytorch_lightning as pl
 import torch
 
 import lightning_acc as la
-from lightning_acc import cluster, planning, scores, scoring, work
-from lightning_acc.data import DigitsDataModule
-from lightning_acc.models import Classifier
+from lightning_acc.plan import planning
+from lightning_acc.scoring import cluster, scores, work
+from lightning_acc.scoring import score as scoring
+from lightning_acc.studies.data import DigitsDataModule
+from lightning_acc.studies.models import Classifier
 
 N, CHUNK = 300, 12
 WORKERS = "LIGHTNING_ACC_SOAK"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 import lightning_acc as la
-from lightning_acc.data import AdultDataModule
-from lightning_acc.methods import FORWARD
-from lightning_acc.models import Classifier
-from lightning_acc.removals import Removals
-from lightning_acc.replay import Replay
+from lightning_acc.core.removals import Removals
+from lightning_acc.core.replay import Replay
+from lightning_acc.methods.rules import FORWARD
+from lightning_acc.studies.data import AdultDataModule
+from lightning_acc.studies.models import Classifier
 
 plt.switch_backend("Agg")
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lightning_acc"})

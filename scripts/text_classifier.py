@@ -121,11 +121,11 @@ def train(directory: str, train: Dataset[Any], val: Dataset[Any], epochs: int = 
 
 def scores_for_plain_sgd(run: la.Run) -> Any:
     """SGD-IE as if the run had been made by SGD at the recorded learning rates: the optimizer ignored."""
-    from lightning_acc.methods import AdjointSgdIe
-    from lightning_acc.optimizers import Update
-    from lightning_acc.replay import Replay
-    from lightning_acc.step import Step
-    from lightning_acc.sweep import reverse
+    from lightning_acc.core.optimizers import Update
+    from lightning_acc.core.replay import Replay
+    from lightning_acc.core.step import Step
+    from lightning_acc.methods.rules import AdjointSgdIe
+    from lightning_acc.methods.sweeps import reverse
 
     replay = Replay(run, "float64")
     update = Update("SGD", replay.layout, replay.update.group_of, 0)

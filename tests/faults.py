@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_acc.removals import Removal
-from lightning_acc.trajectory.store import Store
-from lightning_acc.work import Result, compute
+from lightning_acc.core.removals import Removal
+from lightning_acc.record.store import Store
+from lightning_acc.scoring.work import Result, compute
 
 PLACE = "LIGHTNING_ACC_TEST_FAULTS"
 """Environment variable: a folder with a file ``<first sample of the chunk>`` holding the fault, taken away when it strikes."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import fsspec
 import pytest
 
-from lightning_acc.trajectory.store import Store
+from lightning_acc.record.store import Store
 
 
 def free_port() -> int:

@@ -10,8 +10,8 @@ from problems import N, make, record
 from scipy import stats
 
 import lightning_acc as la
-from lightning_acc import agreement
-from lightning_acc.samples import detection_precision
+from lightning_acc.judge import agreement
+from lightning_acc.judge.samples import detection_precision
 
 
 @pytest.mark.parametrize("seed", range(5))

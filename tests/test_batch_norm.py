@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.replay import Replay
+from lightning_acc.core.replay import Replay
 
 KEEP: Any = {"batch_norm": "keep-batch-statistics"}
 

@@ -14,9 +14,9 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc import cleaning
-from lightning_acc.replay import Replay
-from lightning_acc.retraining import Retraining, fresh_parameters, retrain
+from lightning_acc.core.replay import Replay
+from lightning_acc.judge import cleaning
+from lightning_acc.judge.fresh_training import Retraining, fresh_parameters, retrain
 
 
 class LinearNet(Net):

@@ -192,7 +192,8 @@ def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> N
 def test_the_page_survives_hostile_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from problems import make, record
 
-    from lightning_acc import report, samples
+    from lightning_acc.judge import samples
+    from lightning_acc.show import report
 
     nasty = "</script><script>alert(1)</script><!-- &quot;"
     run = record(tmp_path / "run", make())

@@ -41,7 +41,7 @@ def workers(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_workers_give_the_scores_of_this_process_to_the_last_bit(
     run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_acc import planning
+    from lightning_acc.plan import planning
 
     monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
     for method in ("loo", "acc-sgd-ie", "sgd-ie"):
@@ -54,7 +54,7 @@ def test_workers_give_the_scores_of_this_process_to_the_last_bit(
 
 
 def test_a_query_of_ones_own_reaches_the_workers(run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc import planning
+    from lightning_acc.plan import planning
 
     monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
     query = la.Query("first-logit", [tuple(data(n=9, seed=2).tensors)], lambda module, batch: module.net(batch[0])[:, 0])
@@ -63,7 +63,7 @@ def test_a_query_of_ones_own_reaches_the_workers(run: la.Run, workers: int, monk
 
 
 def test_an_error_in_a_worker_is_the_error_here(run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc import planning
+    from lightning_acc.plan import planning
 
     monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
 
@@ -79,7 +79,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 import lightning_acc as la
-from lightning_acc import methods
+from lightning_acc.methods import rules as methods
 advance = methods.LeaveOneOut.advance
 def slow(self, *arguments):
     import time

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lightning_acc as la
-from lightning_acc.data import AdultDataModule, MNISTDataModule, NewsgroupsDataModule
+from lightning_acc.studies.data import AdultDataModule, MNISTDataModule, NewsgroupsDataModule
 
 real = pytest.mark.skipif("LIGHTNING_ACC_DATA" not in os.environ, reason="needs LIGHTNING_ACC_DATA")
 MODULES: dict[str, Any] = {

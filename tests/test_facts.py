@@ -12,7 +12,7 @@ from problems import N, Net, data, fit, make, record, replay_by_hand
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.methods import METHODS
+from lightning_acc.methods.rules import METHODS
 
 EXACT = 1e-10  # relative, for what is equal up to round-off
 OPTIMIZERS = [
@@ -93,9 +93,9 @@ def test_6_forward_and_reverse_agree(tmp_path: Path, method: str, optimizer: dic
 
 
 def test_6_a_reverse_sweep_in_segments_equals_one_that_keeps_everything(tmp_path: Path) -> None:
-    from lightning_acc import sweep
-    from lightning_acc.methods import AdjointSgdIe
-    from lightning_acc.replay import Replay
+    from lightning_acc.core.replay import Replay
+    from lightning_acc.methods import sweeps as sweep
+    from lightning_acc.methods.rules import AdjointSgdIe
 
     run = record(tmp_path / "run", make(hidden=4, optimizer={"momentum": 0.9, "lr": 0.05}))
     replay, query = Replay(run), run.query("val")
@@ -107,7 +107,7 @@ def test_6_a_reverse_sweep_in_segments_equals_one_that_keeps_everything(tmp_path
 
 @pytest.mark.parametrize("method", ["loo", "acc-sgd-ie", "sgd-ie", "tracin"])
 def test_6_chunked_equals_unchunked(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc import planning
+    from lightning_acc.plan import planning
 
     run = record(tmp_path / "run", make(hidden=4))
     whole = la.score(run, method, readout="exact", ray_address=None, save=False).values

@@ -19,7 +19,8 @@ import pytest
 from problems import data, make, record
 
 import lightning_acc as la
-from lightning_acc import planning, scoring
+from lightning_acc.plan import planning
+from lightning_acc.scoring import score as scoring
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -65,7 +66,7 @@ def computed(tmp_path: Path) -> list[str]:
 
 
 def whole_table(run: la.Run) -> np.ndarray:
-    from lightning_acc import scores
+    from lightning_acc.scoring import scores
 
     table = scores.read(run.store, "loo").by_removal()
     assert sorted(table) == [(i,) for i in range(N)]  # nothing missing, nothing twice
@@ -103,7 +104,9 @@ import sys
 sys.path.insert(0, {tests!r})
 import faults
 import lightning_acc as la
-from lightning_acc import cluster, planning, scoring
+from lightning_acc.scoring import cluster
+from lightning_acc.plan import planning
+from lightning_acc.scoring import score as scoring
 planning.LARGEST_CHUNK = {chunk}
 cluster.SECONDS_UNTIL_HUNG, cluster.SECONDS_TO_MAKE_ROOM = {hung}, 0.2
 scoring.compute = faults.faulty
@@ -225,7 +228,7 @@ def test_every_fault_in_one_run(run: la.Run, undisturbed: np.ndarray, tmp_path: 
 
 
 def test_a_removal_that_diverges_is_reported_and_the_rest_finishes(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc import work
+    from lightning_acc.scoring import work
 
     def diverging(job: Any, removals: Any, progress: Any, replay: Any = None) -> Any:
         result = work.compute(job, removals, progress)

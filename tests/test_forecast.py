@@ -14,11 +14,12 @@ from problems import FEATURES, N, make, record
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc import forecast, planning, scoring
-from lightning_acc.forecast import FORECASTS, Plan, Resources, amount, duration, plan, recommend
-from lightning_acc.methods import FORWARD, REVERSE
-from lightning_acc.planning import Calibration, Cost
-from lightning_acc.replay import Replay, Tape
+from lightning_acc.core.replay import Replay, Tape
+from lightning_acc.methods.rules import FORWARD, REVERSE
+from lightning_acc.plan import forecast, planning
+from lightning_acc.plan.forecast import FORECASTS, Plan, Resources, amount, duration, plan, recommend
+from lightning_acc.plan.planning import Calibration, Cost
+from lightning_acc.scoring import score as scoring
 
 NUMBERS = ("seconds", "work_seconds", "peak_memory_gb", "chunks")
 

@@ -19,8 +19,9 @@ from problems import data, make, record
 from s3 import free_port
 
 import lightning_acc as la
-from lightning_acc import cluster, scores, scoring
 from lightning_acc.progress import watched_by
+from lightning_acc.scoring import cluster, scores
+from lightning_acc.scoring import score as scoring
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 120

@@ -12,10 +12,11 @@ from problems import FEATURES, N, Net, StepOnly, data, make, record
 from torch import nn
 
 import lightning_acc as la
-from lightning_acc import scoring, work
-from lightning_acc.agreement import rmse, spearman
-from lightning_acc.low_rank import basis, sweep
-from lightning_acc.replay import Replay
+from lightning_acc.core.replay import Replay
+from lightning_acc.judge.agreement import rmse, spearman
+from lightning_acc.methods.low_rank import basis, sweep
+from lightning_acc.scoring import work
+from lightning_acc.scoring import score as scoring
 
 ROUND_OFF = 1e-12
 MEMORY = 2**30

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.agreement import kendall, rmse
-from lightning_acc.low_rank import sweep
-from lightning_acc.low_rank.protocol import split_for
-from lightning_acc.replay import Replay
+from lightning_acc.core.replay import Replay
+from lightning_acc.judge.agreement import kendall, rmse
+from lightning_acc.methods.low_rank import sweep
+from lightning_acc.methods.low_rank.protocol import split_for
 
 ROUND_OFF = 1e-12
 MEMORY = 2**30

@@ -17,7 +17,7 @@ sys.path.insert(0, {tests!r})
 import lightning_acc as la
 run = la.Run({path!r})
 assert run.audit().ok
-from lightning_acc.methods import METHODS
+from lightning_acc.methods.rules import METHODS
 for method in METHODS:
     la.score(run, method, ray_address=None)
 print(la.evaluate(run).to_pylist()[1]["method"])
@@ -41,8 +41,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_only_one_part_each_imports_ray_and_wandb() -> None:
     root = Path(__file__).parent.parent / "lightning_acc"
     sources = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
-    assert [name for name, text in sources.items() if "import ray" in text] == ["cluster.py"]
-    assert {name.split("/")[0] for name, text in sources.items() if "import wandb" in text} == {"tracking"}
+    assert [name for name, text in sources.items() if "import ray" in text] == ["scoring/cluster.py"]
+    assert {name.rpartition("/")[0] for name, text in sources.items() if "import wandb" in text} == {"show/tracking"}
 
 
 READING = """
@@ -50,7 +50,7 @@ import os
 import sys
 import pyarrow as pa
 import pyarrow.parquet
-from lightning_acc.trajectory import tables
+from lightning_acc.record import tables
 
 table = pa.table({"score": [0.5, -0.5]}, metadata={"method": "loo"})
 sink = pa.BufferOutputStream()

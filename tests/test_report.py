@@ -27,10 +27,12 @@ from problems import data, make, record, trainer
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
-from lightning_acc import cleaning, exports, report, scores
-from lightning_acc.data.base import png
 from lightning_acc.errors import RequestError
-from lightning_acc.selection import select
+from lightning_acc.judge import cleaning, exports
+from lightning_acc.scoring import scores
+from lightning_acc.scoring.selection import select
+from lightning_acc.show import report
+from lightning_acc.studies.data.base import png
 
 N = 60
 NASTY = '</script><script>alert(1)</script><img src=x onerror="alert(1)"><!-- &quot;'

@@ -13,8 +13,8 @@ import torch
 from problems import N, data, make, record
 
 import lightning_acc as la
-from lightning_acc.trajectory import manifest as manifests
-from lightning_acc.trajectory.store import Store
+from lightning_acc.record import manifest as manifests
+from lightning_acc.record.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_scores_keep_their_conditions_and_are_merged_with_older_ones(path: Path)
     run = la.Run(path)
     la.score(run, "loo", [3, 1], ray_address=None)
     la.score(run, "loo", [[2, 5], [1]], ray_address=None)
-    from lightning_acc import scores
+    from lightning_acc.scoring import scores
 
     stored = scores.read(run.store, "loo")
     assert stored.removals == [(1,), (2, 5), (3,)]

@@ -11,9 +11,9 @@ import torch
 from problems import N, Net, data, make, record
 
 import lightning_acc as la
-from lightning_acc.agreement import rmse, spearman
-from lightning_acc.low_rank import screened, sweep
-from lightning_acc.replay import Replay
+from lightning_acc.core.replay import Replay
+from lightning_acc.judge.agreement import rmse, spearman
+from lightning_acc.methods.low_rank import screened, sweep
 
 ROUND_OFF = 1e-12
 

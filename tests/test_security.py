@@ -19,10 +19,10 @@ import torch
 from problems import make, record
 
 import lightning_acc as la
-from lightning_acc import scores
-from lightning_acc.trajectory import manifest as manifests
-from lightning_acc.trajectory import rebuild
-from lightning_acc.trajectory.store import Store, check_name, digest, without_credentials
+from lightning_acc.core import rebuild
+from lightning_acc.record import manifest as manifests
+from lightning_acc.record.store import Store, check_name, digest, without_credentials
+from lightning_acc.scoring import scores
 
 EVIL = """
 import pathlib
@@ -338,7 +338,7 @@ def test_links_within_a_run_do_not_lead_writing_astray(path: Path, tmp_path: Pat
 
 def test_the_command_line_trusts_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_acc import cli
-    from lightning_acc.trajectory import rebuild
+    from lightning_acc.core import rebuild
 
     monkeypatch.setattr(rebuild, "_trusted", set())
     assert cli._trusting(["score", "RUN", "--trust", "mine,yours", "--method", "loo", "--trust=theirs"]) == [

@@ -123,8 +123,8 @@ def test_acc_is_exact_for_squared_loss_and_a_linear_model_under_any_update(
 def test_sgd_ie_is_the_derivative_in_the_weight_and_forward_equals_reverse(
     tmp_path: Path, optimizer: str, clipping: str
 ) -> None:
-    from lightning_acc.replay import Replay
-    from lightning_acc.step import Step
+    from lightning_acc.core.replay import Replay
+    from lightning_acc.core.step import Step
 
     module = make(hidden=5, activation="gelu", dropout=0.3, optimizer=OPTIMIZERS[optimizer])
     run = record(tmp_path / "run", module, accumulate_grad_batches=2, **CLIPPING[clipping])
@@ -212,7 +212,7 @@ def lion(state: tuple[Tensor, ...], gradient: Tensor, h: dict[str, Any]) -> tupl
 
 
 def test_an_optimizer_can_be_registered_and_a_wrong_rule_is_found_out(tmp_path: Path) -> None:
-    from lightning_acc import optimizers
+    from lightning_acc.core import optimizers
     from lightning_acc.recorder import RecordingRefused
 
     with pytest.raises(RecordingRefused, match="Lion is not known"):

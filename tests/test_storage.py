@@ -22,8 +22,8 @@ from problems import N, data, fit, flat, make, record
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
-from lightning_acc.trajectory import store as stores
-from lightning_acc.trajectory.store import Store, may_pass
+from lightning_acc.record import store as stores
+from lightning_acc.record.store import Store, may_pass
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -75,7 +75,7 @@ def test_everything_works_on_s3_as_on_a_disk(url: str, tmp_path: Path) -> None:
 
 
 def test_loader_workers_that_fork_while_steps_are_written(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc.trajectory import writer
+    from lightning_acc.record import writer
 
     monkeypatch.setattr(writer, "FLUSH_STEPS", 2)
     loader = DataLoader(data(), 7, shuffle=True, num_workers=2, multiprocessing_context="fork")
@@ -85,7 +85,7 @@ def test_loader_workers_that_fork_while_steps_are_written(url: str, monkeypatch:
 
 
 def test_ray_workers_read_the_run_by_its_url(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lightning_acc import planning
+    from lightning_acc.plan import planning
 
     run = record(url, make(hidden=6), data(n=70), batch_size=10)  # type: ignore[arg-type]
     monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
@@ -224,7 +224,7 @@ def test_a_file_system_that_is_not_installed_is_named() -> None:
 
 
 UPLOAD = """
-from lightning_acc.trajectory.store import Store
+from lightning_acc.record.store import Store
 import s3fs
 upload = s3fs.S3FileSystem._call_s3
 async def slow(self, method, *arguments, **options):

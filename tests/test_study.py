@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from lightning_acc.errors import RequestError
-from lightning_acc.grid import Study
-from lightning_acc.study import run_study, summary
+from lightning_acc.studies.grid import Study
+from lightning_acc.studies.study import run_study, summary
 
 
 def small(path: Path, **options: object) -> Study:

@@ -20,11 +20,12 @@ from problems import CLASSES, N, data, make, record, trainer
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
-from lightning_acc import cleaning, samples, tracking
-from lightning_acc.data.base import png
-from lightning_acc.methods import METHODS
-from lightning_acc.timeline import influence_over_time
-from lightning_acc.tracking import connection, driver, panels
+from lightning_acc.judge import cleaning, samples
+from lightning_acc.methods.rules import METHODS
+from lightning_acc.methods.visits import influence_over_time
+from lightning_acc.show import tracking
+from lightning_acc.show.tracking import connection, driver, panels
+from lightning_acc.studies.data.base import png
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
 ADAMW = {"class": "AdamW", "lr": 0.05, "weight_decay": 0.01}
@@ -467,7 +468,7 @@ def test_a_loss_that_cannot_be_followed_over_time_has_all_the_rest(tmp_path: Pat
     def refuse(*_: Any) -> None:
         raise NotImplementedError("no second derivative")
 
-    monkeypatch.setattr("lightning_acc.step.Point.pullback", refuse)
+    monkeypatch.setattr("lightning_acc.core.step.Point.pullback", refuse)
     facts = json.loads(inspect(Path(tracking.track(run, None)), "--summary"))
     assert "differentiates the loss twice" in facts["summary"]["over time/left out"]
     assert "ranking/loo" in facts["summary"]

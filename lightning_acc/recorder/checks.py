@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_acc.optimizers import State
+from lightning_acc.core.optimizers import State
+from lightning_acc.core.step import Step
 from lightning_acc.recorder import decomposition
 from lightning_acc.recorder.refusals import RecordingRefused, batch_norms
-from lightning_acc.step import Step
 
 CHECKED_STEPS = 3
 CHECKED_SIZES = 3

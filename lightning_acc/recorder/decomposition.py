@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core.objective import Objective, whole_loss_of_training_step
+from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
-from lightning_acc.objective import Objective, whole_loss_of_training_step
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.refusals import RecordingRefused
-from lightning_acc.step import Step
-from lightning_acc.trajectory import batches
-from lightning_acc.trajectory.batches import Leaves
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest relative difference, in norm, that counts as round-off."""

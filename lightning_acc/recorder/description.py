@@ -18,12 +18,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_acc import queries
+from lightning_acc.core import queries, rebuild
 from lightning_acc.errors import InfluenceError, RunError
+from lightning_acc.record.store import Store
+from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.optimizer import TrainedOptimizer
-from lightning_acc.trajectory import rebuild
-from lightning_acc.trajectory.store import Store
-from lightning_acc.trajectory.writer import RunWriter
 
 
 def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.dtype) -> dict[str, Any]:

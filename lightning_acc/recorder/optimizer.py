@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core.objective import ParameterLayout
+from lightning_acc.core.optimizers import RULES, State, Update
 from lightning_acc.errors import RunError
-from lightning_acc.objective import ParameterLayout
-from lightning_acc.optimizers import RULES, State, Update
 from lightning_acc.recorder.decomposition import GRADIENT_TOLERANCE
 from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
 

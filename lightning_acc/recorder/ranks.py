@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
-from lightning_acc.trajectory.batches import Leaves
-from lightning_acc.trajectory.run import Run
-from lightning_acc.trajectory.store import Store
-from lightning_acc.trajectory.writer import RunWriter
+from lightning_acc.record.batches import Leaves
+from lightning_acc.record.record import Run
+from lightning_acc.record.store import Store
+from lightning_acc.record.writer import RunWriter
 
 
 @dataclass

@@ -15,8 +15,14 @@ try:
 except ModuleNotFoundError:  # the same library under its other name; its Callback has the same hooks
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
+from lightning_acc.core import rebuild
+from lightning_acc.core.objective import AUTOCAST, Objective
+from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
-from lightning_acc.objective import AUTOCAST, Objective
+from lightning_acc.record import batches
+from lightning_acc.record import manifest as manifests
+from lightning_acc.record.store import Store
+from lightning_acc.record.writer import RunWriter, check_finite
 from lightning_acc.recorder import decomposition, description, ranks, refusals, resume
 from lightning_acc.recorder.checks import Checks
 from lightning_acc.recorder.loader import SampleTap
@@ -25,11 +31,6 @@ from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.resume import Place
 from lightning_acc.recorder.snapshots import Snapshots
-from lightning_acc.step import Batch, Step
-from lightning_acc.trajectory import batches, rebuild
-from lightning_acc.trajectory import manifest as manifests
-from lightning_acc.trajectory.store import Store
-from lightning_acc.trajectory.writer import RunWriter, check_finite
 
 
 class TrajectoryRecorder(Callback):

@@ -14,9 +14,9 @@ try:
 except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
+from lightning_acc.core.objective import AUTOCAST
+from lightning_acc.core.optimizers import RULES
 from lightning_acc.errors import RunError
-from lightning_acc.objective import AUTOCAST
-from lightning_acc.optimizers import RULES
 
 
 class RecordingRefused(RunError, MisconfigurationException):

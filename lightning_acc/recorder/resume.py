@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_acc.optimizers import State
+from lightning_acc.core.optimizers import State
+from lightning_acc.record import manifest as manifests
+from lightning_acc.record.store import Store, digest
+from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.refusals import refuse_if
-from lightning_acc.trajectory import manifest as manifests
-from lightning_acc.trajectory.store import Store, digest
-from lightning_acc.trajectory.writer import RunWriter
 
 KEY = "lightning_acc"
 """Where a checkpoint keeps the place in the record."""

@@ -6,8 +6,8 @@ import math
 import time
 
 from lightning_acc.errors import RequestError
+from lightning_acc.record.store import Store
 from lightning_acc.recorder.checks import CHECKED_STEPS
-from lightning_acc.trajectory.store import Store
 
 POLICIES = ("auto", "every-step", "every-k")
 SMALL = 64 * 2**20

@@ -1,0 +1,156 @@
+"""Queries: scalar functions of the parameters that shifts are read through.
+
+``score(R) = query(parameters without R) - query(parameters with R)``: positive scores help, negative ones harm.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_acc.core.objective import LossFunction, Objective, losses_of_training_step, per_sample_loss
+from lightning_acc.errors import RequestError, RunError
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.store import Store, digest
+
+
+class Query:
+    """The mean of a function over examples, in evaluation mode: by default the mean loss.
+
+    Example::
+
+        def margin(module, batch):
+            x, y = batch
+            logits = module(x)
+            return logits.gather(1, y[:, None])[:, 0] - logits.mean(1)
+
+        scores = la.score(run, query=la.Query("margin", test_loader, margin))
+
+    Args:
+        name: what tables call it: letters, digits, ``_``, ``.`` and ``-``.
+        data: batches as the module is given them: a DataLoader, or any iterable of batches.
+        function: takes the module and a batch, returns values of shape (B,), or one value, which counts for all B
+            examples. None is the loss the module is trained with.
+
+    Raises:
+        RequestError: the name or the data cannot be used.
+    """
+
+    def __init__(self, name: str, data: Iterable[Any], function: LossFunction | None = None) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise RequestError(f"{name!r} is no name for a query: use letters, digits, '_', '.' and '-'.")
+        self.name = name
+        self.function = function
+        self.batches: list[tuple[Leaves, Structure]] = []
+        for batch in data:
+            leaves, structure = batches.flatten(batch)
+            batches.batch_size(leaves)
+            self.batches.append(({key: leaf.detach().cpu().clone() for key, leaf in leaves.items()}, structure))
+        if not self.batches:
+            raise RequestError(f"The query {name!r} has no data: its loader gave no batch.")
+
+    @property
+    def n_examples(self) -> int:
+        """How many examples the query averages over."""
+        return sum(batches.batch_size(leaves) for leaves, _ in self.batches)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data and of the name of the function: two scores with the same one asked the same question."""
+        label = "loss" if self.function is None else f"{self.function.__module__}.{self.function.__qualname__}"
+        return digest(label.encode() + _encode(self))
+
+    def value(self, objective: Objective, theta: Tensor) -> Tensor:
+        """The query at parameters ``theta`` (p,), a scalar."""
+        return self.values(objective, theta[None])[0]
+
+    def values(self, objective: Objective, thetas: Tensor) -> Tensor:
+        """The query at each of ``thetas`` (n, p); returns (n,)."""
+        total = thetas.new_zeros(len(thetas))
+        with objective.evaluating():
+            for leaves, structure in self.batches:
+                leaves = batches.cast(leaves, objective.dtype)
+                total += objective.each(
+                    lambda theta, batch, s=structure: self.batch_sum(objective, theta, batch, s), thetas, leaves
+                )
+        return total / self.n_examples
+
+    def changes(self, objective: Objective, theta: Tensor, shifts: Tensor, rows: int) -> Tensor:
+        """``query(theta + D) - query(theta)`` for each row D of ``shifts`` (n, p), ``rows`` of them at a time; returns (n,)."""
+        parts = [shifts.new_zeros(0)]
+        for part in shifts.split(rows) if len(shifts) else ():
+            values = self.values(objective, torch.cat([theta[None], theta + part]))
+            # What shifts nothing changes nothing, not by the last bit two places in a batched product may differ in.
+            parts.append(torch.where((part != 0).any(1), values[1:] - values[0], 0.0))
+        return torch.cat(parts)
+
+    def gradient(self, objective: Objective, theta: Tensor) -> Tensor:
+        """Gradient (p,) of the query at ``theta`` (p,)."""
+        total = torch.zeros_like(theta)
+        leaf = theta.detach().requires_grad_()
+        with objective.evaluating():
+            for leaves, structure in self.batches:
+                value = self.batch_sum(objective, leaf, batches.cast(leaves, objective.dtype), structure)
+                total += torch.autograd.grad(value, leaf)[0]
+        return total / self.n_examples
+
+    def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
+        """The function summed over the examples of one batch, at parameters ``theta`` (p,)."""
+        values = objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves))
+        return values.sum() if values.ndim else values * batches.batch_size(leaves)
+
+
+def _loss(module: torch.nn.Module, batch: Any) -> Tensor:
+    return per_sample_loss(module, batch) if hasattr(module, "per_sample_loss") else losses_of_training_step(module, batch)
+
+
+def _encode(query: Query) -> bytes:
+    tensors = {f"{i}:{name}": leaf.contiguous() for i, (leaves, _) in enumerate(query.batches) for name, leaf in leaves.items()}
+    return safetensors.torch.save(tensors, {"structures": json.dumps([structure for _, structure in query.batches])})
+
+
+def write(store: Store, name: str, data: Iterable[Any]) -> Query:
+    """Store the batches of ``data`` in a run directory as the query ``name``, and return it."""
+    query = Query(name, data)
+    encoded = _encode(query)
+    store.write(f"queries/{name}.safetensors", encoded)
+    store.write(f"queries/{name}.json", json.dumps({"sha256": digest(encoded), "n_examples": query.n_examples}).encode())
+    return query
+
+
+def read(store: Store, name: str) -> Query:
+    """The query stored under ``name``.
+
+    Raises:
+        RequestError: there is none.
+        RunError: its file is damaged.
+    """
+    files = [entry.split("/")[1] for entry in store.names("queries")]
+    known = [file.removesuffix(".json") for file in files if file.endswith(".json")]
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none, as training had no validation data"
+        raise RequestError(
+            f"This run has no query {name!r}: {has}. Add one with run.add_query({name!r}, loader), or pass a Query."
+        )
+    data = store.read(f"queries/{name}.safetensors")
+    where = store.locate(f"queries/{name}.safetensors")
+    try:
+        intact = json.loads(store.read(f"queries/{name}.json"))["sha256"] == digest(data)
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise RunError(f"{where} is damaged: its content does not match its hash. Store it again with run.add_query.")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    structures = json.loads(header["__metadata__"]["structures"])
+    leaves: list[Leaves] = [{} for _ in structures]
+    for key, leaf in safetensors.torch.load(data).items():
+        index, _, leaf_name = key.partition(":")
+        leaves[int(index)][leaf_name] = leaf
+    return Query(name, (batches.unflatten(s, x) for s, x in zip(structures, leaves, strict=True)))

@@ -1,0 +1,256 @@
+"""F: one training step as a pure function, and its derivatives.
+
+    F_t(s, w) = U_t(s, G_t(theta, w)),      G_t(theta, w) = d/dtheta  sum_i w_i l_i(theta)
+
+``s = (theta, slots)`` is the state, ``w`` the loss weights of the recorded batch, ``l_i`` the per-sample losses. It is
+defined here and nowhere else: the audit, the retraining and every estimator use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core.objective import LossFunction, Objective, Parameters, quiet, traceable
+from lightning_acc.core.optimizers import Hyperparameters, State, Update
+from lightning_acc.core.removals import Removals
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch as the module is given it.
+
+    Attributes:
+        leaves: its tensors, first dimension (B,).
+        rng: state of torch's random number generator before the forward pass, where that uses it.
+    """
+
+    leaves: Leaves
+    rng: Tensor | None = None
+
+    @contextmanager
+    def random_numbers(self) -> Iterator[None]:
+        """In here the forward pass draws the random numbers it drew in training."""
+        with torch.random.fork_rng(devices=[], enabled=self.rng is not None):
+            if self.rng is not None:
+                torch.set_rng_state(self.rng)
+            yield
+
+
+class Step:
+    """The recorded step ``t``.
+
+    Args:
+        objective: the per-sample losses.
+        update: the optimizer's U.
+        accumulated: the batches whose gradients are accumulated; usually one. Their samples together are B occurrences.
+        sample_ids: whose occurrence each row is, (B,).
+        weights: recorded loss weights, (B,).
+        groups: hyper-parameters of the parameter groups.
+        rows_at_once: how many Hessian-vector products to take together.
+        own_rows: the leaves are (n, B, ...), a batch for each of n parameter vectors; only ``gradients`` can be asked then.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        update: Update,
+        accumulated: list[Batch],
+        sample_ids: Tensor,
+        weights: Tensor,
+        groups: list[Hyperparameters],
+        rows_at_once: int = 128,
+        own_rows: bool = False,
+    ) -> None:
+        self.objective = objective
+        self.accumulated = [Batch(batches.cast(batch.leaves, objective.dtype), batch.rng) for batch in accumulated]
+        self.sample_ids = sample_ids
+        self.weights = weights.to(objective.dtype)
+        self.groups = groups
+        self.rows_at_once = rows_at_once
+        self._own_rows = own_rows
+        self._update = update
+
+    def update(self, state: State, gradient: Tensor) -> State:
+        """U_t: the state after the update; all tensors (..., p)."""
+        return self._update(state, gradient, self.groups)
+
+    def __call__(self, state: State) -> State:
+        """F_t(s, w) with the recorded weights; all tensors (p,)."""
+        return self.update(state, self.gradient(state[0]))
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad((self.weights * self.losses(theta)).sum(), theta)[0]
+
+    def at(self, state: State) -> Point:
+        """The step linearised at the state ``s_t`` of the recorded run."""
+        return Point(self, state)
+
+    def gradients(self, thetas: Tensor, weights: Tensor) -> Tensor:
+        """G_t at n parameter vectors (n, p), each with its own loss weights (n, B); returns (n, p)."""
+        thetas = thetas.detach().requires_grad_()
+        return torch.autograd.grad((weights * self.losses_each(thetas)).sum(), thetas)[0]
+
+    def response(self) -> tuple[Tensor, Tensor]:
+        """What the update makes of a change of one number, where it is affine: see ``Update.response``."""
+        return self._update.response(self.groups)
+
+    def losses(self, theta: Parameters) -> Tensor:
+        """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
+        return self.evaluate(theta, self.objective.loss)
+
+    def evaluate(self, theta: Parameters, function: LossFunction) -> Tensor:
+        """``function(module, batch)``, (B, ...), at parameters ``theta``, (p,) or by name; of all accumulated batches."""
+        parts = []
+        for batch in self.accumulated:
+            with batch.random_numbers():
+                parts.append(self.objective.call(theta, function, batches.unflatten(self.objective.structure, batch.leaves)))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def losses_each(self, thetas: Tensor) -> Tensor:
+        """Per-sample losses (n, B) at each of ``thetas`` (n, p)."""
+        parts = []
+        for batch in self.accumulated:
+            with batch.random_numbers():
+                parts.append(self.objective.losses_each(thetas, batch.leaves, self._own_rows))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def single_samples(self, positions: Tensor) -> Leaves | None:
+        """The samples at ``positions``, of any shape, taken out of their batches; None where that would change their loss."""
+        if not self.objective.independent_rows or any(batch.rng is not None for batch in self.accumulated):
+            return None
+        if len(self.accumulated) == 1:
+            return batches.rows(self.accumulated[0].leaves, positions)
+        shapes = {tuple((name, leaf.shape[1:]) for name, leaf in batch.leaves.items()) for batch in self.accumulated}
+        if len(shapes) > 1:
+            return None
+        together = {name: torch.cat([batch.leaves[name] for batch in self.accumulated]) for name in self.accumulated[0].leaves}
+        return batches.rows(together, positions)
+
+    def weights_without(self, removals: Removals) -> Tensor:
+        """Loss weights (n, B) with each removal's occurrences at 0."""
+        removed, position = removals.occurrences(self.sample_ids)
+        weights = self.weights.repeat(len(removals), 1)
+        weights[removed, position] = 0
+        return weights
+
+
+class Point:
+    """A step at the state ``s_t``: the gradient there, and products with the derivatives of F."""
+
+    def __init__(self, step: Step, state: State) -> None:
+        self.step = step
+        self.state = state
+        self._leaf = state[0].detach().requires_grad_()
+        self._weights = step.weights.detach().requires_grad_()
+        with traceable():
+            loss = (self._weights * step.losses(self._leaf)).sum()
+        (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
+        self.gradient = self._graph.detach()
+
+    def next(self) -> State:
+        """F_t(s_t, w)."""
+        return self.step.update(self.state, self.gradient)
+
+    def hessian_product(self, shifts: Tensor) -> Tensor:
+        """dG/dtheta (theta, w) D for each row D of ``shifts`` (n, p), with the weights of the whole batch; returns (n, p).
+
+        Reverse over reverse at ONE parameter vector with ONE weight vector, which is what makes it cheap: the forward pass
+        is shared by all n.
+        """
+        if not len(shifts):
+            return shifts
+        parts = [_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def transposed(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """``(dG/dtheta)^T gamma`` (p,) and ``(dG/dw)^T gamma``, which is ``<g_i, gamma>`` of each occurrence, (B,)."""
+        curved, slopes = torch.autograd.grad(
+            self._graph, (self._leaf, self._weights), gamma, retain_graph=True, materialize_grads=True
+        )
+        return curved, slopes
+
+    def removed(self, removals: Removals, curved: bool = False) -> Removed:
+        """What the removed samples contribute to G_t; ``curved``: also to its derivative.
+
+        Args:
+            removals: n removals.
+            curved: whether Hessian-vector products are going to be asked for.
+        """
+        removed, position = removals.occurrences(self.step.sample_ids)
+        touched, inverse, counts = torch.unique(removed, return_inverse=True, return_counts=True)
+        thetas = self._leaf.detach().expand(len(touched), -1).clone().requires_grad_()
+        if not len(touched):
+            return Removed(touched, thetas, torch.zeros_like(thetas))
+        step = self.step
+        slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
+        # Each removal gets a batch of its own samples, padded with any sample at weight 0.
+        columns = position.new_zeros(len(touched), int(counts.max()))
+        columns[inverse, slot] = position
+        own = step.single_samples(columns) if columns.shape[1] < len(step.sample_ids) else None
+        if own is not None:
+            weights = step.weights.new_zeros(columns.shape)
+            weights[inverse, slot] = step.weights[position]
+            losses = step.objective.losses_each(thetas, own, own_rows=True)
+        else:
+            weights = step.weights.new_zeros(len(touched), len(step.sample_ids))
+            weights[inverse, position] = step.weights[position]
+            losses = step.losses_each(thetas)
+        (graph,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=curved)
+        return Removed(touched, thetas, graph)
+
+    def pullback(self, adjoint: State) -> tuple[State, Tensor]:
+        """The adjoint of F: ``(dF/ds)^T adjoint``, a state, and ``(dF/dw)^T adjoint``, (B,)."""
+        state = (self._leaf, *(slot.detach().requires_grad_() for slot in self.state[1:]))
+        out = self.step.update(state, self._graph)
+        *back, weights = torch.autograd.grad(out, (*state, self._weights), adjoint, materialize_grads=True)
+        return tuple(back), weights
+
+
+class Removed:
+    """The removed samples of a step: ``sum_i w_i g_i`` over those of each removal, and products with their Hessians.
+
+    Attributes:
+        removals: indices (m,) of the removals the batch contains something of.
+        gradients: their sums ``sum_i w_i g_i``, (m, p).
+    """
+
+    def __init__(self, removals: Tensor, thetas: Tensor, graph: Tensor) -> None:
+        self.removals = removals
+        self.gradients = graph.detach()
+        self._thetas, self._graph = thetas, graph
+
+    def hessian_product(self, shifts: Tensor) -> Tensor:
+        """``sum_i w_i H_i D`` for the shift D of each of the m removals, (m, p)."""
+        if not self._graph.requires_grad:
+            return torch.zeros_like(shifts)
+        (curved,) = torch.autograd.grad(self._graph, self._thetas, shifts, retain_graph=True, materialize_grads=True)
+        return curved
+
+
+def _products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
+    """``cotangents`` (n, p) through the graph from ``inputs`` to ``outputs``, all rows at once where vmap can."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(cotangents)
+
+    def pull(rows: Tensor, batched: bool) -> Tensor:
+        (product,) = torch.autograd.grad(
+            outputs, inputs, rows, is_grads_batched=batched, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return product
+
+    try:
+        with quiet():
+            return pull(cotangents, True)
+    except RuntimeError as error:
+        if "memory" in str(error):
+            raise
+        return torch.stack([pull(row, False) for row in cotangents])

@@ -1,0 +1,145 @@
+"""Agreement of the estimates with the truth, leave-one-out retraining (``evaluate``)."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from lightning_acc.errors import RequestError
+from lightning_acc.methods.rules import METHODS
+from lightning_acc.record.record import Run
+from lightning_acc.scoring import scores
+from lightning_acc.scoring.scores import Scores
+
+EXTREMES = (10, 30, 50, 70)
+
+
+def rmse(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Root mean squared error of scores (n,), in the unit of the query."""
+    return float(np.sqrt(np.mean((estimate - truth) ** 2)))
+
+
+def kendall(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Kendall's tau-b of two score vectors (n,)."""
+    return float(stats.kendalltau(estimate, truth).statistic)
+
+
+def spearman(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Spearman's rank correlation of two score vectors (n,)."""
+    return float(stats.spearmanr(estimate, truth).statistic)
+
+
+def jaccard(estimate: np.ndarray, truth: np.ndarray, percent: float) -> float:
+    """Jaccard index of the two sets of extreme samples: ``percent`` % of n, half of them from each end of the ranking."""
+    count = max(1, round(len(truth) * percent / 200))
+
+    def extremes(values: np.ndarray) -> set[int]:
+        order = np.argsort(values, kind="stable")
+        return {*order[:count].tolist(), *order[-count:].tolist()}
+
+    ours, theirs = extremes(estimate), extremes(truth)
+    return len(ours & theirs) / len(ours | theirs)
+
+
+def agreement(estimate: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """All figures for one estimate: rmse (and in standard deviations of the truth), kendall, spearman, jaccard_10 to _70."""
+    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(estimate) == 0:
+        ranks = {"kendall": float("nan"), "spearman": float("nan")}  # the ranks of equal scores correlate with nothing
+    else:
+        ranks = {"kendall": kendall(estimate, truth), "spearman": spearman(estimate, truth)}
+    spread = float(np.std(truth))
+    error = rmse(estimate, truth)
+    return {
+        "rmse": error,
+        "rmse_sd": error / spread if spread else float("nan"),
+        **ranks,
+        **{f"jaccard_{percent}": jaccard(estimate, truth, percent) for percent in EXTREMES},
+    }
+
+
+def stored_scores(run: Run) -> dict[str, Scores]:
+    """The tables of a run that belong to its present content, by file name."""
+    tables = {name: scores.read(run.store, name) for name in scores.names(run.store)}
+    return {name: table for name, table in tables.items() if table.conditions["manifest_hash"] == run.hash}
+
+
+def truth_for(tables: dict[str, Scores], estimate: Scores) -> Scores | None:
+    """The ``loo`` table that answers the same question: same query and convention, the same dtype where there is one."""
+    same = ("query_fingerprint", "convention")
+    found = [
+        table
+        for table in tables.values()
+        if table.conditions["method"] == "loo"
+        and table.conditions["readout"] == "exact"
+        and all(table.conditions[key] == estimate.conditions[key] for key in same)
+    ]
+    return max(found, key=lambda table: table.conditions["dtype"] == estimate.conditions["dtype"], default=None)
+
+
+def evaluate(run: Run | str | os.PathLike[str], save: bool = True) -> pa.Table:
+    """Compare every stored table of scores with leave-one-out retraining, on the removals both have.
+
+    Args:
+        run: a recorded run with scores, or its path.
+        save: store the table as ``evaluation.json`` in the run directory.
+
+    Returns:
+        One row per table of scores and kind of removals: method, query, readout, dtype, removals (``samples``: single ones;
+        ``groups``), rmse, rmse_sd (in standard deviations of the truth), kendall, spearman, jaccard_10 to jaccard_70, n
+        (removals compared), seconds (of all workers together) and peak_memory_gb. The truth is among them, for its cost.
+
+    Raises:
+        RequestError: there are no scores, or none of ``loo`` to compare with.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    tables = stored_scores(run)
+    if not tables:
+        raise RequestError(f"{run.path} has no scores yet: compute some with score(run, method=...) first.")
+    rows = []
+    for name in sorted(tables, key=_order):
+        estimate = tables[name]
+        truth = truth_for(tables, estimate)
+        if truth is None:
+            continue
+        expected, found = truth.by_removal(), estimate.by_removal()
+        c = estimate.conditions
+        # Groups move the query much more than single samples: together, one kind would hide the other.
+        for kind, is_kind in (("samples", lambda removal: len(removal) == 1), ("groups", lambda removal: len(removal) != 1)):
+            common = [removal for removal in found if removal in expected and is_kind(removal)]
+            if common:
+                rows.append(
+                    {
+                        **{key: c[key] for key in ("method", "query", "readout", "dtype")},
+                        "removals": kind,
+                        **agreement(np.array([found[r] for r in common]), np.array([expected[r] for r in common])),
+                        "n": len(common),
+                        "seconds": c["seconds"],
+                        "peak_memory_gb": c["peak_memory_gb"],
+                    }
+                )
+    if not rows:
+        raise RequestError(
+            f"{run.path} has no leave-one-out truth for its scores: compute it with score(run, method='loo'), on the same "
+            "query and some of the same removals."
+        )
+    if save:
+        content: dict[str, Any] = {"manifest_hash": run.hash, "rows": rows}
+        run.store.write("evaluation.json", json.dumps(content, indent=1).encode())
+    return pa.Table.from_pylist(rows)
+
+
+def as_text(table: pa.Table) -> str:
+    """The table of ``evaluate`` for a terminal."""
+    columns = ["method", "readout", "removals", "rmse", "rmse_sd", "kendall", "spearman", "jaccard_10", "n", "seconds"]
+    frame = table.select(columns).to_pandas()
+    text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
+    return text
+
+
+def _order(name: str) -> tuple[int, str]:
+    return next((i for i, method in enumerate(METHODS) if name.startswith(method)), len(METHODS)), name

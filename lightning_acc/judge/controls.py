@@ -1,0 +1,128 @@
+"""The rankings that stand beside a method's when data is cleaned, and how a classifier is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_acc.core.replay import Replay
+from lightning_acc.judge.agreement import stored_scores
+from lightning_acc.judge.fresh_training import Retraining, contents, retrain
+from lightning_acc.record import batches
+from lightning_acc.record.record import Run
+
+FOLDS = 5
+"""Of the cross-validation that predicts every sample by a model that has not seen it."""
+
+
+def rankings(run: Run, names: list[str], memory: int) -> dict[str, np.ndarray]:
+    """The samples in the order each of the controls would drop them, as far as what it needs is there.
+
+    Args:
+        run: a recorded run.
+        names: of loss, cleanlab, loo and oracle.
+        memory: bytes to compute with.
+    """
+    orders = {}
+    if "loss" in names:
+        replay = Replay(run)
+        orders["loss"] = np.argsort(-_final_losses(replay), kind="stable")
+    if "cleanlab" in names:
+        quality = _label_quality(run, memory)
+        if quality is not None:
+            orders["cleanlab"] = np.argsort(quality, kind="stable")
+    if "loo" in names:
+        values = stored_values(run, "loo")
+        if values is not None:
+            orders["loo"] = np.argsort(values, kind="stable")
+    info = run.sample_info()
+    if "oracle" in names and info is not None and "corrupted" in info.column_names:
+        orders["oracle"] = np.flatnonzero(info["corrupted"].to_numpy(zero_copy_only=False))
+    return orders
+
+
+def stored_values(run: Run, method: str) -> np.ndarray | None:
+    """Stored scores (n_samples,) of every single sample under the query ``val``; None where they are not complete."""
+    for table in stored_scores(run).values():
+        if table.conditions["method"] == method and table.conditions["query"] == "val":
+            single = {removal[0]: value for removal, value in table.by_removal().items() if len(removal) == 1}
+            if len(single) == run.n_samples:
+                return np.array([single[i] for i in range(run.n_samples)])
+    return None
+
+
+class NotAClassifier(Exception):
+    """A module or batch that class probabilities cannot be read from."""
+
+
+def logits_of(module: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits (B, classes) and labels (B,) of a batch ``(inputs, labels)``.
+
+    Raises:
+        NotAClassifier: the batch is not of that kind, or ``module(inputs)`` gives something else.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise NotAClassifier
+    inputs, labels = batch
+    try:
+        logits = module(inputs)
+    except NotImplementedError:  # Lightning's own forward
+        raise NotAClassifier from None
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
+        raise NotAClassifier
+    return logits, labels
+
+
+def correct(module: torch.nn.Module, batch: Any) -> Tensor:
+    """Whether each sample is classified as labelled, (B,) of 0 and 1: the module's ``per_sample_accuracy``, or arg max."""
+    if hasattr(module, "per_sample_accuracy"):
+        found: Tensor = module.per_sample_accuracy(batch)  # type: ignore[operator]
+        return found
+    logits, labels = logits_of(module, batch)
+    return (logits.argmax(-1) == labels).to(logits.dtype)
+
+
+def _final_losses(replay: Replay) -> np.ndarray:
+    """Losses (n_samples,) of the training samples at the end of the run, in evaluation mode."""
+    leaves = batches.cast(contents(replay.run), replay.dtype)
+    theta = replay.run.parameters(len(replay)).to(replay.dtype)
+    with torch.no_grad(), replay.objective.evaluating():
+        losses = [
+            replay.objective.losses(theta, batches.rows(leaves, rows))
+            for rows in torch.arange(replay.run.n_samples).split(1000)
+        ]
+    found: np.ndarray = torch.cat(losses).double().numpy()
+    return found
+
+
+def _label_quality(run: Run, memory: int) -> np.ndarray | None:
+    """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; None where that cannot be had."""
+    try:
+        from cleanlab.rank import get_label_quality_scores  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        return None
+    fold_of = np.random.default_rng(0).permutation(run.n_samples) % FOLDS
+    folds = [frozenset(np.flatnonzero(fold_of == fold).tolist()) for fold in range(FOLDS)]
+    thetas = retrain(run, Retraining(0, folds), memory)
+    replay = Replay(run)
+    samples = contents(run)
+    probabilities: np.ndarray | None = None
+    for theta, fold in zip(thetas, folds, strict=True):
+        rows = sorted(fold)
+        batch = batches.unflatten(run.structure(), batches.cast(batches.rows(samples, torch.tensor(rows)), replay.dtype))
+        try:
+            with torch.no_grad(), replay.objective.evaluating():
+                logits = replay.objective.call(theta, lambda module, batch: logits_of(module, batch)[0], batch)
+        except NotAClassifier:
+            return None
+        if probabilities is None:
+            probabilities = np.zeros((run.n_samples, logits.shape[1]))
+            labels = np.zeros(run.n_samples, dtype=int)
+        probabilities[rows] = logits.double().softmax(-1).numpy()
+        labels[rows] = batch[1].numpy()
+    assert probabilities is not None
+    quality: np.ndarray = get_label_quality_scores(labels, probabilities)
+    return quality

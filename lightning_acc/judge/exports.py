@@ -1,0 +1,180 @@
+"""What leaves the package: a ranking as CSV, the ids of the samples to drop, and the training set without them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightning_acc.core import removals
+from lightning_acc.errors import RequestError
+from lightning_acc.judge.agreement import stored_scores, truth_for
+from lightning_acc.judge.samples import SampleViews
+from lightning_acc.record.record import Run
+from lightning_acc.record.store import Store
+from lightning_acc.scoring.scores import Scores
+
+if TYPE_CHECKING:
+    import datasets
+
+SAMPLE = "sample"
+"""The column of sample ids in what is exported."""
+_DESCRIBED = ("label", "true_label", "corrupted")
+
+
+def write_ranking_csv(run: Run, scores: Scores, path: str | os.PathLike[str]) -> None:
+    """Write a table of scores as CSV, the most harmful removal first.
+
+    Columns: ``rank``, ``sample`` (the id; the ids of a group with blanks between them), ``score``, ``loo`` (the score by
+    leave-one-out retraining, where the run has it stored for the same query; else without this column), ``label``,
+    ``true_label`` and ``corrupted`` of single samples, empty where they are not known.
+
+    Args:
+        run: the run the scores belong to.
+        scores: the table.
+        path: the file, a local path or an fsspec URL; it appears whole or not at all.
+
+    Raises:
+        RequestError: the scores belong to another run.
+        RunError: the file cannot be written.
+    """
+    if scores.conditions["manifest_hash"] != run.hash:
+        raise RequestError(
+            f"These scores belong to the record {scores.conditions['manifest_hash'][:12]}, but {run.path} is the record "
+            f"{run.hash[:12]}: score this run, or name the run they were computed on."
+        )
+    truth = None if scores.conditions["method"] == "loo" else truth_for(stored_scores(run), scores)
+    expected = None if truth is None else truth.by_removal()
+    views = SampleViews(run)
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["rank", SAMPLE, "score", *(["loo"] if expected is not None else []), *_DESCRIBED])
+    ranks, values = scores.table["rank"].to_pylist(), scores.values.tolist()
+    for rank, removal, score in sorted(zip(ranks, scores.removals, values, strict=True)):
+        known = [] if expected is None else [expected.get(removal)]
+        seen = [getattr(views[removal[0]], name) for name in _DESCRIBED] if len(removal) == 1 else [None] * len(_DESCRIBED)
+        writer.writerow([rank, " ".join(map(str, removal)), score, *known, *seen])
+    _write(path, buffer.getvalue())
+
+
+def ids_to_drop(scores: Scores, fraction: float | None = None, count: int | None = None) -> list[int]:
+    """The most harmful single samples, the most harmful first; never one whose score is not negative.
+
+    Args:
+        scores: a table of scores; removals of groups in it are passed over.
+        fraction: how many, as a share of the single samples that have a score, from 0 to 1, rounded.
+        count: how many; give either this or ``fraction``.
+
+    Returns:
+        Their ids; fewer than asked for where fewer do harm.
+
+    Raises:
+        RequestError: neither or both are given, one is out of range, or the table has no single samples.
+    """
+    single = [(removal[0], score) for removal, score in scores.by_removal().items() if len(removal) == 1]
+    if not single:
+        raise RequestError(
+            f"None of these {len(scores)} removals is of a single sample: score with removals=None, or with ids."
+        )
+    if (fraction is None) == (count is None):
+        raise RequestError(
+            f"How many samples to drop is not clear from fraction={fraction} and count={count}: give one of the two."
+        )
+    if fraction is not None:
+        if not 0 <= fraction <= 1:
+            raise RequestError(f"fraction={fraction} is no share of the samples: choose from 0 to 1.")
+        count = round(fraction * len(single))
+    assert count is not None
+    if count < 0:
+        raise RequestError(f"count={count} samples cannot be dropped: choose 0 or more.")
+    values = np.array([score for _, score in single])
+    order = np.argsort(values, kind="stable")[:count]
+    return [single[i][0] for i in order if values[i] < 0]
+
+
+def write_ids(ids: Iterable[int], path: str | os.PathLike[str]) -> None:
+    """Write sample ids, one on each line: as ``--removals FILE`` reads them, each a removal by itself.
+
+    Args:
+        ids: the ids, in the order to be written.
+        path: the file, a local path or an fsspec URL; it appears whole or not at all.
+
+    Raises:
+        RequestError: something in ``ids`` is no sample id.
+        RunError: the file cannot be written.
+    """
+    lines = []
+    for i in ids:
+        if isinstance(i, bool) or not hasattr(i, "__index__") or i < 0:
+            raise RequestError(f"{i!r} is no sample id: ids are whole numbers from 0.")
+        lines.append(f"{i.__index__()}\n")
+    _write(path, "".join(lines))
+
+
+def cleaned_dataset(run: Run, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
+    """The training set without the dropped samples, as a Hugging Face data set; nothing is uploaded.
+
+    Args:
+        run: the recorded run.
+        drop: ids of the samples to leave out.
+        dataset: the data set the run was trained on, row i being sample i; None takes what the run recorded.
+
+    Returns:
+        The rows of ``dataset`` that are kept, in order. Without it, one row per kept sample: ``sample`` (its id), the leaves
+        of the sample as it was first seen in training (null where it never was) and what the data module described; a leaf
+        whose name is taken is called ``recorded_<name>``, a description ``described_<name>``. An ``image`` that the data
+        module described becomes an Image column.
+
+    Raises:
+        RequestError: an id does not exist, nothing is left, or ``dataset`` has another length than the training set.
+    """
+    (dropped,) = removals.parse([list(drop)], run.n_samples)
+    gone = set(dropped)
+    kept = [i for i in range(run.n_samples) if i not in gone]
+    if not kept:
+        raise RequestError(f"All {run.n_samples} samples would be dropped and nothing is left to train on: drop fewer.")
+    if dataset is not None:
+        if len(dataset) != run.n_samples:
+            raise RequestError(
+                f"The data set has {len(dataset)} rows, but {run.path} was trained on {run.n_samples} samples: "
+                "give the training split that was recorded, or none to take what the run recorded."
+            )
+        return dataset.select(kept)
+    import datasets
+    import pyarrow as pa
+
+    described = run.sample_info()
+    rows = None if described is None else described.take(kept)
+    names = set() if rows is None else set(rows.column_names)
+    columns: dict[str, Any] = {SAMPLE: kept}
+    for leaf, values in _leaves(run, kept).items():
+        columns[f"recorded_{leaf}" if leaf in names or leaf == SAMPLE else leaf] = values
+    result = datasets.Dataset.from_dict(columns)
+    if rows is not None:
+        for name in rows.column_names:
+            result = result.add_column(f"described_{name}" if name == SAMPLE else name, rows[name].combine_chunks())
+        if "image" in names and pa.types.is_binary(rows.schema.field("image").type):
+            result = result.cast_column("image", datasets.Image())
+    return result
+
+
+def _leaves(run: Run, kept: list[int]) -> dict[str, list[Any]]:
+    """The leaves of the kept samples by name; None for a sample, or a leaf of one, that training never saw."""
+    columns: dict[str, list[Any]] = {}
+    for position, sample in enumerate(kept):
+        for name, leaf in (run.content_of(sample) or {}).items():
+            # NumPy knows no bfloat16.
+            values = (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
+            columns.setdefault(name, [None] * len(kept))[position] = values[()]  # a number, where it has no dimension
+    return dict(sorted(columns.items()))
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+    folder, _, name = os.fspath(path).replace(os.sep, "/").rpartition("/")
+    store = Store(folder or ("/" if os.fspath(path).startswith("/") else "."))
+    store.write(name, text.encode())

@@ -1,0 +1,139 @@
+"""Training anew, without some samples: new initial parameters and a new order, otherwise the recorded recipe.
+
+Unlike ``loo`` this is not the recorded run without the samples, but what training would be like after they are deleted:
+as many steps, with the recorded batch sizes, learning rates and other hyper-parameters, over the samples that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core import rebuild
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.step import Batch, Step
+from lightning_acc.errors import RunError
+from lightning_acc.plan import planning
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
+from lightning_acc.record.record import Run
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """Trainings from one seed: the same initial parameters and the same shuffling for all of them.
+
+    Attributes:
+        seed: of the initial parameters and the order.
+        dropped: for each training, the sample ids it goes without.
+    """
+
+    seed: int
+    dropped: list[frozenset[int]]
+
+    def pieces(self, size: int) -> list[Retraining]:
+        """The trainings in pieces of at most ``size``, as even as can be."""
+        n, count = len(self.dropped), -(-len(self.dropped) // size)
+        return [Retraining(self.seed, self.dropped[n * i // count : n * (i + 1) // count]) for i in range(count)]
+
+
+def retrain(run: Run, job: Retraining, memory: int, progress: Callable[[float], None] = lambda _: None) -> Tensor:
+    """Final parameters (m, p) of the m trainings of ``job``.
+
+    Args:
+        run: the recorded run, whose recipe is followed. Of an augmented sample the first content is used.
+        job: the seed and the samples to drop.
+        memory: bytes to compute with; the trainings are batched as far as they fit.
+        progress: told the fraction done.
+
+    Raises:
+        RunError: the module cannot be built anew.
+    """
+    replay = Replay(run)
+    start = fresh_parameters(run, replay, job.seed)
+    samples = contents(run)
+    size = planning.chunk_size(replay, "loo", memory)
+    finals = []
+    for first in range(0, len(job.dropped), size):
+        part = job.dropped[first : first + size]
+
+        def report(done: float, first: int = first, n: int = len(part)) -> None:
+            progress((first + done * n) / len(job.dropped))
+
+        finals.append(_train(replay, start, samples, part, job.seed, report))
+    return torch.cat(finals)
+
+
+def _train(
+    replay: Replay,
+    start: Tensor,
+    samples: Leaves,
+    dropped: list[frozenset[int]],
+    seed: int,
+    progress: Callable[[float], None],
+) -> Tensor:
+    run = replay.run
+    sizes = [len(step.sample_ids) for step in run.steps]
+    orders = torch.stack([_order(run.n_samples, without, sum(sizes), seed) for without in dropped])
+    state = replay.update.initial(start.expand(len(dropped), -1))
+    position = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout: the same for all trainings from this seed
+        for t, size in enumerate(sizes):
+            record = run.steps[t]
+            ids = orders[:, position : position + size]
+            position += size
+            # The batch's recorded weights sum to 1 for a mean, to its size for a sum: shared out evenly.
+            weights = torch.full((len(dropped), size), float(record.weights.sum()) / size, dtype=replay.dtype)
+            leaves = batches.rows(samples, ids)
+            step = Step(replay.objective, replay.update, [Batch(leaves)], ids, weights, record.groups, own_rows=True)
+            state = step.update(state, step.gradients(state[0], weights))
+            progress((t + 1) / len(sizes))
+    return state[0]
+
+
+def _order(n: int, dropped: frozenset[int], length: int, seed: int) -> Tensor:
+    """Sample ids in the order they are visited, (length,): shuffled anew every epoch, those dropped skipped."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.ones(n, dtype=torch.bool)
+    kept[list(dropped)] = False
+    if not kept.any():
+        raise RunError(f"Nothing is left to train on: all {n} samples are dropped.")
+    epochs: list[Tensor] = []
+    while sum(map(len, epochs)) < length:
+        shuffled = torch.randperm(n, generator=generator)
+        epochs.append(shuffled[kept[shuffled]])
+    return torch.cat(epochs)[:length]
+
+
+def fresh_parameters(run: Run, replay: Replay, seed: int) -> Tensor:
+    """Initial parameters (p,) of the run's module, drawn anew.
+
+    Raises:
+        RunError: the module cannot be rebuilt from its hyper-parameters.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = rebuild.build(run.manifest["module"])
+    return replay.layout.flat(dict(module.named_parameters())).to(replay.dtype)
+
+
+def contents(run: Run) -> Leaves:
+    """The leaves of all samples, (n_samples, ...); those of samples that were never visited are zeros.
+
+    Raises:
+        RunError: the samples differ in shape, so that they cannot be batched anew.
+    """
+    rows = [run.content_of(sample) for sample in range(run.n_samples)]
+    known = [row for row in rows if row is not None]
+    shapes = {tuple((name, leaf.shape) for name, leaf in row.items()) for row in known}
+    if len(shapes) != 1:
+        raise RunError(
+            f"The samples of {run.path} differ in shape, so that new batches cannot be put together from them: pad them to "
+            "one length in the data set."
+        )
+    blank = {name: torch.zeros_like(leaf) for name, leaf in known[0].items()}
+    return {name: torch.stack([(row or blank)[name] for row in rows]) for name in blank}

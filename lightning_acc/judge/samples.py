@@ -1,0 +1,86 @@
+"""What a reader sees of a training sample: picture or text, label, and whether it is known to be corrupted."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_acc.record.record import Run
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One training sample as shown in tables and pages; None where a thing is not known.
+
+    Attributes:
+        sample: its id.
+        image: a PNG file.
+        text: its text.
+        label: its label in training.
+        true_label: its label before a known corruption.
+        corrupted: whether it is known to be corrupted.
+    """
+
+    sample: int
+    image: bytes | None = None
+    text: str | None = None
+    label: str | None = None
+    true_label: str | None = None
+    corrupted: bool | None = None
+
+
+class SampleViews:
+    """Views of the samples of a run, from what its data module described, else from the tensors it was trained on."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        table = run.sample_info()
+        self._columns: dict[str, list[Any]] = table.to_pydict() if table is not None else {}
+
+    @property
+    def corrupted(self) -> np.ndarray | None:
+        """Whether each sample is known to be corrupted, (n_samples,) of bool; None where nothing is known."""
+        column = self._columns.get("corrupted")
+        return None if column is None else np.array(column, dtype=bool)
+
+    def __getitem__(self, sample: int) -> SampleView:
+        if self._columns:
+            known = {name: column[sample] for name, column in self._columns.items()}
+            names = {name: str(known[name]) for name in ("label", "true_label") if known.get(name) is not None}
+            return SampleView(
+                sample,
+                image=known.get("image"),
+                text=known.get("text"),
+                label=names.get("label"),
+                true_label=names.get("true_label"),
+                corrupted=known.get("corrupted"),
+            )
+        leaves = self._run.content_of(sample) or {}
+        images = [picture for picture in map(_picture, leaves.values()) if picture is not None]
+        labels = [str(int(leaf)) for leaf in leaves.values() if leaf.ndim == 0 and not leaf.is_floating_point()]
+        return SampleView(sample, image=images[0] if images else None, label=labels[-1] if labels else None)
+
+
+def _picture(leaf: Tensor) -> bytes | None:
+    """A PNG of a tensor that looks like an image: (H, W), (1, H, W) or (3, H, W), at least 4 pixels a side."""
+    if leaf.ndim == 2:
+        leaf = leaf[None]
+    if leaf.ndim != 3 or leaf.shape[0] not in (1, 3) or min(leaf.shape[1:]) < 4 or not leaf.is_floating_point():
+        return None
+    from PIL import Image
+
+    low, high = leaf.min(), leaf.max()
+    pixels = ((leaf - low) / (high - low).clamp_min(1e-12) * 255).byte().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def detection_precision(scores: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
+    """Share of corrupted samples among the k most harmful, for k = 1 ... n; both inputs (n,)."""
+    found = np.cumsum(corrupted[np.argsort(scores, kind="stable")])
+    return np.asarray(found / np.arange(1, len(scores) + 1))

@@ -1,0 +1,69 @@
+"""One sweep back through the run for a query: SGD-IE's scores, and what the passes forward need of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_acc.core.optimizers import State
+from lightning_acc.core.queries import Query
+from lightning_acc.core.replay import Replay, Tape
+from lightning_acc.core.step import Step
+from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.low_rank.method import AdjointGradients
+
+
+@dataclass(frozen=True)
+class Back:
+    """What the sweep back found.
+
+    Attributes:
+        gammas: ``gamma_t = (dU/dG)^T lambda_{t+1}`` of every step, (T, p); in a temporary file.
+        first: SGD-IE's score of each sample of the run, (n_samples,).
+        final: parameters of the run, (p,).
+        gradient: of the query there, (p,).
+        places: some steps, evenly spread over the run, and the states before them.
+    """
+
+    gammas: Tensor
+    first: Tensor
+    final: Tensor
+    gradient: Tensor
+    places: list[tuple[Step, State]]
+
+
+@contextmanager
+def sweep_back(replay: Replay, query: Query, memory: int, progress: Callable[[float], None]) -> Iterator[Back]:
+    """Sweep back once; the gradients along the run are there until the context is left.
+
+    Args:
+        replay: of the run.
+        query: what to read.
+        memory: bytes for the states of the run.
+        progress: told the fraction done.
+    """
+    total = len(replay)
+    with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
+        like = replay.initial[0]
+        array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
+        gammas = torch.from_numpy(array)
+        tape = Tape(replay, memory)
+        progress(0.25)
+        final = tape.final
+        gradient = query.gradient(replay.objective, final[0])
+        method = AdjointGradients(gammas)
+        carry = method.init(gradient, final, replay.run.n_samples)
+        wanted, places = set(bases.spread(total)), []
+        for back, (step, before) in enumerate(tape.backwards(), start=1):
+            if total - back in wanted:
+                places.append((step, before))
+            carry = method.advance(step.at(before), carry)
+            progress(0.25 + 0.75 * back / total)
+        del tape
+        yield Back(gammas, carry[1], final[0], gradient, places)

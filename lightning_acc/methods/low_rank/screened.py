@@ -1,0 +1,251 @@
+"""``state="screened"``: acc-low-rank for so many samples that few of their shifts can be followed through the training.
+
+What ACC-SGD-IE adds to SGD-IE is of second order: it is felt by the few removals whose influence is largest, and SGD-IE's
+sweep back tells which these are. So of all removals,
+
+* the R most influential are **followed**: their shifts D are propagated as ACC-SGD-IE does, exactly, and read exactly. All
+  share the batch's Hessian, so that each costs less than a training;
+* for the next few hundred, the two things that are missing from SGD-IE's score are **modelled**:
+  ``second = -sum_t <gamma_t, sum_i w_i H_i x>``, with x a rough shift that contracts by the averaged Hessian's eigenvalues
+  in a basis Q of its top eigenvectors, and not at all outside; and the query's curvature along the **fresh** shift, which
+  the last visit leaves and which is propagated exactly from there on, a few steps in most cases. How much of either is
+  really there, the followed ones tell: their second order is regressed on the same two figures, so that
+  ``score = SGD-IE + b_1 second + b_2 curvature``;
+* the others keep SGD-IE's score.
+
+With R at least the number of removals this is ACC-SGD-IE, exactly. Otherwise a score depends a little on the removals it was
+screened among.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core.queries import Query
+from lightning_acc.core.removals import Removal, Removals
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.step import Point, Removed
+from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.low_rank.back import sweep_back
+from lightning_acc.methods.low_rank.method import updated
+
+DIRECTIONS, PLACES = 30, 16
+"""Directions of the basis, and steps that the Hessian is averaged over for it."""
+MOST_MODELLED = 384
+FRESH_SHARE = 1 / 6
+"""Fresh shifts are propagated, all together, through so many steps as a share of those the followed ones take."""
+TRUSTED = 0.7
+"""Largest relative error of the model, left-one-out on the followed removals, with which it is used."""
+ENOUGH = 8
+"""With fewer that are followed nothing is modelled on them."""
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Scores of n removals.
+
+    Attributes:
+        scores: (n,).
+        uncertainty: how far off each may be, (n,): what the second order changed, or would by the size of the first.
+        followed: how many removals were followed exactly.
+        modelled: how many more were corrected by the model.
+        model_error: relative error (root mean square) of the model on the followed removals, each left out of it once; None
+            where nothing can be.
+    """
+
+    scores: Tensor
+    uncertainty: Tensor
+    followed: int
+    modelled: int
+    model_error: float | None
+
+
+def screened(
+    replay: Replay,
+    removals: Sequence[Removal],
+    query: Query,
+    memory: int,
+    followed: int,
+    rows: int | None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Screened:
+    """Score n removals, the most influential of them as ACC-SGD-IE does.
+
+    Args:
+        replay: of the run.
+        removals: n removals.
+        query: what to read.
+        memory: bytes, for the states of the sweep back, then for the shifts.
+        followed: how many removals are followed exactly, at most.
+        rows: how many parameter vectors the query is evaluated at together; None reads linearly.
+        progress: told the fraction done.
+    """
+    total = len(replay)
+    with sweep_back(replay, query, memory, lambda done: progress(0.15 * done)) as back:
+        first = torch.stack([back.first[list(removal)].sum() for removal in removals])
+        last = _last_steps(replay, removals)
+        followed, most = counts(replay, len(removals), memory, followed)
+        chosen, followed = _chosen(first, last, total, followed, most)
+        places = back.places[:: -(-len(back.places) // PLACES)]
+        directions = min(DIRECTIONS, len(back.final) - 1) if len(chosen) > followed else 0
+        basis = bases.find(places, directions)
+        progress(0.2)
+        shifts = Shifts(Removals([removals[i] for i in chosen]), followed, last[chosen], basis, replay)
+        state = replay.initial
+        for t in range(total):
+            point = replay.step(t).at(state)
+            shifts.advance(t, point, back.gammas[t])
+            state = point.next()
+            progress(0.2 + 0.7 * (t + 1) / total)
+
+    def curvature(of: Tensor) -> Tensor:
+        if rows is None:
+            return of.new_zeros(len(of))
+        return query.changes(replay.objective, back.final, of, rows) - of @ back.gradient
+
+    curved = curvature(shifts.exact[0])
+    truly = shifts.second + curved
+    corrections, sizes, error = truly, shifts.second.abs() + curved.abs(), None
+    if shifts.modelling:
+        figures = torch.stack([shifts.rough_second, curvature(shifts.latest)], 1)
+        coefficients, error = _regressed(figures[:followed], truly)
+        parts = coefficients * figures[followed:]
+        corrections, sizes = torch.cat([truly, parts.sum(1)]), torch.cat([sizes, parts.abs().sum(1)])
+        if error is None or error > TRUSTED:
+            chosen, corrections, sizes = chosen[:followed], truly, sizes[:followed]
+    scores = first.clone()
+    scores[chosen] += corrections
+    # The second order grows with the square of the first: by how much, those that were followed tell.
+    squares = first[chosen[:followed]] ** 2
+    ratio = sizes[:followed] @ squares / (squares @ squares).clamp_min(1e-300)
+    uncertainty = first**2 * (ratio if followed else torch.nan)
+    uncertainty[chosen] = sizes
+    progress(1.0)
+    return Screened(scores, uncertainty, followed, len(chosen) - followed, error)
+
+
+def counts(replay: Replay, n: int, memory: int, followed: int) -> tuple[int, int]:
+    """How many of n removals are followed, and how many are modelled at most, within ``memory`` bytes."""
+    size = sum(part.nbytes for part in replay.initial)
+    followed = min(n, followed, max(1, memory // (8 * size)))
+    return followed, min(n - followed, MOST_MODELLED, memory // (4 * size)) if followed >= ENOUGH else 0
+
+
+class Shifts:
+    """The shifts of the chosen removals, taken forward step by step.
+
+    Args:
+        removals: m removals, the most influential first.
+        followed: so many of them are followed exactly; if that is not all, figures to model the others by are taken of all.
+        last: the last step that sees each of them, (m,).
+        basis: directions in which rough shifts contract.
+        replay: of the run.
+    """
+
+    def __init__(self, removals: Removals, followed: int, last: Tensor, basis: bases.Basis, replay: Replay) -> None:
+        self._removals, self._last = removals, last
+        # Directions that the average Hessian would let grow are left alone: it does not stay the same for so long.
+        self._basis, self._values = basis.vectors, basis.values.clamp_min(0)
+        like, parts, m = replay.initial[0], len(replay.initial), len(last)
+        self.exact = [like.new_zeros(followed, len(like)) for _ in range(parts)]
+        """Of those that are followed: the shifts of the parts of the state, (R, p) each."""
+        self.second = like.new_zeros(followed)
+        """``-sum_t <gamma_t, sum_i w_i H_i D>``, (R,)."""
+        self.modelling = m > followed
+        # The raw shift u, as it was after the step that last saw the removal; after its last visit, what that visit left.
+        self._rows = [like.new_zeros(m if self.modelling else 0, len(like)) for _ in range(parts)]
+        self._z = [like.new_zeros(m, basis.rank) for _ in range(parts)]
+        """The rough shift in the basis."""
+        self.rough_second = like.new_zeros(m)
+        """The same with the rough shift, (m,)."""
+        self._since = torch.eye(parts, dtype=like.dtype).repeat(len(replay) + 1, 1, 1)
+        """By the step a removal was last seen at, plus 1: the product of all updates since."""
+        self._seen = torch.zeros(m, dtype=torch.int64)
+
+    @property
+    def latest(self) -> Tensor:
+        """What the last visits left of the parameters' shifts, (m, p), after the last step."""
+        return self._rows[0]
+
+    def advance(self, t: int, point: Point, gamma: Tensor) -> None:
+        """Take step t, linearised at the recorded run's state; ``gamma`` is (p,)."""
+        drift, source = (tensor.to(gamma) for tensor in point.step.response())
+        removed = point.removed(self._removals, curved=True)
+        who, followed = removed.removals, len(self.second)
+        near = who < followed
+        started = torch.nonzero(self._seen[:followed])[:, 0]
+        fresh = torch.nonzero(self._last < t)[:, 0] if self.modelling else who[:0]
+        moved = self.exact[0] if len(started) == followed else self.exact[0][started]
+        curved = point.hessian_product(torch.cat([moved, self._rows[0][fresh]]) if len(fresh) else moved)
+        change = curved[: len(started)]
+        if len(started) < followed:
+            change = torch.zeros_like(self.exact[0]).index_copy_(0, started, change)
+        if near.any():
+            shifts = torch.zeros_like(removed.gradients)
+            shifts[near] = self.exact[0][who[near]]
+            own = removed.hessian_product(shifts)[near]
+            self.second[who[near]] -= own @ gamma
+            change[who[near]] -= removed.gradients[near] + own
+        self.exact = updated(self.exact, change, drift, source)
+        if self.modelling:
+            self._model(t, removed, gamma, drift, source)
+            self._put(fresh, updated([part[fresh] for part in self._rows], curved[len(started) :], drift, source))
+            self._since[: t + 1] = drift @ self._since[: t + 1]
+        self._seen[who] = t + 1
+
+    def _model(self, t: int, removed: Removed, gamma: Tensor, drift: Tensor, source: Tensor) -> None:
+        who = removed.removals
+        rows = torch.stack([part[who] for part in self._rows], 1)
+        raw = list((self._since[self._seen[who]] @ rows).unbind(1))
+        rough = raw[0] + (self._z[0][who] - raw[0] @ self._basis) @ self._basis.T
+        self.rough_second[who] -= removed.hessian_product(rough) @ gamma
+        change = self._z[0] * self._values
+        change[who] -= removed.gradients @ self._basis
+        self._z = updated(self._z, change, drift, source)
+        for part in raw:
+            part[self._last[who] == t] = 0.0
+        self._put(who, updated(raw, -removed.gradients, drift, source))
+
+    def _put(self, who: Tensor, parts: list[Tensor]) -> None:
+        for part, new in zip(self._rows, parts, strict=True):
+            part[who] = new
+
+
+def _last_steps(replay: Replay, removals: Sequence[Removal]) -> Tensor:
+    """The last step that saw something of each removal, -1 where none did; (n,)."""
+    last = torch.full((replay.run.n_samples,), -1)
+    for t, step in enumerate(replay.run.steps):
+        last[step.sample_ids] = t
+    return torch.tensor([max((int(last[i]) for i in removal), default=-1) for removal in removals])
+
+
+def _chosen(first: Tensor, last: Tensor, total: int, followed: int, most: int) -> tuple[Tensor, int]:
+    """The removals to look at, the most influential first, and how many of them to follow exactly.
+
+    Those to model are taken as long as the steps from their last visits to the end, together, are affordable.
+    """
+    order = first.abs().argsort(descending=True, stable=True)
+    order = order[last[order] >= 0]
+    near, rest = order[:followed], order[followed:]
+    ages = (total - 1 - last[near]).sum() + (total - 1 - last[rest]).cumsum(0)
+    affordable = int((ages <= FRESH_SHARE * len(near) * total).sum())
+    return torch.cat([near, rest[: min(most, affordable)]]), len(near)
+
+
+def _regressed(figures: Tensor, target: Tensor) -> tuple[Tensor, float | None]:
+    """Coefficients (k,) of the figures (R, k) that give the target (R,), by least squares; and their relative error.
+
+    The error is that of predicting each one from the others, by the leverages of the regression; None where a removal that
+    is followed has no finite figures, as without it the run diverges.
+    """
+    if not bool(torch.isfinite(figures).all() and torch.isfinite(target).all()):
+        return figures.new_zeros(figures.shape[1]), None
+    inverse = torch.linalg.pinv(figures.double(), rtol=1e-6)
+    coefficients = inverse @ target.double()
+    leverages = (figures.double() * inverse.T).sum(1)
+    left_out = (target.double() - figures.double() @ coefficients) / (1 - leverages).clamp_min(1e-6)
+    return coefficients.to(figures), float(left_out.norm() / target.double().norm().clamp_min(1e-300))

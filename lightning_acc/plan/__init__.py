@@ -1,0 +1,1 @@
+"""What each method will cost on a run, before it runs."""

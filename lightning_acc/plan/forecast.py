@@ -1,0 +1,277 @@
+"""``plan``: what each method would cost on a run, before it runs.
+
+A few recorded steps are timed on one thread, at several numbers of removals m. With T steps of sizes b_t a chunk then takes
+
+    seconds(m) = sum_t s(b_t) (a + c m)  +  readout (a' + c' m),
+
+``s`` interpolated between the step sizes that were timed. Memory follows from ``planning``, disk from the table itself.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+
+from lightning_acc.core import removals as removal_sets
+from lightning_acc.core.queries import Query
+from lightning_acc.core.removals import Removal
+from lightning_acc.errors import RequestError
+from lightning_acc.methods.rules import LOW_RANK
+from lightning_acc.plan.costs import FORECASTS
+from lightning_acc.plan.planning import Calibration, Cost
+from lightning_acc.progress import Progress
+from lightning_acc.record.record import Run
+from lightning_acc.scoring.scores import Scores
+from lightning_acc.scoring.work import peak_memory_gb
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = pa.schema(
+    [
+        ("method", pa.string()),
+        ("readout", pa.string()),
+        ("n", pa.int64()),
+        ("seconds", pa.float64()),
+        ("work_seconds", pa.float64()),
+        ("peak_memory_gb", pa.float64()),
+        ("disk_gb", pa.float64()),
+        ("chunks", pa.int64()),
+    ]
+)
+AFFORDABLE = 600.0
+"""Seconds of retraining that are worth waiting for rather than being estimated."""
+# Measured on two cores: starting and stopping Ray; then its workers start and import torch and Lightning.
+RAY_SECONDS, WORKER_SECONDS = 6.5, 7.0
+WORKER_BYTES = 0.5 * 2**30
+"""Size of a worker with torch and Lightning, before it has read anything."""
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """What each method would cost.
+
+    Attributes:
+        table: one row per method: ``method``, ``readout``, ``n`` (removals), ``seconds`` (of waiting, with the workers there
+            are), ``work_seconds`` (of one thread), ``peak_memory_gb`` (of one process), ``disk_gb`` (the stored table) and
+            ``chunks``. The numbers of a method that cannot be used on this run are null; the recommendation says why.
+        recommendation: what to do, in a sentence or two.
+    """
+
+    table: pa.Table
+    recommendation: str
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table as a DataFrame."""
+        frame: pandas.DataFrame = self.table.to_pandas()
+        return frame
+
+    def __str__(self) -> str:
+        lines = [("method", "readout", "removals", "chunks", "time", "work", "peak memory", "disk")]
+        for row in self.table.to_pylist():
+            numbers: tuple[str, ...] = ("-",) * 5
+            if row["seconds"] is not None:
+                times = [duration(row["seconds"]), duration(row["work_seconds"])]
+                numbers = (str(row["chunks"]), *times, amount(row["peak_memory_gb"]), amount(row["disk_gb"]))
+            lines.append((row["method"], row["readout"], str(row["n"]), *numbers))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines]
+        return "\n".join([*rows, "", self.recommendation])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What there is to compute with.
+
+    Attributes:
+        ray_address: as for ``score``.
+        workers: that compute at the same time.
+        started: whether Ray is connected already.
+        busy: seconds that go by for each second of a thread, as other processes take their share.
+    """
+
+    ray_address: str | None
+    workers: int
+    started: bool
+    busy: float
+
+    def farmed_out(self, chunks: int) -> bool:
+        """Whether ``score`` gives the chunks to workers of Ray."""
+        return self.ray_address is not None and (chunks > 1 or self.ray_address != "local")
+
+    def seconds(self, cost: Cost, n: int) -> float:
+        """Seconds of waiting for n removals."""
+        sizes = cost.chunks(n)
+        if not self.farmed_out(len(sizes)):
+            return self.busy * cost.work_seconds(n)
+        ends = [0.0] * self.workers
+        for size in sizes:  # each chunk goes to the worker that is free first, and opens the run anew
+            free = ends.index(min(ends))
+            ends[free] += cost.load + cost.per_chunk + cost.per_removal * size
+        start = (0.0 if self.started or self.ray_address != "local" else RAY_SECONDS) + WORKER_SECONDS
+        return self.busy * (cost.load + start + max(ends))
+
+
+def plan(
+    run: Run | str | os.PathLike[str],
+    removals: Iterable[int] | Iterable[Iterable[int]] | None = None,
+    query: str | Query = "val",
+    dtype: str | None = None,
+    ray_address: str | None = "local",
+    *,
+    workers: int | None = None,
+    memory_gb: float = 2.0,
+    progress: bool | None = None,
+) -> Plan:
+    """What would ``score`` cost by each method: time, memory and disk, from a few timed steps, before it runs.
+
+    Takes about 5 seconds and 2 % of what it predicts, at most.
+
+    Args:
+        run: a recorded run, or its path.
+        removals: as for ``score``.
+        query: as for ``score``.
+        dtype: as for ``score``.
+        ray_address: as for ``score``.
+        workers: how many compute at the same time; None: as many as Ray starts here, one for each core, or one without Ray.
+        memory_gb: as for ``score``.
+        progress: show a progress bar; None shows one in a terminal.
+
+    Raises:
+        RunError: the run directory cannot be read.
+        RequestError: there is no such query, sample or dtype, or not as many workers or as much memory.
+    """
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise RequestError(f"workers={workers!r} cannot compute anything: give a whole number, 1 or more.")
+    if not memory_gb > 0:
+        raise RequestError(f"memory_gb={memory_gb} leaves nothing to compute with: give a positive number.")
+    if ray_address not in (None, "local") and workers is None:
+        raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
+    run = run if isinstance(run, Run) else Run(run)
+    distinct = list(dict.fromkeys(removal_sets.parse(removals, run.n_samples)))
+    if isinstance(query, str):
+        query = run.query(query)
+    n, memory = len(distinct), int(memory_gb * 2**30)
+    costs: dict[str, Cost] = {}
+    peaks: dict[str, int] = {}
+    reasons: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every score is computed
+    try:
+        with torch.enable_grad(), Progress("plan", 1 + len(FORECASTS), progress) as bar:
+            calibration = Calibration(run, query, dtype, memory, distinct)
+            for i, forecast in enumerate(FORECASTS):
+                bar.update(i, 1.0)
+                try:
+                    cost = forecast.cost(calibration)
+                    peaks[forecast.method] = forecast.bytes(calibration, max(cost.chunks(n), default=0))
+                    costs[forecast.method] = cost
+                except (RequestError, NotImplementedError) as error:
+                    reasons.append(f"{forecast.method} cannot be computed on this run ({str(error).splitlines()[0]}).")
+    finally:
+        torch.set_num_threads(threads)
+    ray = sys.modules.get("ray")
+    resources = Resources(
+        ray_address,
+        (1 if ray_address is None else os.cpu_count() or 1) if workers is None else workers,
+        ray is not None and bool(ray.is_initialized()),
+        calibration.busy,
+    )
+    resident, disk = _resident_bytes(), _table_bytes(distinct)
+    rows = []
+    for forecast in FORECASTS:
+        row: dict[str, Any] = {"method": forecast.method, "readout": forecast.readout, "n": n, "disk_gb": disk / 2**30}
+        if forecast.method in costs:
+            cost = costs[forecast.method]
+            count = len(cost.chunks(n))
+            base = min(resident, WORKER_BYTES + _run_bytes(run)) if resources.farmed_out(count) else resident
+            row["seconds"], row["work_seconds"] = resources.seconds(cost, n), cost.work_seconds(n)
+            row["peak_memory_gb"], row["chunks"] = (base + peaks[forecast.method]) / 2**30, count
+        rows.append(row)
+    advice = recommend({name: partial(resources.seconds, cost) for name, cost in costs.items()}, n)
+    return Plan(pa.Table.from_pylist(rows, SCHEMA), " ".join([advice, *reasons]))
+
+
+def recommend(seconds: Mapping[str, Callable[[int], float]], n: int) -> str:
+    """What to do about n removals, given the seconds of waiting each method takes for any number of them.
+
+    The truth where it can be waited for; otherwise an estimate that follows the removal through the run, acc-low-rank where
+    that can be waited for and else the cheapest, and the truth for the top of its ranking.
+    """
+    if not n:
+        return "Nothing is to be removed: there is nothing to compute."
+    estimates = {name: of(n) for name, of in seconds.items() if name not in ("loo", "tracin")}
+    screen = min(estimates, key=lambda name: estimates[name], default="tracin" if "tracin" in seconds else None)
+    if estimates.get(LOW_RANK, math.inf) <= AFFORDABLE:
+        screen = LOW_RANK
+    if "loo" not in seconds:
+        return "No method can be computed." if screen is None else f"{screen} takes {duration(seconds[screen](n))}: use it."
+    loo = seconds["loo"]
+    what = f"all {n} removals" if n > 1 else "the removal"
+    if screen is None or loo(n) <= max(AFFORDABLE, estimates.get(screen, 0.0)):
+        return f"loo for {what} takes {duration(loo(n))} here: use it."
+    fit = [k for k in (5000, 2000, 1000, 500, 200, 100, 50, 20) if k <= n // 2 and loo(k) <= AFFORDABLE]
+    top = max(fit, default=min(10, n))
+    return (
+        f"loo for {what} would take {duration(loo(n))}; {screen} takes {duration(seconds[screen](n))}: screen with it, then "
+        f"confirm the top {top} with loo ({duration(loo(top))})."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them, to two digits: ``0.45 s``, ``40 s``, ``10 min``, ``5.2 h``, ``3 days``."""
+    for limit, size, unit in ((99.5, 1, "s"), (5970, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{_two_digits(seconds / size)} {unit}"
+    return f"{_two_digits(seconds / 86400)} days"
+
+
+def amount(gigabytes: float) -> str:
+    """A size in GB, MB or kB, to two digits."""
+    for scale, unit in ((2**20, "kB"), (2**10, "MB")):
+        if gigabytes * scale < 999.5:
+            return f"{_two_digits(gigabytes * scale)} {unit}"
+    return f"{_two_digits(gigabytes)} GB"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def _table_bytes(removals: Sequence[Removal]) -> float:
+    """Size of the stored table of scores, from one with random scores for the first few of the removals."""
+    few = list(removals[:20000])
+    buffer = io.BytesIO()
+    scores = np.random.default_rng(0).normal(size=len(few))
+    pyarrow.parquet.write_table(Scores.build(few, scores, {}).table, buffer)
+    return len(buffer.getvalue()) * len(removals) / max(1, len(few)) + 1000  # its conditions
+
+
+def _run_bytes(run: Run) -> int:
+    """Bytes of the run's files that a process keeps, once read."""
+    files = [(name, facts["bytes"]) for name, facts in run.manifest["files"].items() if name.endswith(".safetensors")]
+    newest = max((size for name, size in files if name.startswith("parameters/")), default=0)
+    return int(newest + sum(size for name, size in files if not name.startswith("parameters/")))
+
+
+def _resident_bytes() -> float:
+    """Size of this process, with the run and all the machinery in it; the largest it has been where that is all there is."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory_gb() * 2**30

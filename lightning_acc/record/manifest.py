@@ -1,0 +1,135 @@
+"""``manifest.json``: what a run directory holds, with the size and hash of every file, and a hash over all of it.
+
+Opening a run trusts nothing: the schema, the status, the hash of the manifest and the size of each file are checked
+when the run is opened, and the hash of a file when it is read. No name in it leads outside the directory, and no
+credentials get into it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from lightning_acc.errors import RunError
+from lightning_acc.record.store import Store, digest, without_credentials
+
+NAME = "manifest.json"
+FORMAT = "lightning_acc run"
+SCHEMA = 1
+CONVENTION = "fixed-denominator"
+"""A removed sample's loss weight becomes 0 and no other weight changes (DESIGN of both papers; see the README)."""
+
+RUN_FILES = (
+    NAME,
+    "module.safetensors",
+    *("steps", "parameters", "samples", "queries", "scores", "shards", "report"),
+    *("evaluation.json", "cleaning.parquet"),
+)
+"""What belongs to a run in its directory; anything else there is left alone."""
+NOT_OF_THE_HEADER = ("status", "n_steps", "files", "stopped", "hash", "format", "schema", "convention")
+"""What is only known at the end, or the same in all manifests."""
+
+FROM_OUTSIDE = ("module", "data", "logger")
+"""What holds the user's own words, among which there may be credentials."""
+
+_FILE = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PATH_LIKE = re.compile(r"[\x00-\x1f\x7f]|^[/\\]|(^|[/\\])\.\.([/\\]|$)")
+
+Manifest = dict[str, Any]
+
+
+def content_hash(manifest: Manifest) -> str:
+    """Hash over everything in the manifest but the hash itself."""
+    body = {key: value for key, value in manifest.items() if key != "hash"}
+    return digest(json.dumps(body, sort_keys=True).encode())
+
+
+def write(store: Store, manifest: Manifest) -> Manifest:
+    """Seal the manifest with its hash and write it."""
+    clean = {key: without_credentials(manifest[key]) for key in FROM_OUTSIDE if key in manifest}
+    manifest = {**manifest, **clean, "format": FORMAT, "schema": SCHEMA, "convention": CONVENTION}
+    manifest["hash"] = content_hash(manifest)
+    store.write(NAME, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def read(store: Store, unfinished: bool = False) -> Manifest:
+    """Read and check the manifest of a finished run; with ``unfinished`` also that of a run in the making.
+
+    Raises:
+        RunError: there is no run, it is unfinished, damaged, or written by a newer version; names the file and the remedy.
+    """
+    where = store.locate(NAME)
+    if not store.exists():
+        raise RunError(f"There is no run directory at {store}: check the path, or record a run with TrajectoryRecorder.")
+    if not store.exists(NAME):
+        raise RunError(
+            f"{store} is not a run directory: it has no {NAME}. Name the directory that was given to TrajectoryRecorder."
+        )
+    try:
+        manifest = json.loads(store.read(NAME))
+        known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    except ValueError:
+        known = False
+    if not known:
+        raise RunError(f"{where} is damaged: it is not the manifest of a run. Restore it, or record the run again.")
+    if not isinstance(manifest.get("schema"), int):
+        raise RunError(f"{where} is damaged: it has no schema. Restore it, or record the run again.")
+    if manifest["schema"] > SCHEMA:
+        raise RunError(
+            f"{where} has schema {manifest['schema']}, but this version reads up to {SCHEMA}: upgrade lightning_acc."
+        )
+    if manifest.get("hash") != content_hash(manifest):
+        raise RunError(f"{where} is damaged: its content does not match its hash. Restore it, or record the run again.")
+    if manifest["status"] != "complete" and not unfinished:
+        raise RunError(
+            f"{store} is half written: the training that recorded it has not finished, or was killed. Wait for it, resume "
+            "it from a checkpoint (trainer.fit(..., ckpt_path=...)), or delete the directory and record the run again."
+        )
+    _check_files(where, manifest)
+    sizes = store.sizes(manifest["files"])
+    for name, file in manifest["files"].items():
+        size = sizes[name]
+        if size != file["bytes"]:
+            state = "is missing" if size < 0 else f"is truncated: {size:,} bytes instead of {file['bytes']:,}"
+            raise RunError(f"{store.locate(name)} {state}. Restore it, or record the run again.")
+    return dict(manifest)
+
+
+def _check_files(where: str, manifest: Manifest) -> None:
+    for name, file in manifest["files"].items():
+        if not _FILE.fullmatch(name):
+            raise RunError(
+                f"{where} names the file {name!r}, which is not one of a run directory or lies outside of it, and is refused: "
+                "get the run anew from whoever recorded it."
+            )
+        if not (isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)):
+            raise RunError(f"{where} is damaged: it tells no size and hash of {name}. Restore it, or record the run again.")
+
+
+def check_columns(where: str, columns: Iterable[str]) -> None:
+    """Refuse column names that could be taken for paths, as they become parts of names elsewhere.
+
+    Raises:
+        RunError: one leads outside a directory or holds control characters.
+    """
+    for name in columns:
+        if _PATH_LIKE.search(name):
+            raise RunError(f"{where} has a column {name!r}, which is a path: rename it in describe_samples, and record again.")
+
+
+def read_file(store: Store, name: str, sha256: str) -> bytes:
+    """Read a file the manifest names and check its hash.
+
+    Raises:
+        RunError: the content is not what was written.
+    """
+    data = store.read(name)
+    if digest(data) != sha256:
+        raise RunError(
+            f"{store.locate(name)} is damaged: its content does not match its hash in the manifest. "
+            "Restore it, or record the run again."
+        )
+    return data

@@ -1,0 +1,343 @@
+"""``Run``: the read-only view of a run directory."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_acc.core import rebuild
+from lightning_acc.errors import RunError
+from lightning_acc.record import manifest
+from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.store import Store
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+    from lightning_acc.core.audit import AuditReport
+    from lightning_acc.core.queries import Query
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step as it was recorded.
+
+    Attributes:
+        sample_ids: ids of the occurrences the step saw, in order, shape (occurrences,).
+        weights: loss weight of each occurrence, shape (occurrences,), float64.
+        contents: number of each occurrence's content, for ``Run.batch``, shape (occurrences,).
+        groups: hyper-parameters of each parameter group of the optimizer.
+        sizes: occurrences in each of the batches whose gradients the step accumulated; usually one.
+        rng: for each of these batches, the state of torch's CPU random number generator before its forward pass, where
+            that drew from it; else None.
+    """
+
+    sample_ids: Tensor
+    weights: Tensor
+    contents: Tensor
+    groups: list[dict[str, Any]]
+    sizes: list[int]
+    rng: list[Tensor | None]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Hyper-parameters by name; a tuple of one value per parameter group where the groups differ."""
+        values = {key: tuple(group[key] for group in self.groups) for key in self.groups[0]}
+        return {key: value[0] if len(set(map(str, value))) == 1 else value for key, value in values.items()}
+
+
+class Steps(Sequence[StepRecord]):
+    """The steps of a run, read file by file when they are asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __len__(self) -> int:
+        return self._run.n_steps
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"step {index} of a run with {len(self)} steps")
+        tensors, i, metadata = self._run._locate(index)
+        first, last = tensors["offsets"][i : i + 2].tolist()
+        start, end = tensors["batch_offsets"][i : i + 2].tolist()
+        # Copies: set_rng_state crashes on memory that is not aligned, as inside a file.
+        states = {int(batch): row for row, batch in enumerate(tensors.get("rng_batches", ()))}
+        rng = [tensors["rng"][states[batch]].clone() if batch in states else None for batch in range(start, end)]
+        return StepRecord(
+            sample_ids=tensors["sample_ids"][first:last],
+            weights=tensors["weights"][first:last],
+            contents=tensors["contents"][first:last],
+            groups=metadata["groups"][i],
+            sizes=tensors["batch_sizes"][start:end].tolist(),
+            rng=rng,
+        )
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return (self[t] for t in range(len(self)))
+
+
+class Run:
+    """A recorded training run: every optimizer step, the samples it saw, the parameters before it.
+
+    Opening reads the manifest alone and executes nothing; the other files are read, and checked, when they are needed.
+
+    Args:
+        path: the run directory, a local path or an fsspec URL.
+        module: the LightningModule to evaluate the losses with. By default it is rebuilt from the class and the saved
+            hyper-parameters named in the manifest; pass it where that cannot work. Its parameters are not used.
+        trust: packages that class may be imported from, or True for any. Importing executes code, so that by default only
+            packages which this process has imported already will do, this one, and those named in the environment
+            variable ``LIGHTNING_ACC_TRUST``, separated by commas.
+
+    Raises:
+        RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], module: torch.nn.Module | None = None, trust: rebuild.Trust = False
+    ) -> None:
+        self.store = Store(path)
+        self.trust = rebuild.names(trust)
+        self.manifest = manifest.read(self.store)
+        self._module = module
+        self._loaded: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"Run({self.path!r}: {self.n_samples} samples, {self.n_steps} steps, "
+            f"{self.n_parameters} parameters of {self.manifest['module']['class']})"
+        )
+
+    @property
+    def path(self) -> str:
+        """Absolute path or URL of the run directory, without credentials."""
+        return str(self.store)
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def hash(self) -> str:
+        """Content hash of the manifest, which covers every file of the record."""
+        return str(self.manifest["hash"])
+
+    @property
+    def n_samples(self) -> int:
+        """Size of the training data set; sample ids are 0 to n_samples - 1, visited or not."""
+        return int(self.manifest["n_samples"])
+
+    @property
+    def n_steps(self) -> int:
+        """Number of optimizer steps T."""
+        return int(self.manifest["n_steps"])
+
+    @property
+    def n_parameters(self) -> int:
+        """Number p of trained parameters."""
+        return sum(torch.Size(shape).numel() for _, shape in self.manifest["layout"])
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype the run was trained in, such as ``"float32"``."""
+        return str(self.manifest["dtype"])
+
+    @property
+    def steps(self) -> Steps:
+        """The steps, ``run.steps[t]``."""
+        return Steps(self)
+
+    def parameters(self, t: int) -> Tensor:
+        """Flat trained parameters before step ``t``, shape (p,); ``t = n_steps`` gives the final ones.
+
+        Where no snapshot was taken they are computed again, by replaying the steps before.
+        """
+        if not 0 <= t <= self.n_steps:
+            raise RunError(f"There are no parameters at step {t}: this run has the steps 0 to {self.n_steps}.")
+        if t in self._snapshots:
+            name, i = self._snapshots[t]
+            return self._load(name)[0]["theta"][i].clone()
+        from lightning_acc.core.replay import parameters_at
+
+        return parameters_at(self, t)
+
+    @cached_property
+    def _snapshots(self) -> dict[int, tuple[str, int]]:
+        """File and row of the parameters at the steps they were written at."""
+        names = self._names("parameters")
+        return {step: (name, i) for name in names for i, step in enumerate(self._file(name)["steps"])}
+
+    @property
+    def snapshots(self) -> list[int]:
+        """The steps whose parameters were written, in order."""
+        return sorted(self._snapshots)
+
+    def batches(self, t: int) -> list[Leaves]:
+        """The leaves of each batch whose gradient step ``t`` accumulated; usually one."""
+        step = self.steps[t]
+        return [self.contents(numbers) for numbers in step.contents.split(step.sizes)]
+
+    def contents(self, numbers: Tensor) -> Leaves:
+        """The leaves of the contents with these numbers, which must be alike in shape."""
+        place = self._content_places[numbers]
+        (file,) = place[:, 0].unique().tolist()
+        tensors, _ = self._load(self._names("samples")[file])
+        return {name: leaf[place[:, 1]] for name, leaf in tensors.items() if name != "#"}
+
+    def content_of(self, sample_id: int) -> Leaves | None:
+        """The leaves of a sample as it was first seen, without the batch dimension; None if it never was."""
+        number = self._first_contents.get(sample_id)
+        if number is None:
+            return None
+        return {name: leaf[0] for name, leaf in self.contents(torch.tensor([number])).items()}
+
+    def structure(self) -> Structure:
+        """How the leaves make up a batch."""
+        return dict(self.manifest["batch_structure"])
+
+    def module(self) -> torch.nn.Module:
+        """The LightningModule of the run; the values of its tensors are arbitrary.
+
+        Raises:
+            RunError: it cannot be rebuilt here, or is in a package that is not trusted.
+        """
+        if self._module is None:
+            try:
+                self._module = rebuild.build(self.manifest["module"], self.trust)
+            except RunError:
+                self._module = rebuild.LIVE.get(self.manifest["run_id"])
+                if self._module is None:
+                    raise
+        return self._module
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Buffers and untrained parameters of the module, by name."""
+        return self._load("module.safetensors")[0] if "module.safetensors" in self.manifest["files"] else {}
+
+    def query(self, name: str) -> Query:
+        """The query recorded under ``name``."""
+        from lightning_acc.core import queries
+
+        return queries.read(self.store, name)
+
+    def query_names(self) -> list[str]:
+        """Names of the recorded queries."""
+        names = self.store.names("queries")
+        return [name.split("/")[1].removesuffix(".safetensors") for name in names if name.endswith(".safetensors")]
+
+    def add_query(self, name: str, loader: Any) -> None:
+        """Store the batches of ``loader`` (a DataLoader, or any iterable of batches) as the query ``name``."""
+        from lightning_acc.core import queries
+
+        queries.write(self.store, name, loader)
+
+    def sample_info(self) -> pyarrow.Table | None:
+        """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""
+        from lightning_acc.record import tables
+
+        if "samples/info.parquet" not in self.manifest["files"]:
+            return None
+        data = manifest.read_file(self.store, "samples/info.parquet", self._file("samples/info.parquet")["sha256"])
+        table = tables.read(data)
+        manifest.check_columns(self.store.locate("samples/info.parquet"), table.column_names)
+        return table
+
+    def cleaned_dataset(self, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
+        """The training set without the samples ``drop``, as a Hugging Face data set; see ``lightning_acc.judge.exports``."""
+        from lightning_acc.judge.exports import cleaned_dataset
+
+        return cleaned_dataset(self, drop, dataset)
+
+    def audit(self) -> AuditReport:
+        """Replay the training step over the record and compare with the recorded parameters (DESIGN, fact 7)."""
+        from lightning_acc.core.audit import audit
+
+        return audit(self)
+
+    def _file(self, name: str) -> dict[str, Any]:
+        return dict(self.manifest["files"][name])
+
+    def _names(self, folder: str) -> list[str]:
+        return sorted(
+            name for name in self.manifest["files"] if name.startswith(f"{folder}/") and name.endswith(".safetensors")
+        )
+
+    def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if name not in self._loaded:
+            data = manifest.read_file(self.store, name, self._file(name)["sha256"])
+            try:
+                tensors = safetensors.torch.load(data)
+            except safetensors.SafetensorError as error:
+                raise RunError(f"{self.store.locate(name)} holds no tensors: restore it, or record the run again.") from error
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
+            if name.startswith("parameters/"):
+                # Large and read in order: only the newest file is kept.
+                self._loaded = {key: value for key, value in self._loaded.items() if not key.startswith("parameters/")}
+            self._loaded[name] = tensors, metadata
+        return self._loaded[name]
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        """First step in each of the files of steps."""
+        counts = [self._file(name)["count"] for name in self._names("steps")]
+        return [sum(counts[:i]) for i in range(len(counts))]
+
+    def _locate(self, step: int) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+        file = bisect.bisect_right(self._firsts, step) - 1
+        tensors, metadata = self._load(self._names("steps")[file])
+        return tensors, step - self._firsts[file], metadata
+
+    @cached_property
+    def _content_places(self) -> Tensor:
+        """File and row of every content, shape (contents, 2); files of equal shapes are merged into one first."""
+        merged: dict[tuple[Any, ...], list[str]] = {}
+        names = self._names("samples")
+        for name in names:
+            tensors, _ = self._load(name)
+            signature = tuple(sorted((key, leaf.dtype, tuple(leaf.shape[1:])) for key, leaf in tensors.items()))
+            merged.setdefault(signature, []).append(name)
+        count = sum(self._file(name)["count"] for name in names)
+        places = torch.empty(count, 2, dtype=torch.int64)
+        for alike in merged.values():
+            parts = [self._loaded[name][0] for name in alike]
+            whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if len(parts) > 1 else parts[0]
+            for name in alike:
+                del self._loaded[name]
+            self._loaded[alike[0]] = whole, {}
+            places[whole["#"], 0] = names.index(alike[0])
+            places[whole["#"], 1] = torch.arange(len(whole["#"]))
+        return places
+
+    @cached_property
+    def _first_contents(self) -> dict[int, int]:
+        first: dict[int, int] = {}
+        for step in self.steps:
+            for sample, content in zip(step.sample_ids.tolist(), step.contents.tolist(), strict=True):
+                first.setdefault(sample, content)
+        return first
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What may be built here may be built there, where nothing is imported yet; and nothing else.
+        place = rebuild.place_of(self.manifest["module"]) if "module" in self.manifest else ""
+        trust = (place,) if place and rebuild.is_allowed(place, self.trust) else ()
+        return {"path": self.store.url, "module": self._module, "trust": trust}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]

@@ -1,0 +1,93 @@
+"""Removals in words, as the command line and configurations give them."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+
+from lightning_acc.core.removals import Removal, parse
+from lightning_acc.errors import RequestError
+from lightning_acc.record.record import Run
+from lightning_acc.scoring import scores
+
+
+def select(run: Run, words: str) -> list[Removal] | None:
+    """The removals ``words`` names.
+
+    ``all``: every sample by itself. ``random:64``: 64 samples drawn at random, the same ones every time. ``top:50@sgd-ie``:
+    the 50 most harmful by the stored scores of a method. ``group:label``: one removal for each value of a column that the
+    data module tells of its samples (``describe_samples``), such as a label or a source. Anything else is a file with one
+    removal on each line, its sample ids separated by blanks or commas; empty lines and what follows a ``#`` are passed over.
+
+    Raises:
+        RequestError: the words mean nothing, or there is no such file, method or sample.
+    """
+    if words == "all":
+        return None
+    if match := re.fullmatch(r"random:(\d+)", words):
+        count = int(match[1])
+        if not 0 < count <= run.n_samples:
+            raise RequestError(f"{words} asks for {count} samples, but this run has {run.n_samples}.")
+        return [(i,) for i in sorted(random.Random(0).sample(range(run.n_samples), count))]
+    if match := re.fullmatch(r"top:(\d+)@(.+)", words):
+        known = scores.names(run.store)
+        if match[2] not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none yet"
+            raise RequestError(
+                f"{words} needs the scores of {match[2]}, but this run has none of them: {has}. Score them first."
+            )
+        table = scores.read(run.store, match[2])
+        order = sorted(zip(table.values.tolist(), table.removals, strict=True))
+        return [removal for _, removal in order[: int(match[1])]]
+    if match := re.fullmatch(r"group:(.+)", words):
+        return list(groups(run, match[1]).values())
+    if not os.path.isfile(words):
+        raise RequestError(
+            f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, group:COLUMN, or a file with a removal "
+            "on each line."
+        )
+    with open(words, encoding="utf-8") as file:
+        lines = [line.partition("#")[0].replace(",", " ").split() for line in file]
+    try:
+        return parse([[int(word) for word in line] for line in lines if line], run.n_samples)
+    except ValueError as error:
+        raise RequestError(f"The file {words} names no removals: {error}") from error
+
+
+def groups(run: Run, column: str) -> dict[str, Removal]:
+    """The samples of each value of a column that is known of them, such as ``label``.
+
+    Raises:
+        RequestError: there is no such column.
+    """
+    info = run.sample_info()
+    known = [] if info is None else [name for name in info.column_names if name != "image"]
+    if column not in known:
+        has = f"known are {', '.join(known)}" if known else "nothing is known of them (define describe_samples)"
+        raise RequestError(f"The samples of this run have no column {column!r}: {has}.")
+    found: dict[str, list[int]] = {}
+    for sample, value in enumerate(info[column].to_pylist() if info is not None else []):
+        found.setdefault(str(value), []).append(sample)
+    return {value: tuple(samples) for value, samples in sorted(found.items())}
+
+
+def in_words(run: Run, words: str, removal: Removal) -> str:
+    """A removal that ``words`` selected, for a reader: its ids, or its group; of many samples their number."""
+    if match := re.fullmatch(r"group:(.+)", words):
+        value = next(value for value, samples in groups(run, match[1]).items() if samples == removal)
+        return f"{match[1]} {value} ({len(removal)} samples)"
+    few = " ".join(map(str, removal[:10]))
+    return few if len(removal) <= 10 else f"{few} ... ({len(removal)} samples)"
+
+
+def most(words: str) -> int:
+    """The number in ``top:N``.
+
+    Raises:
+        RequestError: the words are others.
+    """
+    match = re.fullmatch(r"top:(\d+)", words)
+    if match is None:
+        raise RequestError(f"{words!r} does not say what to confirm: use top:N, such as top:50.")
+    return int(match[1])

@@ -1,0 +1,93 @@
+"""Scores are stored shard by shard, as they are done, so that what was finished is never computed twice.
+
+A shard is a table of some removals in the folder ``shards``, named by a hash of its conditions and its removals. It appears
+whole or not at all, and the same shard written twice is the same file: commands that work on one run at once, and commands
+that were stopped and repeated, do no harm. The table of a method is the union of its shards and what it held before.
+
+Figures that are no scores, such as what a training of ``clean`` ended with, are kept in the same way, as JSON by name.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lightning_acc.core.removals import Removal
+from lightning_acc.errors import RunError
+from lightning_acc.record.record import Run
+from lightning_acc.record.store import digest
+from lightning_acc.scoring import scores
+from lightning_acc.scoring.scores import Scores
+
+FOLDER = "shards"
+SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version", "rank", "state")
+"""Conditions under which two scores of one removal are the same number."""
+
+
+def key(conditions: dict[str, Any]) -> str:
+    """Short hash of the conditions that matter."""
+    return digest(json.dumps([conditions.get(name) for name in SAME]).encode())[:16]
+
+
+def write(run: Run, shard: Scores) -> None:
+    """Store a shard."""
+    which = digest(json.dumps(shard.removals).encode())[:16]
+    scores.write(run.store, f"{key(shard.conditions)}-{which}", shard, FOLDER)
+
+
+def stored(run: Run, conditions: dict[str, Any], name: str) -> Scores | None:
+    """Everything there is under these conditions: the shards, and the table ``name`` where it is of the same kind."""
+    found = [scores.read(run.store, part, FOLDER) for part in _parts(run, conditions)]
+    if name in scores.names(run.store):
+        table = scores.read(run.store, name)
+        if all(table.conditions.get(one) == conditions.get(one) for one in SAME):
+            found.insert(0, table)
+    together = found[0] if found else None
+    for more in found[1:]:
+        assert together is not None
+        together = together.merged(more)
+    return together
+
+
+def gather(run: Run, conditions: dict[str, Any], name: str) -> None:
+    """Write the table ``name`` from everything there is under these conditions."""
+    seen: set[str] = set()
+    # Whoever writes last has seen the other's shards: they are written before any table is.
+    while (parts := set(_parts(run, conditions))) != seen:
+        seen = parts
+        table = stored(run, conditions, name)
+        if table is not None:
+            scores.write(run.store, name, table.picked(sorted(set(table.removals)), table.conditions))
+
+
+def write_figures(run: Run, kind: str, figures: dict[str, list[float]]) -> None:
+    """Store some figures of a kind: names that say all there is to know of what was done, and what came out."""
+    which = digest(json.dumps(sorted(figures)).encode())[:16]
+    run.store.write(f"{FOLDER}/{kind}-{which}.json", json.dumps(figures).encode())
+
+
+def stored_figures(run: Run, kind: str) -> dict[str, list[float]]:
+    """All figures of a kind that are stored."""
+    files = [file for file in run.store.names(FOLDER) if file.startswith(f"{FOLDER}/{kind}-") and file.endswith(".json")]
+    figures: dict[str, list[float]] = {}
+    for file in files:
+        try:
+            figures.update(json.loads(run.store.read(file)))
+        except ValueError as error:
+            raise RunError(f"{run.store.locate(file)} is damaged: delete it and repeat the command.") from error
+    return figures
+
+
+def missing(pieces: list[list[Removal]], known: Scores | None) -> list[list[Removal]]:
+    """What of the pieces is not known yet."""
+    have = set(known.removals) if known is not None else set()
+    left = [[removal for removal in piece if removal not in have] for piece in pieces]
+    return [piece for piece in left if piece]
+
+
+def _parts(run: Run, conditions: dict[str, Any]) -> list[str]:
+    prefix = f"{FOLDER}/{key(conditions)}-"
+    files = run.store.names(FOLDER)
+    return [
+        file.split("/")[-1].removesuffix(".parquet") for file in files if file.startswith(prefix) and file.endswith(".parquet")
+    ]

@@ -1,0 +1,158 @@
+"""Whether W&B is online, and one W&B run of ours: its group, its configuration, the content hashes that tie runs together."""
+
+from __future__ import annotations
+
+import io
+import json
+import netrc
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlparse
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from lightning_acc.record.record import Run
+from lightning_acc.record.store import digest
+from lightning_acc.scoring.scores import Scores
+
+PROJECT = "lightning-acc"
+"""The project where neither the caller nor the training's logger names one."""
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY = re.compile(r"\?\S*")
+_SECRET = re.compile(
+    r"(.*_)?(password|passwd|secret|api_?key|access_key|credentials?|(auth|access|api|bearer)_token)|token", re.I
+)
+
+
+def mode() -> Any:
+    """``WANDB_MODE`` where it is set; else online where there is a key, and offline where there is none."""
+    if os.environ.get("WANDB_MODE"):
+        # Lightning's WandbLogger leaves W&B's older word for offline behind.
+        return {"dryrun": "offline"}.get(os.environ["WANDB_MODE"], os.environ["WANDB_MODE"])
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return "online" if netrc.netrc().authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+def logger_options() -> dict[str, Any]:
+    """Arguments for Lightning's WandbLogger that make it as quiet as ``track``, and never ask anything."""
+    # Lightning does not read WANDB_DIR: its run would lie elsewhere than those of track.
+    return {"offline": mode() == "offline", "save_dir": os.environ.get("WANDB_DIR") or ".", "settings": _settings()}
+
+
+def finish() -> None:
+    """End the W&B run that is open in this process, if there is one."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
+
+
+def group_of(run: Run) -> str:
+    """The W&B group of everything that belongs to a training run: that of its logger, else name and content hash."""
+    logger = run.manifest["logger"] or {}
+    name = without_credentials(run.path).rstrip("/").rsplit("/", 1)[-1]
+    return str(logger.get("group") or f"{name[:100]}-{run.hash[:8]}")  # W&B allows 128 characters
+
+
+def start(run: Run, job: str, project: str | None = None, directory: str | None = None) -> Any:
+    """Open a W&B run about ``run``, beside any that is open in this process already.
+
+    Args:
+        run: the recorded run.
+        job: what the W&B run is: its job type.
+        project: None takes that of the training's logger, else ``lightning-acc``.
+        directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
+    """
+    import wandb
+
+    logger = run.manifest["logger"] or {}
+    directory = directory or os.environ.get("WANDB_DIR") or "."
+    os.makedirs(directory, exist_ok=True)
+    manifest = {key: value for key, value in run.manifest.items() if key not in ("files", "layout")}
+    config = {
+        "run": run.path,
+        "training_run": logger.get("id"),
+        "manifest": {**manifest, "n_parameters": run.n_parameters},
+        "content": {"manifest": run.hash},
+    }
+    return wandb.init(
+        project=project or logger.get("project") or PROJECT,
+        group=group_of(run),
+        job_type=job,
+        config=without_credentials(config),
+        dir=directory,
+        mode=mode(),
+        # Else a run of the user's own, open in this process, would be logged into, and ended.
+        reinit="create_new",
+        settings=_settings(),
+    )
+
+
+def _settings() -> Any:
+    import wandb
+
+    # W&B notes the words of the command line. It must not where one of them holds a password.
+    secret = any(without_credentials(word) != word for word in sys.argv)
+    return wandb.Settings(silent=True, console="off", x_disable_meta=secret)
+
+
+def without_credentials(value: Any) -> Any:
+    """``value``, plain JSON, without ``user:password@`` and query strings in its URLs, and without values named as secrets."""
+    if isinstance(value, str):
+        return _QUERY.sub("", _USER.sub("", value)) if _URL.search(value) else value
+    if isinstance(value, Mapping):
+        return {
+            key: "***" if isinstance(entry, str) and _SECRET.fullmatch(str(key)) else without_credentials(entry)
+            for key, entry in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [without_credentials(entry) for entry in value]
+    return value
+
+
+def results(
+    run: Run, tables: dict[str, Scores], evaluation: list[dict[str, Any]] | None, cleaning: pa.Table | None
+) -> dict[str, bytes]:
+    """The files of the run directory that hold its results, by name: score tables, evaluation and cleaning."""
+    files = {f"scores/{name}.parquet": run.store.read(f"scores/{name}.parquet") for name in tables}
+    if evaluation:
+        files["evaluation.json"] = json.dumps({"manifest_hash": run.hash, "rows": evaluation}, indent=1).encode()
+    if cleaning is not None:
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(cleaning, buffer)
+        stored = run.store.exists("cleaning.parquet")
+        files["cleaning.parquet"] = run.store.read("cleaning.parquet") if stored else buffer.getvalue()
+    return files
+
+
+def tie(tracked: Any, run: Run, tables: dict[str, Scores], files: dict[str, bytes]) -> None:
+    """Log the results as one artifact, and write the hashes of all content into its metadata and into the configuration.
+
+    A W&B run that is offline cannot name the artifacts it used. Equal hashes say what belongs together instead.
+    """
+    import wandb
+
+    content = {"manifest": run.hash, **{name: digest(data) for name, data in files.items()}}
+    conditions = {name: table.conditions for name, table in tables.items()}
+    tracked.config.update({"content": content, "scores": without_credentials(conditions)}, allow_val_change=True)
+    artifact = wandb.Artifact(
+        f"influence-{run.hash[:12]}",
+        type="influence",
+        description=f"Score tables and evaluation of {group_of(run)}",
+        metadata={"content": content, "training_run": (run.manifest["logger"] or {}).get("id"), "group": group_of(run)},
+    )
+    for name, data in files.items():
+        with artifact.new_file(name, mode="wb") as file:
+            file.write(data)
+    tracked.log_artifact(artifact)

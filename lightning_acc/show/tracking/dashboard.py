@@ -1,0 +1,137 @@
+"""``track``: everything known about a run into one W&B run."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import pyarrow as pa
+
+from lightning_acc.errors import RequestError
+from lightning_acc.judge.agreement import stored_scores, truth_for
+from lightning_acc.judge.samples import SampleViews
+from lightning_acc.record.record import Run
+from lightning_acc.scoring.scores import Scores
+from lightning_acc.show.tracking import panels
+from lightning_acc.show.tracking.connection import results, start, tie
+from lightning_acc.show.tracking.driver import Live
+
+_TRUEST = ("loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin")
+_CONDITIONS = ("method", "query", "readout", "dtype", "removals")
+
+
+def track(
+    run: Run,
+    evaluation: list[dict[str, Any]] | None,
+    project: str | None = None,
+    directory: str | None = None,
+    *,
+    into: Live | None = None,
+    over_time: int = 5,
+) -> str:
+    """Log what is known about a run to W&B, never asking anything; offline where there is no key.
+
+    Logged are the rankings with pictures or text, the agreement with the truth, the removal curves of cleaning, the
+    influence of the most harmful and most helpful samples over training time, cost, the finding of corrupted samples,
+    and the results themselves as an artifact. Of these, what the run directory holds.
+
+    Args:
+        run: the recorded run with its scores.
+        evaluation: rows of ``evaluate``, or None.
+        project: the project; None takes that of the training's logger, else ``lightning-acc``.
+        directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
+        into: log into this open W&B run instead of one of its own.
+        over_time: how many samples from each end of the ranking to follow over training time, which costs about as much
+            as scoring with ``sgd-ie``; 0 leaves it out.
+
+    Returns:
+        Where the W&B run lies on this machine.
+
+    Raises:
+        RequestError: there are no scores to log.
+    """
+    tables = stored_scores(run)
+    if not tables:
+        raise RequestError(f"{run.path} has no scores yet: compute some with score(run, method=...) first.")
+    cleaned = _cleaning(run)
+    with nullcontext(into.tracked) if into else start(run, "influence", project, directory) as tracked:
+        tie(tracked, run, tables, results(run, tables, evaluation, cleaned))
+        views = SampleViews(run)
+        pictures = panels.Pictures(views)
+        for name, table in tables.items():
+            tracked.log({f"ranking/{name}": panels.ranking(table, truth_for(tables, table), pictures)})
+            gallery = panels.gallery(table, views)
+            if gallery:
+                tracked.log({f"most harmful/{name}": gallery})
+        for name, table in tables.items():
+            truth = truth_for(tables, table)
+            if truth is not None and table.conditions["method"] != "loo":
+                tracked.log({f"agreement/{name}-against-loo": panels.scatter(name, table, truth, views)})
+        found = None if views.corrupted is None else panels.detection(tables, views.corrupted)
+        if found is not None:
+            tracked.log({"finding the corrupted": found})
+        tracked.log(panels.cost((_label(run, table.conditions), table) for table in tables.values()))
+        if evaluation:
+            _log_evaluation(tracked, run, evaluation)
+        if cleaned is not None:
+            tracked.log(panels.cleaning(cleaned))
+            tracked.summary.update(panels.cleaning_summary(cleaned))
+        if over_time:
+            _log_over_time(tracked, run, tables, over_time)
+        return str(os.path.dirname(tracked.dir))
+
+
+def _cleaning(run: Run) -> pa.Table | None:
+    from lightning_acc.judge import cleaning
+
+    return cleaning.read(run)
+
+
+def _log_evaluation(tracked: Any, run: Run, evaluation: list[dict[str, Any]]) -> None:
+    import wandb
+
+    columns: Any = list(evaluation[0])
+    tracked.log({"agreement": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in evaluation])})
+    for row in evaluation:
+        for figure, value in row.items():
+            if figure not in _CONDITIONS:
+                tracked.summary[f"{_label(run, row)}/{figure}"] = value
+
+
+def _log_over_time(tracked: Any, run: Run, tables: dict[str, Scores], count: int) -> None:
+    from lightning_acc.methods.visits import influence_over_time
+
+    found = _to_follow(run, tables)
+    if found is None:
+        return
+    scores, conditions = found
+    order = sorted(scores, key=lambda sample: scores[sample])
+    harmful, helpful = order[:count], order[count:][::-1][:count]
+    titles = {**{sample: f"harmful #{sample}" for sample in harmful}, **{sample: f"helpful #{sample}" for sample in helpful}}
+    dtype = None if conditions["dtype"] == run.dtype else conditions["dtype"]
+    try:
+        visits = influence_over_time(run, list(titles), conditions["query"], dtype=dtype)
+    except RequestError as error:  # a loss without a second derivative has all the rest
+        tracked.summary["over time/left out"] = str(error)
+        return
+    logged = panels.over_time(visits, titles)
+    if logged:
+        tracked.log(logged)
+
+
+def _to_follow(run: Run, tables: dict[str, Scores]) -> tuple[dict[int, float], dict[str, Any]] | None:
+    """The scores that say which samples are worth following: of the most samples, and of these the truest."""
+    recorded = {name: run.query(name).fingerprint for name in run.query_names()}
+    asked = [t for t in tables.values() if recorded.get(t.conditions["query"]) == t.conditions["query_fingerprint"]]
+    candidates = [(panels.singles(table), table.conditions) for table in asked]
+    order = {method: place for place, method in enumerate(_TRUEST)}
+    best = min(candidates, key=lambda c: (-len(c[0]), order.get(c[1]["method"], len(order))), default=None)
+    return best if best and best[0] else None
+
+
+def _label(run: Run, conditions: dict[str, Any]) -> str:
+    """Method and readout, and of query, dtype and kind of removals what is not as usual."""
+    usual = {"query": "val", "dtype": run.dtype, "removals": "samples"}
+    other = [conditions[key] for key, value in usual.items() if conditions.get(key, value) != value]
+    return f"{conditions['method']} ({', '.join([conditions['readout'], *other])})"

@@ -1,0 +1,222 @@
+"""The W&B workspace that arranges what ``track`` logs, and how to open it: online, or offline in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_acc.errors import RequestError
+from lightning_acc.show.tracking import panels
+from lightning_acc.show.tracking.connection import PROJECT, mode
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
+
+NAME = "Influence"
+SHOWN_RUNS = 20
+"""Offline runs that are listed, the newest first."""
+_SAVED = "lightning-acc-workspaces.json"
+
+
+def workspace(
+    project: str | None = None,
+    entity: str | None = None,
+    tables: Sequence[str] | None = None,
+    *,
+    save: bool | None = None,
+    directory: str | None = None,
+) -> Workspace:
+    """The workspace of a project: rankings, agreement, cleaning, influence over training time, and cost, arranged.
+
+    Args:
+        project: None for ``lightning-acc``.
+        entity: user or team; None takes ``WANDB_ENTITY``, else, where there is a key, the key's own.
+        tables: names of the score tables to show, as in ``scores/<name>.parquet``; None for one of each method.
+        save: whether to save it as a new view of the project; None where there is a key and none was saved from here before.
+        directory: where W&B keeps its files, and where it is noted what was saved; None takes ``WANDB_DIR``, else the
+            working directory.
+
+    Returns:
+        The workspace, checked against W&B's own description of one.
+
+    Raises:
+        RequestError: it was to be saved, and there is no key, or W&B refused or could not be reached.
+    """
+    project = project or PROJECT
+    entity = entity or os.environ.get("WANDB_ENTITY") or ""
+    online = mode() == "online"
+    if save and not online:
+        raise RequestError(f"The workspace of {project} cannot be saved without a key: run wandb login first.")
+    if online and not entity:
+        with _refusals(project):
+            import wandb
+
+            entity = str(wandb.Api().default_entity or "")
+    built = _build(project, entity, tables)
+    saved = _saved(directory)
+    if save or (save is None and online and f"{entity}/{project}" not in saved):
+        with _refusals(project):
+            built.save()
+            note = _files(directory) / _SAVED
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps({**saved, f"{entity}/{project}": built.url}, indent=1))
+    return built
+
+
+@contextmanager
+def _refusals(project: str) -> Iterator[None]:
+    """In here whatever the network and the server answer is one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestError(f"The workspace of {project} was not saved: {error}") from error
+
+
+def dashboards(project: str | None = None, directory: str | None = None) -> str:
+    """How to open what was logged, as text for a terminal.
+
+    With a key: the addresses of the project and of its workspace, which is made if need be. For every run that W&B keeps
+    on this machine and has not uploaded: the commands that show it in the terminal, and that upload it.
+
+    Args:
+        project: None for ``lightning-acc``.
+        directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
+    """
+    project = project or PROJECT
+    lines = _online(project, directory) if mode() == "online" else []
+    waiting = [run for run in _offline_runs(directory, project) if not list(run.glob("*.wandb.synced"))]
+    if waiting:
+        lines.append(f"{len(waiting)} offline run{'s' * (len(waiting) > 1)} of {project} on this machine, the newest first:")
+        lines += [f"  wandb leet {_word(run)}" for run in waiting[:SHOWN_RUNS]]
+        lines += [f"  and {len(waiting) - SHOWN_RUNS} more in {_word(_files(directory))}"] * (len(waiting) > SHOWN_RUNS)
+        lines.append("To upload them later, from this machine and after wandb login:")
+        lines += [f"  wandb sync {_word(run)}" for run in waiting[:SHOWN_RUNS]]
+    elif not lines:
+        lines.append(f"Nothing of {project} was logged in {_word(_files(directory))} yet: lightning-acc track RUN does it.")
+    return "\n".join(lines)
+
+
+def _online(project: str, directory: str | None) -> list[str]:
+    try:
+        built = workspace(project, directory=directory)
+    except RequestError as error:
+        return [str(error)]
+    known = _saved(directory).get(f"{built.entity}/{project}", "")
+    return [f"project:   {known.split('?')[0]}", f"workspace: {known}"] if known else []
+
+
+def _files(directory: str | None) -> Path:
+    """Where W&B puts its runs."""
+    return Path(directory or os.environ.get("WANDB_DIR") or ".") / "wandb"
+
+
+def _saved(directory: str | None) -> dict[str, str]:
+    """Addresses of the workspaces saved from here, by entity and project."""
+    try:
+        return dict(json.loads((_files(directory) / _SAVED).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _offline_runs(directory: str | None, project: str) -> list[Path]:
+    # A run's file begins with its identity, of which the project is the field with number 3.
+    name = project.encode()
+    field = b"\x1a" + bytes([len(name) % 256]) + name
+
+    def belongs(run: Path) -> bool:
+        for file in run.glob("*.wandb"):
+            with file.open("rb") as content:
+                return field in content.read(1024)
+        return False
+
+    runs = sorted(_files(directory).glob("offline-run-*"), key=lambda run: run.name, reverse=True)
+    return [run for run in runs if belongs(run)]
+
+
+def _word(path: Path) -> str:
+    return shlex.quote(os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve()))
+
+
+def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the library's own, of pydantic
+        from wandb_workspaces import workspaces as ws
+        from wandb_workspaces.reports.v2 import interface as wr
+
+    if tables is None:
+        from lightning_acc.methods.rules import METHODS
+
+        tables = METHODS
+    estimates = [name for name in tables if name.split("-")[0].split(".")[0] != "loo"]
+
+    def chart(key: str, kind: str, fields: Sequence[str], title: str, x: str | None = None) -> Any:
+        strings = {"title": title} if x is None else {"title": title, "xname": x}
+        query = {"summaryTable": {"tableKey": f"{key}_table"}}
+        by_name = dict(zip(fields[::2], fields[1::2], strict=True))
+        return wr.CustomChart(query=query, chart_name=f"wandb/{kind}/v0", chart_fields=by_name, chart_strings=strings)
+
+    def lines(key: str, title: str, x: str) -> Any:
+        return chart(key, "lineseries", ("step", "step", "lineKey", "lineKey", "lineVal", "lineVal"), title, x)
+
+    def bars(key: str, value: str, title: str) -> Any:
+        return chart(key, "bar", ("label", "method", "value", value), title)
+
+    def section(name: str, columns: int, *content: Any) -> Any:
+        rows = -(-len(content) // columns)
+        layout = ws.SectionLayoutSettings(columns=columns, rows=min(rows, 3))
+        return ws.Section(name=name, panels=list(content), is_open=True, layout_settings=layout)
+
+    removing = "fraction removed"
+    built = ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME,
+        sections=[
+            section(
+                "Rankings",
+                1,
+                *(wr.WeavePanelSummaryTable(table_name=f"ranking/{name}") for name in tables),
+                wr.MediaBrowser(media_keys=[f"most harmful/{name}" for name in tables], title="Most harmful", num_columns=8),
+            ),
+            section(
+                "Agreement",
+                2,
+                wr.WeavePanelSummaryTable(table_name="agreement"),
+                lines("finding the corrupted", "Share of corrupted samples among the k most harmful", "k"),
+                *(
+                    chart(f"agreement/{name}-against-loo", "scatter", ("x", "loo", "y", name), f"{name} against retraining")
+                    for name in estimates
+                ),
+            ),
+            section(
+                "Cleaning",
+                3,
+                *(lines(f"cleaning/{quantity}", f"{quantity} after removing", removing) for quantity in panels.CLEANED),
+                *(lines(f"cleaning by {name}", f"Removing by {name}, 95 % interval", removing) for name in tables),
+                wr.WeavePanelSummaryTable(table_name="cleaning"),
+            ),
+            section(
+                "Over training time",
+                1,
+                lines("over time", "Influence gathered over training", "step"),
+                wr.WeavePanelSummaryTable(table_name="over time/visits"),
+            ),
+            section(
+                "Cost",
+                2,
+                bars("cost", "seconds", "Seconds of work"),
+                bars("cost/memory", "peak_memory_gb", "Peak memory of a process, GB"),
+                wr.LinePlot(title="Progress", y=["progress/fraction"], range_y=(0, 1)),
+                wr.LinePlot(title="Seconds left", y=["progress/seconds_left"]),
+            ),
+        ],
+        runset_settings=ws.RunsetSettings(pinned_columns=["run:displayName", "run:group", "run:jobType"]),
+    )
+    built._to_model()  # W&B's own description of a workspace refuses here what it would refuse when saving
+    return built

@@ -1,0 +1,207 @@
+"""What the dashboard is made of: each table, figure and gallery as the W&B object it is logged as."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from lightning_acc.judge.samples import SampleView, SampleViews, detection_precision
+from lightning_acc.scoring.scores import Scores
+
+SHOWN = 100
+"""Rows of a ranking table from each end."""
+GALLERY = 24
+"""Pictures of the most harmful samples."""
+POINTS = 500
+"""Points of a curve; more are not seen, and make pages slow."""
+
+CLEANED = ("accuracy", "loss", "gain")
+"""Quantities of a cleaning table, each with its interval ``_low`` to ``_high``."""
+
+
+def singles(table: Scores) -> dict[int, float]:
+    """Scores of the removals of one sample, by sample."""
+    return {removal[0]: score for removal, score in table.by_removal().items() if len(removal) == 1}
+
+
+class Pictures:
+    """Views of samples as W&B shows them, each picture encoded once."""
+
+    def __init__(self, views: SampleViews) -> None:
+        self.views = views
+        self._images: dict[int, Any] = {}
+
+    def cells(self, sample: int | None) -> list[Any]:
+        """Label, true label, corrupted, picture and text of a sample; of nothing for a removal of several."""
+        view = SampleView(-1) if sample is None else self.views[sample]
+        if view.sample not in self._images:
+            self._images[view.sample] = image(view.image)
+        return [view.label, view.true_label, view.corrupted, self._images[view.sample], view.text]
+
+
+def image(png: bytes | None, caption: str | None = None) -> Any:
+    """A PNG file as a W&B image; None for None."""
+    if png is None:
+        return None
+    import wandb
+
+    return wandb.Image(Image.open(io.BytesIO(png)), caption=caption)
+
+
+def ranking(table: Scores, truth: Scores | None, pictures: Pictures) -> Any:
+    """The most harmful and the most helpful removals, each single sample with its picture, text and labels."""
+    import wandb
+
+    expected = truth.by_removal() if truth is not None else {}
+    rows = sorted(zip(table.table["rank"].to_pylist(), table.removals, table.values.tolist(), strict=True))
+    columns: list[str | int] = ["rank", "sample", "score", "loo", "label", "true label", "corrupted", "picture", "text"]
+    data = []
+    for rank, removal, score in rows if len(rows) <= 2 * SHOWN else rows[:SHOWN] + rows[-SHOWN:]:
+        seen = pictures.cells(removal[0] if len(removal) == 1 else None)
+        data.append([rank, _name(removal), score, expected.get(removal), *seen])
+    return wandb.Table(columns=columns, data=data)
+
+
+def gallery(table: Scores, views: SampleViews) -> list[Any]:
+    """Captioned pictures of the most harmful samples."""
+    scores = singles(table)
+    found = []
+    for sample in sorted(scores, key=lambda sample: scores[sample])[:GALLERY]:
+        view = views[sample]
+        if view.image is not None:
+            was = f" (was {view.true_label})" if view.corrupted and view.true_label is not None else ""
+            found.append(image(view.image, f"#{sample}: {view.label}{was}, {scores[sample]:+.2e}"))
+    return found
+
+
+def scatter(name: str, table: Scores, truth: Scores, views: SampleViews) -> Any:
+    """Estimated against true scores; the table behind it names the samples of each point."""
+    import wandb
+
+    expected, found = truth.by_removal(), table.by_removal()
+    data = []
+    for removal in found:
+        if removal in expected:
+            view = views[removal[0]] if len(removal) == 1 else SampleView(-1)
+            data.append([expected[removal], found[removal], _name(removal), view.label, view.corrupted])
+    points = wandb.Table(columns=["loo", name, "sample id", "label", "corrupted"], data=data)
+    return wandb.plot.scatter(points, "loo", name, title=f"{name} against leave-one-out retraining")
+
+
+def detection(tables: dict[str, Scores], corrupted: np.ndarray) -> Any | None:
+    """Share of corrupted samples among the k most harmful, one line per table and one for chance."""
+    lines: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {}
+    for name, table in tables.items():
+        scores = singles(table)
+        if scores:
+            precision = detection_precision(np.array(list(scores.values())), corrupted[list(scores)])
+            at = _thinned(len(precision))
+            lines[name] = ((at + 1).tolist(), precision[at].tolist())
+    if not lines:
+        return None
+    longest = max(x[-1] for x, _ in lines.values())
+    lines["chance"] = ([1, longest], [float(corrupted.mean())] * 2)
+    return _lines(lines, "Share of corrupted samples among the k most harmful", "k")
+
+
+def cost(rows: Iterable[tuple[str, Scores]]) -> dict[str, Any]:
+    """Seconds of work and peak memory of each table, as bars over one table."""
+    import wandb
+
+    columns: list[str | int] = ["method", "seconds", "peak_memory_gb", "wall_seconds", "n"]
+    data = [[label, *(table.conditions[str(column)] for column in columns[1:])] for label, table in rows]
+
+    def bars(value: str, title: str) -> Any:
+        return wandb.plot.bar(wandb.Table(columns=columns, data=data), "method", value, title=title)
+
+    return {"cost": bars("seconds", "Seconds of work"), "cost/memory": bars("peak_memory_gb", "Peak memory of a process, GB")}
+
+
+def over_time(visits: pa.Table, titles: dict[int, str]) -> dict[str, Any]:
+    """Cumulative influence over the steps, one line per sample, and the table of visits behind it."""
+    import wandb
+
+    rows = visits.to_pydict()
+    lines = {}
+    for sample, title in titles.items():
+        own = np.flatnonzero(np.array(rows["sample"]) == sample)
+        if len(own):
+            at = own[_thinned(len(own))].tolist()
+            lines[title] = ([rows["step"][i] for i in at], [rows["cumulative"][i] for i in at])
+    if not lines:
+        return {}
+    data = [[*row, titles[row[0]]] for row in zip(*rows.values(), strict=True)]
+    return {
+        "over time": _lines(lines, "Influence gathered over training: the most harmful and the most helpful samples", "step"),
+        "over time/visits": wandb.Table(columns=[*rows, "line"], data=data),
+    }
+
+
+def cleaning(table: pa.Table) -> dict[str, Any]:
+    """Removal curves: all methods together, each method with its 95 % interval beside the control, and the whole table."""
+    import wandb
+
+    rows = table.to_pylist()
+    logged: dict[str, Any] = {
+        "cleaning": wandb.Table(columns=table.column_names, data=[[row[c] for c in table.column_names] for row in rows])
+    }
+    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "none"]
+    # Every curve begins where nothing is removed.
+    curves = {method: sorted(_of(rows, "none", method), key=lambda row: float(row["fraction"])) for method in methods}
+    for quantity in CLEANED:
+        lines = {method: _curve(curve, quantity) for method, curve in curves.items()}
+        lines = {method: line for method, line in lines.items() if line[0]}
+        if lines:
+            logged[f"cleaning/{quantity}"] = _lines(lines, f"{quantity} after removing", "fraction removed")
+    quantity = "accuracy" if any(row["accuracy"] is not None for row in rows) else "loss"
+    for method in methods:
+        shown = {method: quantity, f"{method}, 95 % low": f"{quantity}_low", f"{method}, 95 % high": f"{quantity}_high"}
+        lines = {line: _curve(curves[method], column) for line, column in shown.items()}
+        if "random" in curves and method != "random":
+            lines["random"] = _curve(curves["random"], quantity)
+        lines = {name: line for name, line in lines.items() if line[0]}
+        if lines:
+            logged[f"cleaning by {method}"] = _lines(lines, f"{quantity} after removing by {method}", "fraction removed")
+    return logged
+
+
+def cleaning_summary(table: pa.Table) -> dict[str, float]:
+    """The gains of a cleaning table and what they are made of, by ``cleaning/<method> <percent> %/<figure>``."""
+    figures = {}
+    for row in table.to_pylist():
+        label = "none" if row["method"] == "none" else f"{row['method']} {100 * row['fraction']:g} %"
+        for name in ("accuracy", "loss", "gain", "gain_low", "gain_high"):
+            if row[name] is not None:
+                figures[f"cleaning/{label}/{name}"] = row[name]
+    return figures
+
+
+def _of(rows: list[dict[str, Any]], *methods: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["method"] in methods]
+
+
+def _curve(rows: list[dict[str, Any]], column: str) -> tuple[list[float], list[float]]:
+    points = [(row["fraction"], row[column]) for row in rows if row[column] is not None and np.isfinite(row[column])]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _lines(lines: Mapping[str, tuple[Sequence[Any], Sequence[Any]]], title: str, x: str) -> Any:
+    import wandb
+
+    # Lists: W&B takes the first of xs to tell one shared axis from one for each line.
+    xs, ys = [list(xs) for xs, _ in lines.values()], [list(ys) for _, ys in lines.values()]
+    return wandb.plot.line_series(xs=xs, ys=ys, keys=list(lines), title=title, xname=x)
+
+
+def _thinned(count: int) -> np.ndarray:
+    """At most POINTS places out of ``count``, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(POINTS, count)).round().astype(int))
+
+
+def _name(removal: tuple[int, ...]) -> str:
+    return " ".join(map(str, removal))

@@ -1,0 +1,1 @@
+"""Our own experiments: data modules, models, grids of trainings, and the command that trains."""

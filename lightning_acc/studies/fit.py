@@ -1,0 +1,167 @@
+"""``fit`` and ``run`` of the command line: a LightningCLI whose training is recorded, and everything that follows it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from lightning_acc.errors import RunError
+from lightning_acc.judge.agreement import as_text, evaluate
+from lightning_acc.judge.cleaning import as_text as as_lines
+from lightning_acc.judge.cleaning import clean
+from lightning_acc.progress import watched_by
+from lightning_acc.record.record import Run
+from lightning_acc.record.store import Store
+from lightning_acc.recorder import TrajectoryRecorder
+from lightning_acc.scoring import cluster
+from lightning_acc.scoring.score import DEFAULT_MEMORY_GB, score
+from lightning_acc.scoring.selection import select
+from lightning_acc.show import tracking
+from lightning_acc.show.report import write_report
+
+
+@dataclass
+class Influence:
+    """What ``run`` does after training.
+
+    Args:
+        methods: estimators and truth to compute, in order.
+        removals: all, random:N, top:N@METHOD or a file, as for the verb score.
+        query: name of the recorded query.
+        dtype: None as recorded, or float64.
+        ray_address: local, auto, ray://..., or None for this process.
+        memory_gb: budget of each process.
+        clean_fractions: of the training samples to drop by each estimator's ranking before training anew; none by default.
+        clean_seeds: trainings for each of them.
+        project: W&B project.
+        wandb: whether the training and the results are logged to W&B, offline where there is no key.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["loo", "acc-sgd-ie", "sgd-ie", "tracin"])
+    removals: str = "all"
+    query: str = "val"
+    dtype: str | None = None
+    ray_address: str | None = "local"
+    memory_gb: float = DEFAULT_MEMORY_GB
+    clean_fractions: list[float] = field(default_factory=list)
+    clean_seeds: int = 5
+    project: str = "lightning-acc"
+    wandb: bool = True
+
+
+class RecordingCLI(LightningCLI):
+    """LightningCLI with the recorder as a callback of its own and the options of ``run``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the groups ``recorder`` and ``influence``."""
+        parser.add_lightning_class_args(TrajectoryRecorder, "recorder")
+        parser.add_class_arguments(Influence, "influence")
+
+
+def _build(verb: str, args: list[str]) -> RecordingCLI:
+    # LightningCLI reads sys.argv, and warns where it is given arguments beside it.
+    before, sys.argv = sys.argv, [f"lightning-acc {verb}", *args]
+    try:
+        return RecordingCLI(
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            parser_kwargs={"prog": f"lightning-acc {verb}"},
+        )
+    finally:
+        sys.argv = before
+
+
+def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
+    """Train as the configuration says, recorded."""
+    cli = _build(verb, args)
+    options = cli.config.influence
+    if options.wandb and cli.config.trainer.logger is None:
+        cli.trainer.logger = _wandb_logger(cli)
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    finally:
+        if options.wandb:
+            tracking.finish()
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+    _keep_test_data(cli)
+    print(f"recorded in {Store(cli.config.recorder.directory)}")
+    return cli
+
+
+def _keep_test_data(cli: RecordingCLI) -> None:
+    """Store the data module's test data as the query ``test``: what no ranking has seen."""
+    if cli.trainer.is_global_zero and is_overridden("test_dataloader", cli.datamodule, LightningDataModule):
+        cli.datamodule.setup("test")
+        Run(cli.config.recorder.directory).add_query("test", cli.datamodule.test_dataloader())
+
+
+def _wandb_logger(cli: RecordingCLI) -> Any:
+    from pytorch_lightning.loggers import WandbLogger
+
+    directory = cli.config.recorder.directory
+    name = directory.rstrip("/").rsplit("/", 1)[-1]
+    return WandbLogger(
+        project=cli.config.influence.project,
+        group=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        job_type="training",
+        **tracking.logger_options(),
+    )
+
+
+def run(args: list[str]) -> None:
+    """Train, audit, score with every method, compare, report and log."""
+    cli = fit(args, "run")
+    options = cli.config.influence
+    recorded = Run(cli.config.recorder.directory)
+    report = recorded.audit()
+    print(report)
+    if not report:
+        raise RunError(f"The record in {recorded.path} does not reproduce the training, so it is not scored.")
+    if options.wandb:
+        # One W&B run shows the progress and then the results.
+        with tracking.live(recorded, "influence", options.project) as shown, watched_by(shown.update):
+            rows = _score_and_evaluate(recorded, options)
+            print(f"W&B ({tracking.mode()}): {tracking.track(recorded, rows, options.project, into=shown)}")
+    else:
+        _score_and_evaluate(recorded, options)
+    print(f"report: {write_report(recorded)}")
+
+
+def _score_and_evaluate(recorded: Run, options: Any) -> list[dict[str, Any]] | None:
+    with nullcontext() if options.ray_address is None else cluster.connect(options.ray_address):
+        _score_all(recorded, options)
+    if "loo" not in options.methods:
+        return None
+    evaluation = evaluate(recorded)
+    print(as_text(evaluation))
+    rows: list[dict[str, Any]] = evaluation.to_pylist()
+    return rows
+
+
+def _score_all(recorded: Run, options: Any) -> None:
+    removals = select(recorded, options.removals)
+    for method in options.methods:
+        scores = score(
+            recorded,
+            method,
+            removals,
+            options.query,
+            dtype=options.dtype,
+            ray_address=options.ray_address,
+            memory_gb=options.memory_gb,
+        )
+        print(f"{scores}: {scores.conditions['seconds']:.1f} s of work")
+    if options.clean_fractions:
+        rankings = [method for method in options.methods if method not in ("loo", "tracin")]
+        cleaned = clean(recorded, rankings, options.clean_fractions, options.clean_seeds, ray_address=options.ray_address)
+        print(as_lines(cleaned))

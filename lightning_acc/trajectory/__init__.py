@@ -1,1 +1,0 @@
-"""The run directory: manifest, steps, parameters, samples. Knows no Lightning and no method."""
