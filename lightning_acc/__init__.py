@@ -2,6 +2,23 @@
 
 ``TrajectoryRecorder`` records a training run; ``Run`` opens the record; ``score`` answers, for every sample or group, what
 this very run would have ended with without it; ``evaluate`` compares the estimates with true leave-one-out retraining.
+
+The house, room by room; each may import those above it in this list, and none below (a test reads the imports):
+
+* ``errors``, ``progress``, ``contract``: the ground floor. ``contract`` is all that a user's module may define, on one page.
+* ``record``: the run directory as plain data. *Another file, another storage, another schema: here.*
+* ``core``: F, the training step as a pure function, written once. *Another optimizer: a rule in* ``core.optimizers``.
+  *Another kind of question: ``core.queries``. Another device or number format:* ``core.replay``, *which alone moves data.*
+* ``recorder``: how Lightning's steps are seen (imports ``core`` and ``record`` alone). *Another kind of training: here.*
+* ``methods``: a small class a method, and the sweeps. *Another method: its rule in* ``methods.rules``, *its entry in*
+  ``methods.registry``.
+* ``planning``: what each method will cost.
+* ``scoring``: from a question to a table. *Another backend beside this process and Ray:* ``scoring.cluster``.
+* ``judge``: agreement with the truth, cleaning, what leaves the package.
+* ``run``: ``la.Run``, a record with its verbs.
+* ``show``: the page and W&B.
+* ``studies``: our own experiments, and ``fit``.
+* ``cli``: words to functions.
 """
 
 from __future__ import annotations
@@ -16,9 +33,9 @@ if TYPE_CHECKING:
     from lightning_acc.errors import InfluenceError, RequestError, RunError
     from lightning_acc.judge.agreement import evaluate
     from lightning_acc.judge.cleaning import clean
-    from lightning_acc.plan.forecast import plan
-    from lightning_acc.record.record import Run
+    from lightning_acc.planning.plan import plan
     from lightning_acc.recorder import TrajectoryRecorder
+    from lightning_acc.run import Run
     from lightning_acc.scoring.score import score
     from lightning_acc.scoring.scores import Scores
     from lightning_acc.show.report import write_report
@@ -48,13 +65,13 @@ _HOMES = {
     "OptimizerRule": "core.optimizers",
     "Query": "core.queries",
     "RequestError": "errors",
-    "Run": "record.record",
+    "Run": "run",
     "RunError": "errors",
     "Scores": "scoring.scores",
     "TrajectoryRecorder": "recorder",
     "clean": "judge.cleaning",
     "evaluate": "judge.agreement",
-    "plan": "plan.forecast",
+    "plan": "planning.plan",
     "register_optimizer": "core.optimizers",
     "write_report": "show.report",
     "score": "scoring.score",

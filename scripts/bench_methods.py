@@ -90,8 +90,8 @@ def speed() -> None:
     """Print the table of seconds and ratios."""
     from lightning_acc import Run
     from lightning_acc.core.replay import Replay
-    from lightning_acc.methods import sweeps as sweep
-    from lightning_acc.methods.rules import FORWARD, REVERSE
+    from lightning_acc.methods import sweeps
+    from lightning_acc.methods.rules import AccSgdIe, AdjointSgdIe, LeaveOneOut
 
     with tempfile.TemporaryDirectory() as directory:
         training = record(Path(directory) / "run", (8, 8), FEATURES, EPOCHS)
@@ -108,9 +108,9 @@ def speed() -> None:
 
         work = {
             "replay": replayed,
-            "loo": lambda: sweep.forward(replay, FORWARD["loo"](), removals),
-            "acc-sgd-ie": lambda: sweep.forward(replay, FORWARD["acc-sgd-ie"](), removals),
-            "sgd-ie": lambda: sweep.reverse(replay, REVERSE["sgd-ie"](), query, 2**30),
+            "loo": lambda: sweeps.forward(replay, LeaveOneOut(), removals),
+            "acc-sgd-ie": lambda: sweeps.forward(replay, AccSgdIe(), removals),
+            "sgd-ie": lambda: sweeps.reverse(replay, AdjointSgdIe(), query, 2**30),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
         for turn in range(6):

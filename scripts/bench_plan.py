@@ -26,13 +26,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.methods.rules import REVERSE
-from lightning_acc.plan import forecast
+from lightning_acc.methods.registry import METHODS
 from lightning_acc.studies.data import DigitsDataModule, NewsgroupsDataModule
 from lightning_acc.studies.models import Classifier
 
 EPOCHS = {"digits": 15, "mlp": 4, "20news": 10, "adamw": 6, "unequal": 6, "local": 30}
-METHODS = tuple(entry.method for entry in forecast.FORECASTS)
 
 
 class AdamWClassifier(Classifier):
@@ -101,7 +99,7 @@ def measure(problem: str, path: str, what: str) -> dict[str, Any]:
     address = "local" if problem == "local" else None
     if what == "plan":
         started = time.perf_counter()
-        rows = {row["method"]: row for row in forecast.plan(run, ray_address=address).table.to_pylist()}
+        rows = {row["method"]: row for row in la.plan(run, ray_address=address).table.to_pylist()}
         return {**rows, "took": time.perf_counter() - started}
     # What any method brings along is there before: the module, Lightning, the machinery of autograd.
     la.score(run, "sgd-ie", [0], ray_address=None, save=False)
@@ -113,7 +111,7 @@ def measure(problem: str, path: str, what: str) -> dict[str, Any]:
         "seconds": wall,
         "work_seconds": work,
         "peak_memory_gb": scores.conditions["peak_memory_gb"],
-        "here": address is None or what in REVERSE,
+        "here": address is None or METHODS[what].readout == "linear",
     }
 
 

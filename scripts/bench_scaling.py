@@ -4,8 +4,8 @@
 
 A GELU network with one hidden layer on MNIST (synthetic images where LIGHTNING_ACC_DATA is not set), trained by SGD with
 momentum for 2 epochs of batch 128; every sample is removed once. Seconds are processor time of one thread. Memory is what
-scoring adds to a fresh process at its peak; for methods that work in chunks it follows the budget, 2 GB. acc-low-rank has one
-rank throughout, or follows 13 samples where it screens, as what it would choose depends on what can be afforded. "~" was not
+scoring adds to a fresh process at its peak; for methods that work in chunks it follows the budget, 2 GB. acc-low-rank tracks
+in as many directions throughout, or follows 13 samples where it screens, as what it would choose depends on what can be afforded. "~" was not
 measured but planned: la.plan predicts that it takes longer than the limit. An exponent is the slope of a straight line through
 the logarithms.
 """
@@ -28,13 +28,15 @@ from typing import Any
 import numpy as np
 
 FEATURES, CLASSES, BATCH, EPOCHS = 784, 10, 128, 2
-PRELOADED = ["pandas", *(f"lightning_acc.{part}" for part in ("models", "data", "recorder", "scoring", "forecast"))]
+PRELOADED = [
+    "pandas",
+    *(f"lightning_acc.{part}" for part in ("studies.models", "studies.data", "recorder", "scoring.score", "planning.plan")),
+]
 METHODS: dict[str, dict[str, Any]] = {
     "tracin": {"method": "tracin"},
     "sgd-ie": {"method": "sgd-ie"},
-    "acc-low-rank, outputs": {"method": "acc-low-rank", "state": "outputs", "readout": "linear"},
-    "acc-low-rank, parameters": {"method": "acc-low-rank", "state": "parameters", "readout": "linear"},
-    "acc-low-rank, screened": {"method": "acc-low-rank", "state": "screened", "rank": 13},
+    "acc-low-rank, tracked": {"method": "acc-low-rank", "readout": "linear"},
+    "acc-low-rank, screened": {"method": "acc-low-rank", "followed": 13},
     "acc-sgd-ie": {"method": "acc-sgd-ie"},
     "loo": {"method": "loo"},
 }
@@ -49,13 +51,13 @@ class Sizes:
     Attributes:
         n: numbers of samples.
         widths: of the hidden layer, which make p; the first is that of the series against n.
-        rank: of acc-low-rank.
+        directions: of acc-low-rank, tracked.
         limit: seconds up to which loo and acc-sgd-ie are measured and not planned.
     """
 
     n: tuple[int, ...]
     widths: tuple[int, ...]
-    rank: int
+    directions: int
     limit: float
 
 
@@ -164,7 +166,7 @@ def measure(sizes: Sizes, synthetic: bool, folder: Path) -> dict[tuple[int, int,
         for (n, width, name), seconds in list(expected.items()):
             left = sum(expected.values())
             tell(f"n = {n}, p = {parameters(width)}: {name}, {seconds:.0f} s or so of the {left:.0f} s or so that are left")
-            options = ({"rank": sizes.rank} if METHODS[name]["method"] == "acc-low-rank" else {}) | METHODS[name]
+            options = ({"directions": sizes.directions} if name.endswith("tracked") else {}) | METHODS[name]
             found[n, width, name] = (*fresh.apply(measured, (str(folder / f"{n}-{width}"), small, options)), True)
             del expected[n, width, name]
         fresh.close()
@@ -187,7 +189,7 @@ def main(sizes: Sizes, synthetic: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(sizes, synthetic, Path(folder))
     data = "synthetic images" if synthetic else "MNIST"
-    print(f"{data}, {EPOCHS} epochs of batch {BATCH}, rank {sizes.rank}, one thread; ~ planned, not measured")
+    print(f"{data}, {EPOCHS} epochs of batch {BATCH}, {sizes.directions} directions, one thread; ~ planned, not measured")
     against_n = [(n, sizes.widths[0]) for n in sizes.n]
     against_p = [(sizes.n[0], width) for width in sorted(sizes.widths)]
     for place, unit in enumerate(("seconds", "GB added")):
@@ -208,5 +210,5 @@ if __name__ == "__main__":
     if arguments.quick:
         main(QUICK, synthetic=True)
     else:
-        chosen = Sizes(tuple(arguments.n), FULL.widths, FULL.rank, arguments.limit)
+        chosen = Sizes(tuple(arguments.n), FULL.widths, FULL.directions, arguments.limit)
         main(chosen, synthetic="LIGHTNING_ACC_DATA" not in os.environ)

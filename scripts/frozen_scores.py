@@ -101,8 +101,8 @@ def questions(run: la.Run) -> dict[str, dict[str, Any]]:
     return asked
 
 
-DIRECTIONS: dict[str, Any] = {"rank": 8}
-FOLLOWED: dict[str, Any] = {"state": "screened", "rank": 10}
+DIRECTIONS: dict[str, Any] = {"directions": 8}
+FOLLOWED: dict[str, Any] = {"followed": 10}
 
 
 def scores(names: list[str]) -> dict[str, list[str]]:

@@ -107,7 +107,7 @@ def chosen(run: la.Run, count: int) -> list[int]:
 
 
 def retrain(run: la.Run, count: int, address: str | None) -> None:
-    from lightning_acc.plan import planning
+    from lightning_acc.planning import planning
     from lightning_acc.scoring import cluster
 
     ids = chosen(run, count)

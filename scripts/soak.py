@@ -28,7 +28,7 @@ import pytorch_lightning as pl
 import torch
 
 import lightning_acc as la
-from lightning_acc.plan import planning
+from lightning_acc.methods import memory
 from lightning_acc.scoring import cluster, scores, work
 from lightning_acc.scoring import score as scoring
 from lightning_acc.studies.data import DigitsDataModule
@@ -55,7 +55,7 @@ def noted(job: Any, removals: Any, progress: Callable[[float], None], replay: An
 
 def drive(path: str, address: str) -> None:
     """The driver: scores, and says what is wrong with a status."""
-    planning.LARGEST_CHUNK = CHUNK
+    memory.LARGEST_CHUNK = CHUNK
     cluster.TRIES = 100  # a piece may be unlucky very often here
     scoring.compute = noted
     la.score(path, "loo", ray_address=address, progress=False)
@@ -109,7 +109,7 @@ def kill(worker: int, workers: Path, killed: Counter[str]) -> None:
 
 def main(minutes: float) -> None:
     torch.set_num_threads(1)
-    planning.LARGEST_CHUNK = CHUNK
+    memory.LARGEST_CHUNK = CHUNK
     ends = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as directory:
         os.environ[WORKERS] = f"{directory}/workers"

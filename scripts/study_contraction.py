@@ -20,7 +20,8 @@ from torch import Tensor
 import lightning_acc as la
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.rules import FORWARD
+from lightning_acc.methods.registry import METHODS
+from lightning_acc.methods.swept import Swept
 from lightning_acc.studies.data import AdultDataModule
 from lightning_acc.studies.models import Classifier
 
@@ -43,20 +44,17 @@ def record(directory: str) -> la.Run:
 def shifts(replay: Replay, method: str, disturb: tuple[int, Tensor] | None = None) -> list[Tensor]:
     """Shifts (n, p) after every step; an error is added to them before one of the steps."""
     removals = Removals([(i,) for i in range(N)])
-    rule = FORWARD[method]()
-    state = replay.initial
-    carry = rule.init(state, removals)
+    entry = METHODS[method]
+    assert isinstance(entry, Swept)
+    rule = entry.forward()
+    carry = rule.init(replay.initial, removals)
     found = []
     for t in range(len(replay)):
         if disturb is not None and disturb[0] == t:
-            carry = (carry[0] + disturb[1], *carry[1:])
-        step = replay.step(t)
-        if rule.follows_run:
-            point = step.at(state)
-            carry, state = rule.advance(point, carry, removals), point.next()
-        else:
-            carry = rule.advance(step, carry, removals)
-        found.append(rule.finish(carry, state)[1])
+            run, (moved, *slots) = carry  # of ACC-SGD-IE: the run, and beside it the run without each sample
+            carry = run, (moved + disturb[1], *slots)
+        carry = rule.advance(replay.step(t), carry, removals)
+        found.append(rule.finish(carry)[1])
     return found
 
 

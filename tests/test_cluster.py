@@ -41,9 +41,9 @@ def workers(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_workers_give_the_scores_of_this_process_to_the_last_bit(
     run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_acc.plan import planning
+    from lightning_acc.methods import memory
 
-    monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
+    monkeypatch.setattr(memory, "LARGEST_CHUNK", 20)
     for method in ("loo", "acc-sgd-ie", "sgd-ie"):
         alone = la.score(run, method, readout="exact", ray_address=None, save=False, keep_shifts=True)
         farmed = la.score(run, method, readout="exact", save=False, keep_shifts=True)
@@ -54,18 +54,18 @@ def test_workers_give_the_scores_of_this_process_to_the_last_bit(
 
 
 def test_a_query_of_ones_own_reaches_the_workers(run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc.plan import planning
+    from lightning_acc.methods import memory
 
-    monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
+    monkeypatch.setattr(memory, "LARGEST_CHUNK", 20)
     query = la.Query("first-logit", [tuple(data(n=9, seed=2).tensors)], lambda module, batch: module.net(batch[0])[:, 0])
     alone, farmed = (la.score(run, "acc-sgd-ie", None, query, ray_address=a, save=False) for a in (None, "local"))
     assert np.array_equal(alone.values, farmed.values)
 
 
 def test_an_error_in_a_worker_is_the_error_here(run: la.Run, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc.plan import planning
+    from lightning_acc.methods import memory
 
-    monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
+    monkeypatch.setattr(memory, "LARGEST_CHUNK", 20)
 
     def refuses(module: object, batch: object) -> None:
         raise la.RequestError("this query refuses")

@@ -12,7 +12,7 @@ from problems import N, Net, data, fit, make, record, replay_by_hand
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.methods.rules import METHODS
+from lightning_acc.methods.registry import METHODS
 
 EXACT = 1e-10  # relative, for what is equal up to round-off
 OPTIMIZERS = [
@@ -107,11 +107,11 @@ def test_6_a_reverse_sweep_in_segments_equals_one_that_keeps_everything(tmp_path
 
 @pytest.mark.parametrize("method", ["loo", "acc-sgd-ie", "sgd-ie", "tracin"])
 def test_6_chunked_equals_unchunked(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc.plan import planning
+    from lightning_acc.methods import memory
 
     run = record(tmp_path / "run", make(hidden=4))
     whole = la.score(run, method, readout="exact", ray_address=None, save=False).values
-    monkeypatch.setattr(planning, "LARGEST_CHUNK", 5)
+    monkeypatch.setattr(memory, "LARGEST_CHUNK", 5)
     chunked = la.score(run, method, readout="exact", ray_address=None, save=False).values
     torch.testing.assert_close(torch.tensor(chunked), torch.tensor(whole), rtol=1e-9, atol=1e-15)
 

@@ -19,7 +19,7 @@ import pytest
 from problems import data, make, record
 
 import lightning_acc as la
-from lightning_acc.plan import planning
+from lightning_acc.methods import memory
 from lightning_acc.scoring import score as scoring
 
 pytestmark = [
@@ -42,7 +42,7 @@ def run(recorded: la.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> la
     shutil.copytree(recorded.path, tmp_path / "run", ignore=shutil.ignore_patterns("scores"))
     (tmp_path / "faults").mkdir()
     monkeypatch.setenv(faults.PLACE, str(tmp_path / "faults"))
-    monkeypatch.setattr(planning, "LARGEST_CHUNK", CHUNK)
+    monkeypatch.setattr(memory, "LARGEST_CHUNK", CHUNK)
     monkeypatch.setattr(scoring, "compute", faults.faulty)
     return la.Run(tmp_path / "run")
 
@@ -50,7 +50,7 @@ def run(recorded: la.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> la
 @pytest.fixture(scope="module")
 def undisturbed(recorded: la.Run) -> np.ndarray:
     patch = pytest.MonkeyPatch()
-    patch.setattr(planning, "LARGEST_CHUNK", CHUNK)
+    patch.setattr(memory, "LARGEST_CHUNK", CHUNK)
     values = la.score(recorded, "loo", ray_address=None, save=False).values
     patch.undo()
     return values
@@ -105,9 +105,9 @@ sys.path.insert(0, {tests!r})
 import faults
 import lightning_acc as la
 from lightning_acc.scoring import cluster
-from lightning_acc.plan import planning
+from lightning_acc.methods import memory
 from lightning_acc.scoring import score as scoring
-planning.LARGEST_CHUNK = {chunk}
+memory.LARGEST_CHUNK = {chunk}
 cluster.SECONDS_UNTIL_HUNG, cluster.SECONDS_TO_MAKE_ROOM = {hung}, 0.2
 scoring.compute = faults.faulty
 scoring._compute_here = lambda replay, *arguments: faults.faulty(*arguments)

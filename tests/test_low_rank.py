@@ -13,10 +13,11 @@ from torch import nn
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.judge.agreement import rmse, spearman
-from lightning_acc.methods.low_rank import basis, sweep
-from lightning_acc.scoring import work
+from lightning_acc.methods.low_rank import basis, entry
+from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.scoring import score as scoring
+from lightning_acc.scoring import work
+from lightning_acc.scoring.figures import rmse, spearman
 
 ROUND_OFF = 1e-12
 MEMORY = 2**30
@@ -28,26 +29,19 @@ SGD: list[dict[str, Any]] = [
 ]
 
 
-def whole(run: la.Run, rank: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
-    rank = run.n_parameters if rank is None else rank
-    return la.score(run, "acc-low-rank", removals, rank=rank, ray_address=None, save=False, **options)
+def whole(run: la.Run, directions: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
+    directions = run.n_parameters if directions is None else directions
+    return la.score(run, "acc-low-rank", removals, directions=directions, ray_address=None, save=False, **options)
 
 
 def exact(run: la.Run, method: str = "acc-sgd-ie", removals: list[Any] | None = None, **options: Any) -> la.Scores:
     return la.score(run, method, removals, ray_address=None, save=False, **options)
 
 
-@pytest.fixture(params=["factors", "vectors"])
-def representation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "vectors":
-        monkeypatch.setattr(sweep, "factors_for", lambda *_: None)
-    return str(request.param)
-
-
 @pytest.mark.parametrize("optimizer", SGD)
 @pytest.mark.parametrize(("loss", "hidden"), [("squared", 0), ("cross-entropy", 0), ("cross-entropy", 4)])
 def test_a_whole_basis_is_acc_sgd_ie_and_no_correction_is_sgd_ie(
-    tmp_path: Path, loss: str, hidden: int, optimizer: dict[str, Any], representation: str
+    tmp_path: Path, loss: str, hidden: int, optimizer: dict[str, Any]
 ) -> None:
     run = record(tmp_path / "run", make(hidden=hidden, loss=loss, optimizer=optimizer, decay_lr=0.7), data(loss))
     found = whole(run, keep_shifts=True)
@@ -60,26 +54,10 @@ def test_a_whole_basis_is_acc_sgd_ie_and_no_correction_is_sgd_ie(
     np.testing.assert_allclose(linear, exact(run, readout="linear").values, rtol=0, atol=ROUND_OFF)
 
     first = exact(run, "sgd-ie").values
-    for rank in (0, 3, run.n_parameters):
-        passed = sweep.low_rank(Replay(run), EVERYONE, run.query("val"), MEMORY, rank)
+    for directions in (0, 3, run.n_parameters):
+        passed = tracked(Replay(run), EVERYONE, run.query("val"), MEMORY, directions, most=0)
         np.testing.assert_allclose(passed.first.numpy(), first, rtol=0, atol=ROUND_OFF)
         assert np.abs(passed.scores.numpy() - first).max() > 1e-3 * np.abs(first).max()  # there is a correction
-
-
-@pytest.mark.parametrize("rank", [0, 5])
-@pytest.mark.parametrize("optimizer", SGD[:2])
-def test_factors_and_vectors_are_the_same(
-    tmp_path: Path, rank: int, optimizer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = record(tmp_path / "run", make(hidden=4, optimizer=optimizer), accumulate_grad_batches=2)
-    passes = []
-    for _ in range(2):
-        passes.append(sweep.low_rank(Replay(run), EVERYONE, run.query("val"), MEMORY, rank))
-        monkeypatch.setattr(sweep, "factors_for", lambda *_: None)
-    torch.testing.assert_close(passes[0].scores, passes[1].scores, rtol=0, atol=ROUND_OFF)
-    some = torch.tensor([3, 0, 17])
-    torch.testing.assert_close(passes[0].shifts(some), passes[1].shifts(some), rtol=0, atol=ROUND_OFF)
-    assert passes[0].basis.rank == rank
 
 
 class _Twice(nn.Module):
@@ -134,7 +112,7 @@ def test_groups_the_empty_removal_and_samples_no_step_saw(tmp_path: Path) -> Non
     found = whole(run, removals=removals)
     assert found.values[:2].tolist() == [0.0, 0.0]
     np.testing.assert_allclose(found.values, exact(run, removals=removals).values, rtol=0, atol=ROUND_OFF)
-    assert whole(run, removals=[[unseen]], rank=2).values.tolist() == [0.0]
+    assert whole(run, removals=[[unseen]], directions=2).values.tolist() == [0.0]
 
 
 def test_a_sample_that_is_seen_twice_in_a_batch(tmp_path: Path) -> None:
@@ -147,18 +125,18 @@ def test_a_sample_that_is_seen_twice_in_a_batch(tmp_path: Path) -> None:
 def test_a_low_rank_is_close_and_says_how_far(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=16, activation="gelu"), data(n=60), batch_size=10, max_epochs=6)
     truth, reference = exact(run, "loo").values, exact(run).values
-    errors = {rank: rmse(whole(run, rank).values, reference) for rank in (20, 60)}
+    errors = {directions: rmse(whole(run, directions).values, reference) for directions in (20, 60)}
     assert errors[60] < errors[20] < 0.5 * rmse(exact(run, "sgd-ie").values, truth)
     chosen = la.score(run, "acc-low-rank", ray_address=None, save=False)
     assert rmse(chosen.values, truth) < 1.3 * rmse(reference, truth)
-    told = [whole(run, rank).conditions["shift_error"] for rank in (20, 60)]
+    told = [whole(run, directions).conditions["shift_error"] for directions in (20, 60)]
     assert told[1] < told[0]
 
 
 def test_shifts_that_are_too_rough_are_not_used(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=8), data(n=40), batch_size=4, max_epochs=8)
     for readout in ("exact", "linear"):
-        with pytest.warns(UserWarning, match=r"At rank 0 .* too rough \(relative error .*its scores are those of sgd-ie"):
+        with pytest.warns(UserWarning, match=r"In 0 directions .* too rough \(relative error .*its scores are those of sgd-ie"):
             rough = whole(run, 0, readout=readout)
         assert rough.conditions["fallback"] == "sgd-ie"
         assert rough.conditions["shift_error"] > 1
@@ -183,12 +161,12 @@ def test_the_basis_holds_the_top_eigenvectors_of_the_averaged_hessian(tmp_path: 
     torch.testing.assert_close(overlap, torch.eye(3, dtype=torch.float64), rtol=0, atol=0.05)
     assert found.left == pytest.approx(float(values.abs()[order[3]]), rel=0.05)
     enough = float(values.abs()[order[1]] * 0.99)
-    assert basis.find(places, 3, enough).rank == 2
+    assert basis.find(places, 3, enough).directions == 2
 
 
-def test_pieces_are_the_whole(tmp_path: Path, representation: str) -> None:
+def test_pieces_are_the_whole(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    each, at_a_step = sweep.bytes_needed(Replay(run), EVERYONE)
+    each, at_a_step = entry.bytes_needed(Replay(run))
     passes = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "compute", lambda job, part, *rest: passes.append(len(part)) or work.compute(job, part, *rest))
@@ -199,16 +177,20 @@ def test_pieces_are_the_whole(tmp_path: Path, representation: str) -> None:
         whole(run, 5, memory_gb=at_a_step / 2**30)
 
 
-def test_stored_scores_of_another_rank_are_not_taken(tmp_path: Path) -> None:
+def test_stored_scores_in_other_directions_are_not_taken(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    for rank in (None, 4, 9):
+    for directions in (None, 4, 9):
         for reused in (0, N):
-            found = la.score(run, "acc-low-rank", rank=rank, readout="linear", ray_address=None)
+            found = la.score(run, "acc-low-rank", directions=directions, readout="linear", ray_address=None)
             assert found.conditions["reused"] == reused
-            assert found.conditions["rank"] == ("chosen" if rank is None else str(rank))
-            assert int(found.conditions["basis_rank"]) <= (rank or run.n_parameters)
+            assert found.conditions["directions"] == ("chosen" if directions is None else str(directions))
+            assert int(found.conditions["directions_used"]) <= (directions or run.n_parameters)
     names = {path.name for path in (tmp_path / "run/scores").iterdir()}
-    assert names == {"acc-low-rank.linear.parquet", "acc-low-rank.rank-4.linear.parquet", "acc-low-rank.rank-9.linear.parquet"}
+    assert names == {
+        "acc-low-rank.linear.parquet",
+        "acc-low-rank.4-directions.linear.parquet",
+        "acc-low-rank.9-directions.linear.parquet",
+    }
 
 
 @pytest.mark.parametrize(
@@ -242,10 +224,19 @@ def test_parameter_groups_of_different_settings_are_refused(tmp_path: Path) -> N
         whole(run)
 
 
-@pytest.mark.parametrize("bad", [{"rank": -1}, {"rank": True}, {"rank": 2.5}, {"rank": 3, "method": "sgd-ie"}])
-def test_ranks_that_are_none(tmp_path: Path, bad: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"directions": -1},
+        {"directions": True},
+        {"followed": 2.5},
+        {"directions": 3, "method": "sgd-ie"},
+        {"directions": 3, "followed": 3},
+    ],
+)
+def test_options_that_are_none(tmp_path: Path, bad: dict[str, Any]) -> None:
     run = record(tmp_path / "run", make())
-    with pytest.raises(la.RequestError, match="a rank, 0 or more, goes with acc-low-rank alone"):
+    with pytest.raises(la.RequestError, match=r"give a whole one, 0 or more|is no option of sgd-ie|give one of them"):
         la.score(run, **{"method": "acc-low-rank", **bad}, ray_address=None)
 
 

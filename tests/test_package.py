@@ -17,7 +17,7 @@ sys.path.insert(0, {tests!r})
 import lightning_acc as la
 run = la.Run({path!r})
 assert run.audit().ok
-from lightning_acc.methods.rules import METHODS
+from lightning_acc.methods.registry import METHODS
 for method in METHODS:
     la.score(run, method, ray_address=None)
 print(la.evaluate(run).to_pylist()[1]["method"])

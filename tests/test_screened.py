@@ -12,15 +12,17 @@ from problems import N, Net, data, make, record
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.judge.agreement import rmse, spearman
-from lightning_acc.methods.low_rank import screened, sweep
+from lightning_acc.methods.low_rank import entry, screened
+from lightning_acc.methods.low_rank.entry import LowRank
+from lightning_acc.scoring.figures import rmse, spearman
 
 ROUND_OFF = 1e-12
 
 
-def found(run: la.Run, rank: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
-    options = {"state": "screened", "ray_address": None, "save": False, **options}
-    return la.score(run, "acc-low-rank", removals, rank=rank, **options)
+def found(run: la.Run, followed: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
+    followed = entry.most_followed(run) if followed is None else followed
+    options = {"ray_address": None, "save": False, **options}
+    return la.score(run, "acc-low-rank", removals, followed=followed, **options)
 
 
 def exact(run: la.Run, method: str = "acc-sgd-ie", removals: list[Any] | None = None, **options: Any) -> la.Scores:
@@ -41,12 +43,12 @@ def test_whoever_is_followed_scores_as_acc_sgd_ie_does(tmp_path: Path, optimizer
     truth, first = exact(run, readout=readout).values, exact(run, "sgd-ie").values
     everyone = found(run, N, readout=readout)
     np.testing.assert_allclose(everyone.values, truth, rtol=0, atol=ROUND_OFF)
-    assert (everyone.conditions["followed"], everyone.conditions["modelled"]) == (N, 0)
+    assert (everyone.conditions["followed_exactly"], everyone.conditions["modelled"]) == (N, 0)
 
     some = found(run, 10, readout=readout)
     influential = np.argsort(-np.abs(first), kind="stable")[:10]
     np.testing.assert_allclose(some.values[influential], truth[influential], rtol=0, atol=ROUND_OFF)
-    assert some.conditions["followed"] == 10
+    assert some.conditions["followed_exactly"] == 10
 
     none = found(run, 0, readout=readout)
     np.testing.assert_allclose(none.values, first, rtol=0, atol=ROUND_OFF)
@@ -133,32 +135,33 @@ def test_late_visits_are_modelled_and_no_more_than_is_affordable() -> None:
 
 def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    assert sweep.chosen_state(run) == "parameters"
-    monkeypatch.setattr(sweep, "WORK", 0.0)
-    monkeypatch.setattr(sweep, "FOLLOWED_WORK", 0.0)
-    assert sweep.chosen_state(run) == "screened"
+    assert LowRank().settled(run, keep_shifts=False).form == "tracked"
+    monkeypatch.setattr(entry, "TRACKED_WORK", 0.0)
+    monkeypatch.setattr(entry, "FOLLOWED_WORK", 0.0)
+    assert LowRank().settled(run, keep_shifts=False).form == "screened"
     scores = la.score(run, "acc-low-rank", ray_address=None)
-    assert scores.conditions["state"] == "screened"
+    assert scores.conditions["form"] == "screened"
     assert scores.conditions["readout"] == "exact"
-    assert scores.conditions["followed"] == sweep.FEWEST_FOLLOWED
-    assert la.score(run, "acc-low-rank", ray_address=None, keep_shifts=True).conditions["state"] == "parameters"
-    assert la.score(run, "acc-low-rank", ray_address=None, rank=3).conditions["state"] == "parameters"
-    with pytest.raises(la.RequestError, match="shifts of a few removals alone"):
+    assert scores.conditions["followed_exactly"] == entry.FEWEST_FOLLOWED
+    assert la.score(run, "acc-low-rank", ray_address=None, keep_shifts=True).conditions["form"] == "tracked"
+    assert la.score(run, "acc-low-rank", ray_address=None, directions=3).conditions["form"] == "tracked"
+    with pytest.raises(la.RequestError, match="the shifts of a few removals alone"):
         found(run, keep_shifts=True)
     names = {path.name for path in (tmp_path / "run/scores").iterdir()}
-    assert names == {"acc-low-rank.parquet", "acc-low-rank.parameters.parquet", "acc-low-rank.rank-3.parquet"}
+    assert names == {"acc-low-rank.parquet", "acc-low-rank.tracked.parquet", "acc-low-rank.3-directions.parquet"}
     row = {row["method"]: row for row in la.plan(run).table.to_pylist()}["acc-low-rank"]
     assert row["seconds"] > 0
 
 
 def test_rough_shifts_are_screened_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=8), data(n=40), batch_size=4, max_epochs=8)
-    monkeypatch.setattr(sweep, "LARGEST_RANK", 3)
-    with pytest.warns(UserWarning, match=r"At rank 3 .* the most influential removals were followed instead"):
+    monkeypatch.setattr(entry, "MOST_DIRECTIONS", 3)
+    monkeypatch.setattr(entry, "MOST_FOLLOWED", 3)
+    with pytest.warns(UserWarning, match=r"In 3 directions .* the most influential removals were followed instead"):
         some = la.score(run, "acc-low-rank", ray_address=None, save=False)
-    assert (some.conditions["fallback"], some.conditions["followed"]) == ("screened", 3)
-    with pytest.warns(UserWarning, match="At rank 3 .* those of sgd-ie"):
-        assert la.score(run, "acc-low-rank", ray_address=None, rank=3, save=False).conditions["fallback"] == "sgd-ie"
+    assert (some.conditions["fallback"], some.conditions["followed_exactly"]) == ("screened", 3)
+    with pytest.warns(UserWarning, match="In 3 directions .* those of sgd-ie"):
+        assert la.score(run, "acc-low-rank", ray_address=None, directions=3, save=False).conditions["fallback"] == "sgd-ie"
     influential = np.argsort(-np.abs(exact(run, "sgd-ie").values), kind="stable")[:3]
     np.testing.assert_allclose(some.values[influential], exact(run).values[influential], rtol=0, atol=ROUND_OFF)
 
@@ -170,4 +173,4 @@ def test_little_memory_follows_fewer(tmp_path: Path) -> None:
     assert screened.counts(replay, N, 8 * 9 * state, 10) == (9, 15)
     assert screened.counts(replay, N, 4 * 9 * state, N) == (4, 0)
     assert screened.counts(replay, 5, 2**30, 9) == (5, 0)
-    assert found(run, N, memory_gb=state / 2**30).conditions["followed"] == 1
+    assert found(run, N, memory_gb=state / 2**30).conditions["followed_exactly"] == 1

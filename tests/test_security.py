@@ -337,11 +337,11 @@ def test_links_within_a_run_do_not_lead_writing_astray(path: Path, tmp_path: Pat
 
 
 def test_the_command_line_trusts_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_acc import cli
+    from lightning_acc.cli.main import _trusting
     from lightning_acc.core import rebuild
 
     monkeypatch.setattr(rebuild, "_trusted", set())
-    assert cli._trusting(["score", "RUN", "--trust", "mine,yours", "--method", "loo", "--trust=theirs"]) == [
+    assert _trusting(["score", "RUN", "--trust", "mine,yours", "--method", "loo", "--trust=theirs"]) == [
         "score",
         "RUN",
         "--method",

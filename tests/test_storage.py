@@ -85,10 +85,10 @@ def test_loader_workers_that_fork_while_steps_are_written(url: str, monkeypatch:
 
 
 def test_ray_workers_read_the_run_by_its_url(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lightning_acc.plan import planning
+    from lightning_acc.methods import memory
 
     run = record(url, make(hidden=6), data(n=70), batch_size=10)  # type: ignore[arg-type]
-    monkeypatch.setattr(planning, "LARGEST_CHUNK", 20)
+    monkeypatch.setattr(memory, "LARGEST_CHUNK", 20)
     alone = la.score(run, "loo", ray_address=None, save=False)
     # Relative names would be found, or left, here.
     monkeypatch.chdir(tmp_path)

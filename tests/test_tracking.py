@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 import lightning_acc as la
 from lightning_acc.judge import cleaning, samples
-from lightning_acc.methods.rules import METHODS
-from lightning_acc.methods.visits import influence_over_time
+from lightning_acc.methods.registry import METHODS
+from lightning_acc.scoring.over_time import influence_over_time
 from lightning_acc.show import tracking
 from lightning_acc.show.tracking import connection, driver, panels
 from lightning_acc.studies.data.base import png
@@ -196,7 +196,7 @@ def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> Non
 
 def test_agreement_names_the_sample_of_every_point(logged: Logged) -> None:
     truth = {row["sample"]: row["score"] for row in logged.rows("ranking/loo")}
-    for name in METHODS[1:]:
+    for name in list(METHODS)[1:]:
         estimate = {row["sample"]: row["score"] for row in logged.rows(f"ranking/{name}")}
         points = logged.rows(f"agreement/{name}-against-loo_table")
         assert {row["sample id"] for row in points} == set(truth)

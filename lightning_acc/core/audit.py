@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_acc.core.replay import Replay, as_trained
-from lightning_acc.record.record import Run
+from torch import Tensor
+
+from lightning_acc.core.process import threads
+from lightning_acc.core.replay import Replay
+from lightning_acc.errors import RunError
+from lightning_acc.record.record import Record
 
 TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 """Largest error of one step, relative to the largest parameter, that still counts as round-off."""
+DOUBT = 1e-5
+"""A sweep that ends further from the recorded run's end, relative to the way that went, is looked into."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class AuditReport:
         )
 
 
-def audit(run: Run) -> AuditReport:
+def audit(run: Record) -> AuditReport:
     """Replay every step from the recorded parameters before it and compare with the recorded parameters after it.
 
     The optimizer's slots are carried along by the replay. An error therefore points at the step that made it, or, where the
@@ -54,12 +60,12 @@ def audit(run: Run) -> AuditReport:
     scale = 0.0
     errors: dict[int, float] = {}
     snapshots = set(run.snapshots)
-    with as_trained(run):
+    with threads(run.manifest["threads"]):
         for t in range(len(replay)):
             state = replay.step(t)(state)
             if t + 1 not in snapshots:
                 continue
-            recorded = run.parameters(t + 1).to(replay.dtype)
+            recorded = run.snapshot(t + 1).to(replay.dtype)
             errors[t] = float((state[0] - recorded).abs().max())
             scale = max(scale, float(recorded.abs().max()))
             state = (recorded, *state[1:])
@@ -67,3 +73,22 @@ def audit(run: Run) -> AuditReport:
     tolerance = TOLERANCE[run.dtype] * max(scale, 1e-30)
     bad = next((t for t, error in errors.items() if not error <= tolerance), None)
     return AuditReport(bad is None, worst, bad, len(replay), tolerance)
+
+
+def confirm(replay: Replay, theta: Tensor) -> None:
+    """See that a sweep has come to the end of the recorded run, at parameters ``theta`` (p,); in doubt, audit the run.
+
+    Training may amplify round-off, so that a difference alone condemns nothing; a step that is not reproduced does.
+
+    Raises:
+        RunError: the record does not reproduce the training.
+    """
+    run = replay.run
+    if len(replay) not in run.snapshots:  # interrupted within its last step
+        return
+    first, last = (run.snapshot(t).to(replay.dtype) for t in (0, len(replay)))
+    if float((theta - last).norm()) <= DOUBT * float((last - first).norm()):
+        return
+    report = audit(run)
+    if not report.ok:
+        raise RunError(f"{run.store}: {report}.")

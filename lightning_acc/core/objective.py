@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_acc.contract import HasPerSampleLoss
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
@@ -104,7 +105,7 @@ class Objective:
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
                 part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
         self._call = _Call(module.requires_grad_(False))
-        self.loss = per_sample_loss if hasattr(module, "per_sample_loss") else losses_of_training_step
+        self.loss = loss_function(module)
         self._vmap = vectorised
         self._autocast = autocast
 
@@ -166,6 +167,11 @@ class Objective:
             self._autocast = autocast
             for part, mode in modes:
                 part.training = mode
+
+
+def loss_function(module: nn.Module) -> LossFunction:
+    """How the per-sample losses of a module are taken: by its own ``per_sample_loss``, or by its ``training_step``."""
+    return per_sample_loss if isinstance(module, HasPerSampleLoss) else losses_of_training_step
 
 
 def per_sample_loss(module: nn.Module, batch: Any) -> Tensor:

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_acc.core.objective import LossFunction, Objective, losses_of_training_step, per_sample_loss
+from lightning_acc.core.objective import LossFunction, Objective, loss_function
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.record import Record
 from lightning_acc.record.store import Store, digest
 
 
@@ -108,7 +109,7 @@ class Query:
 
 
 def _loss(module: torch.nn.Module, batch: Any) -> Tensor:
-    return per_sample_loss(module, batch) if hasattr(module, "per_sample_loss") else losses_of_training_step(module, batch)
+    return loss_function(module)(module, batch)
 
 
 def _encode(query: Query) -> bytes:
@@ -123,6 +124,11 @@ def write(store: Store, name: str, data: Iterable[Any]) -> Query:
     store.write(f"queries/{name}.safetensors", encoded)
     store.write(f"queries/{name}.json", json.dumps({"sha256": digest(encoded), "n_examples": query.n_examples}).encode())
     return query
+
+
+def find(run: Record, query: str | Query) -> Query:
+    """The query itself, or the one recorded with the run under that name."""
+    return read(run.store, query) if isinstance(query, str) else query
 
 
 def read(store: Store, name: str) -> Query:

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from lightning_acc.errors import RunError
-from lightning_acc.record.store import without_credentials
+from lightning_acc.record.credentials import without_credentials
+from lightning_acc.record.record import Record, Trust, names
 
 REMEDY = (
     "call self.save_hyperparameters() in its __init__, with arguments JSON can hold, or open the run as Run(path, module=...)"
 )
 
 
-Trust = bool | str | Iterable[str]
-"""Packages a manifest may have imported, besides those this process has imported already; True: any."""
 TRUST_VARIABLE = "LIGHTNING_ACC_TRUST"
 """Environment variable with further ones, separated by commas."""
 _trusted: set[str] = set()
@@ -33,15 +32,8 @@ LIVE: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDicti
 
 
 def allow(packages: Iterable[str]) -> None:
-    """Trust these packages (or modules) in this process from now on, as ``Run(path, trust=packages)`` does for one run."""
+    """Trust these packages (or modules) in this process from now on, as ``la.Run(path, trust=packages)`` does for one run."""
     _trusted.update([packages] if isinstance(packages, str) else packages)
-
-
-def names(trust: Trust) -> bool | tuple[str, ...]:
-    """``trust`` in a form that can be kept and sent to workers."""
-    if isinstance(trust, bool):
-        return trust
-    return (trust,) if isinstance(trust, str) else tuple(trust)
 
 
 def place_of(description: dict[str, Any]) -> str:
@@ -113,6 +105,29 @@ def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
             f"The run's module {description['class']} cannot be rebuilt from its saved hyper-parameters "
             f"{sorted(description['hyper_parameters'])} ({error}): {REMEDY}."
         ) from error
+
+
+def module_of(record: Record) -> torch.nn.Module:
+    """The LightningModule of a record: as given, rebuilt, or still in use here; the values of its tensors are arbitrary.
+
+    Raises:
+        RunError: it cannot be rebuilt here, or is in a package that is not trusted.
+    """
+    if record.given_module is None:
+        try:
+            record.given_module = build(record.manifest["module"], record.trust)
+        except RunError:
+            record.given_module = LIVE.get(record.manifest["run_id"])
+            if record.given_module is None:
+                raise
+    return record.given_module
+
+
+def portable(record: Record) -> Record:
+    """The record as it may be sent to a worker: what may be built here may be built there, where nothing is imported yet."""
+    place = place_of(record.manifest["module"])
+    trust = (place,) if is_allowed(place, record.trust) else ()
+    return Record(record.store.url, record.given_module, trust)
 
 
 def _find(place: str, name: str, trust: Trust) -> Any:

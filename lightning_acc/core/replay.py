@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 
 import torch
@@ -12,15 +10,15 @@ from torch import Tensor
 
 from lightning_acc.core.objective import AUTOCAST, Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
+from lightning_acc.core.process import threads
+from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import batches
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 
 CACHE_BYTES = 2**20
 """Activations that Hessian-vector products work on at once: what a core's second-level cache holds. More is slower."""
-DOUBT = 1e-5
-"""A replay that ends further from the recorded run's end, relative to the way that went, is looked into."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -32,7 +30,7 @@ class Replay:
         RunError: the module cannot be rebuilt here.
     """
 
-    def __init__(self, run: Run, dtype: str | None = None) -> None:
+    def __init__(self, run: Record, dtype: str | None = None) -> None:
         self.run = run
         name = dtype or run.dtype
         if name not in DTYPES:
@@ -41,7 +39,7 @@ class Replay:
         manifest = run.manifest
         self.layout = ParameterLayout(manifest["layout"])
         self.objective = Objective(
-            run.module(),
+            module_of(run),
             self.layout,
             run.structure(),
             evaluation_modules=manifest["evaluation_modules"],
@@ -60,27 +58,11 @@ class Replay:
     @cached_property
     def initial(self) -> State:
         """The state before the first step."""
-        return self.state(self.run.parameters(0))
+        return self.state(self.run.snapshot(0))
 
     def state(self, theta: Tensor) -> State:
         """The state with parameters ``theta`` and empty slots."""
         return self.update.initial(theta.to(self.dtype))
-
-    def confirm(self, theta: Tensor) -> None:
-        """See that the parameters ``theta`` (p,) after the last step are those of the recorded run; in doubt, audit it.
-
-        Training may amplify round-off, so that a difference alone condemns nothing; a step that is not reproduced does.
-
-        Raises:
-            RunError: the record does not reproduce the training.
-        """
-        if len(self) not in self.run.snapshots:  # interrupted within its last step
-            return
-        first, last = (self.run.parameters(t).to(self.dtype) for t in (0, len(self)))
-        if float((theta - last).norm()) > DOUBT * float((last - first).norm()):
-            report = self.run.audit()
-            if not report.ok:
-                raise RunError(f"{self.run.store}: {report}.")
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -107,25 +89,24 @@ class Replay:
         )
 
 
-def parameters_at(run: Run, t: int) -> Tensor:
-    """Parameters (p,) before step ``t``, by replaying the steps before it as they were trained."""
+def parameters_at(run: Record, t: int) -> Tensor:
+    """Flat trained parameters (p,) before step ``t``; ``t = n_steps`` gives the final ones.
+
+    Where no snapshot was taken they are computed again, by replaying the steps before as they were trained.
+
+    Raises:
+        RunError: there is no such step.
+    """
+    if not 0 <= t <= run.n_steps:
+        raise RunError(f"There are no parameters at step {t}: this run has the steps 0 to {run.n_steps}.")
+    if t in run.snapshots:
+        return run.snapshot(t)
     replay = Replay(run)
     state = replay.initial
-    with as_trained(run):
+    with threads(run.manifest["threads"]):
         for earlier in range(t):
             state = replay.step(earlier)(state)
     return state[0]
-
-
-@contextmanager
-def as_trained(run: Run) -> Iterator[None]:
-    """In here torch uses as many threads as the training: the last bits of a product depend on how it is divided."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(run.manifest["threads"])
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Iterable[Tensor] = ()) -> int:
@@ -144,36 +125,3 @@ def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Ite
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     del output
     return sum(kept.values())
-
-
-class Tape:
-    """The states of a replay, kept so that its steps can be visited from the last to the first.
-
-    Where the T states do not fit into ``memory`` bytes, about sqrt(T) of them are kept, evenly spaced, and the others are
-    computed again, a segment at a time.
-
-    Attributes:
-        final: the state after the last step.
-    """
-
-    def __init__(self, replay: Replay, memory: int) -> None:
-        self._replay = replay
-        total, size = len(replay), sum(part.nbytes for part in replay.initial)
-        self._segment = 1 if total * size <= memory else math.ceil(math.sqrt(total))
-        self._kept: list[State] = []
-        self.final = replay.initial
-        for t in range(total):
-            if t % self._segment == 0:
-                self._kept.append(self.final)
-            self.final = replay.step(t)(self.final)
-        replay.confirm(self.final[0])
-
-    def backwards(self) -> Iterator[tuple[Step, State]]:
-        """The steps from the last to the first, each with the state before it; can be gone through once."""
-        for first in reversed(range(0, len(self._replay), self._segment)):
-            states = [self._kept.pop()]
-            last = min(first + self._segment, len(self._replay))
-            for t in range(first, last - 1):
-                states.append(self._replay.step(t)(states[-1]))
-            for t in reversed(range(first, last)):
-                yield self._replay.step(t), states.pop()

@@ -171,13 +171,6 @@ class Point:
         parts = [_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def transposed(self, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """``(dG/dtheta)^T gamma`` (p,) and ``(dG/dw)^T gamma``, which is ``<g_i, gamma>`` of each occurrence, (B,)."""
-        curved, slopes = torch.autograd.grad(
-            self._graph, (self._leaf, self._weights), gamma, retain_graph=True, materialize_grads=True
-        )
-        return curved, slopes
-
     def removed(self, removals: Removals, curved: bool = False) -> Removed:
         """What the removed samples contribute to G_t; ``curved``: also to its derivative.
 
@@ -207,12 +200,28 @@ class Point:
         (graph,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=curved)
         return Removed(touched, thetas, graph)
 
-    def pullback(self, adjoint: State) -> tuple[State, Tensor]:
-        """The adjoint of F: ``(dF/ds)^T adjoint``, a state, and ``(dF/dw)^T adjoint``, (B,)."""
+    def pullback(self, adjoint: State) -> Pulled:
+        """``adjoint``, of the state after the step, through F: through the update, and from its gradient through G."""
         state = (self._leaf, *(slot.detach().requires_grad_() for slot in self.state[1:]))
         out = self.step.update(state, self._graph)
-        *back, weights = torch.autograd.grad(out, (*state, self._weights), adjoint, materialize_grads=True)
-        return tuple(back), weights
+        inputs = (*state, self._weights, self._graph)
+        *back, slopes, gamma = torch.autograd.grad(out, inputs, adjoint, materialize_grads=True)
+        return Pulled(tuple(back), gamma, slopes)
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a step makes of an adjoint ``lambda_{t+1}`` on the way back.
+
+    Attributes:
+        adjoint: ``lambda_t = (dF/ds)^T lambda_{t+1}``, a state.
+        gamma: ``gamma_t = (dU/dG)^T lambda_{t+1}``, (p,).
+        slopes: ``(dG/dw)^T gamma_t``, which is ``<g_i, gamma_t>`` of each occurrence, (B,).
+    """
+
+    adjoint: State
+    gamma: Tensor
+    slopes: Tensor
 
 
 class Removed:

@@ -8,61 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from lightning_acc.errors import RequestError
-from lightning_acc.methods.rules import METHODS
-from lightning_acc.record.record import Run
+from lightning_acc.methods import registry
+from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring import scores
+from lightning_acc.scoring.figures import agreement
 from lightning_acc.scoring.scores import Scores
 
-EXTREMES = (10, 30, 50, 70)
 
-
-def rmse(estimate: np.ndarray, truth: np.ndarray) -> float:
-    """Root mean squared error of scores (n,), in the unit of the query."""
-    return float(np.sqrt(np.mean((estimate - truth) ** 2)))
-
-
-def kendall(estimate: np.ndarray, truth: np.ndarray) -> float:
-    """Kendall's tau-b of two score vectors (n,)."""
-    return float(stats.kendalltau(estimate, truth).statistic)
-
-
-def spearman(estimate: np.ndarray, truth: np.ndarray) -> float:
-    """Spearman's rank correlation of two score vectors (n,)."""
-    return float(stats.spearmanr(estimate, truth).statistic)
-
-
-def jaccard(estimate: np.ndarray, truth: np.ndarray, percent: float) -> float:
-    """Jaccard index of the two sets of extreme samples: ``percent`` % of n, half of them from each end of the ranking."""
-    count = max(1, round(len(truth) * percent / 200))
-
-    def extremes(values: np.ndarray) -> set[int]:
-        order = np.argsort(values, kind="stable")
-        return {*order[:count].tolist(), *order[-count:].tolist()}
-
-    ours, theirs = extremes(estimate), extremes(truth)
-    return len(ours & theirs) / len(ours | theirs)
-
-
-def agreement(estimate: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """All figures for one estimate: rmse (and in standard deviations of the truth), kendall, spearman, jaccard_10 to _70."""
-    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(estimate) == 0:
-        ranks = {"kendall": float("nan"), "spearman": float("nan")}  # the ranks of equal scores correlate with nothing
-    else:
-        ranks = {"kendall": kendall(estimate, truth), "spearman": spearman(estimate, truth)}
-    spread = float(np.std(truth))
-    error = rmse(estimate, truth)
-    return {
-        "rmse": error,
-        "rmse_sd": error / spread if spread else float("nan"),
-        **ranks,
-        **{f"jaccard_{percent}": jaccard(estimate, truth, percent) for percent in EXTREMES},
-    }
-
-
-def stored_scores(run: Run) -> dict[str, Scores]:
+def stored_scores(run: Record) -> dict[str, Scores]:
     """The tables of a run that belong to its present content, by file name."""
     tables = {name: scores.read(run.store, name) for name in scores.names(run.store)}
     return {name: table for name, table in tables.items() if table.conditions["manifest_hash"] == run.hash}
@@ -74,14 +29,14 @@ def truth_for(tables: dict[str, Scores], estimate: Scores) -> Scores | None:
     found = [
         table
         for table in tables.values()
-        if table.conditions["method"] == "loo"
+        if registry.is_truth(table.conditions["method"])
         and table.conditions["readout"] == "exact"
         and all(table.conditions[key] == estimate.conditions[key] for key in same)
     ]
     return max(found, key=lambda table: table.conditions["dtype"] == estimate.conditions["dtype"], default=None)
 
 
-def evaluate(run: Run | str | os.PathLike[str], save: bool = True) -> pa.Table:
+def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Table:
     """Compare every stored table of scores with leave-one-out retraining, on the removals both have.
 
     Args:
@@ -96,12 +51,12 @@ def evaluate(run: Run | str | os.PathLike[str], save: bool = True) -> pa.Table:
     Raises:
         RequestError: there are no scores, or none of ``loo`` to compare with.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = opened(run)
     tables = stored_scores(run)
     if not tables:
         raise RequestError(f"{run.path} has no scores yet: compute some with score(run, method=...) first.")
     rows = []
-    for name in sorted(tables, key=_order):
+    for name in sorted(tables, key=lambda name: (registry.place(tables[name].conditions["method"]), name)):
         estimate = tables[name]
         truth = truth_for(tables, estimate)
         if truth is None:
@@ -139,7 +94,3 @@ def as_text(table: pa.Table) -> str:
     frame = table.select(columns).to_pandas()
     text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
     return text
-
-
-def _order(name: str) -> tuple[int, str]:
-    return next((i for i, method in enumerate(METHODS) if name.startswith(method)), len(METHODS)), name

@@ -17,18 +17,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from scipy import stats
 
+from lightning_acc.core import queries, rebuild
+from lightning_acc.core.process import threads
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.judge.controls import NotAClassifier, correct, rankings, stored_values
 from lightning_acc.judge.fresh_training import Retraining, retrain
-from lightning_acc.methods.rules import METHODS
+from lightning_acc.methods import registry
 from lightning_acc.progress import Progress
 from lightning_acc.record import batches, tables
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record, opened
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import cluster, shards
 from lightning_acc.scoring.score import DEFAULT_MEMORY_GB, score
@@ -41,7 +42,7 @@ CONTROLS = ("none", "random", "loss", "cleanlab", "loo", "oracle")
 
 @dataclass(frozen=True)
 class _Job:
-    run: Run
+    run: Record
     test: Query
     memory: int
 
@@ -53,7 +54,7 @@ class _Job:
 
 
 def clean(
-    run: Run | str | os.PathLike[str],
+    run: Record | str | os.PathLike[str],
     method: str | Sequence[str] = "acc-sgd-ie",
     fractions: Sequence[float] = (0.05, 0.1, 0.2),
     seeds: int = 5,
@@ -93,11 +94,10 @@ def clean(
         RequestError: a fraction, method or query cannot be used.
         RunError: the run cannot be read, or its module not be built anew.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = opened(run)
     methods = [method] if isinstance(method, str) else list(method)
     for name in methods:
-        if name not in METHODS:
-            raise RequestError(f"There is no method {name!r} to clean by; choose from {', '.join(METHODS)}.")
+        registry.find(name)
     for name in controls:
         if name not in CONTROLS:
             raise RequestError(f"There is no control {name!r}; choose from {', '.join(CONTROLS)}.")
@@ -106,7 +106,7 @@ def clean(
             raise RequestError(f"The fraction {fraction} cannot be removed: choose between 0 and 1.")
     if seeds < 2:
         raise RequestError(f"seeds={seeds} gives no interval: choose at least 2.")
-    job = _Job(run, _test_query(run, test), int(memory_gb * 2**30))
+    job = _Job(rebuild.portable(run), _test_query(run, test), int(memory_gb * 2**30))
     orders = {name: _ranking(run, name, ray_address, memory_gb, progress) for name in methods}
     orders.update(rankings(run, [name for name in controls if name not in ("none", "random", *methods)], job.memory))
     counts = {fraction: max(1, round(fraction * run.n_samples)) for fraction in sorted(fractions)}
@@ -135,7 +135,7 @@ SCHEMA = pa.schema(
 )
 
 
-def write(run: Run, table: pa.Table) -> None:
+def write(run: Record, table: pa.Table) -> None:
     """Store a table of ``clean`` in the run directory."""
     import pyarrow.parquet
 
@@ -146,7 +146,7 @@ def write(run: Run, table: pa.Table) -> None:
     run.store.write(NAME, buffer.getvalue())
 
 
-def read(run: Run) -> pa.Table | None:
+def read(run: Record) -> pa.Table | None:
     """The table of ``clean`` stored with the run; None where there is none that belongs to its present content."""
     if not run.store.exists(NAME):
         return None
@@ -190,7 +190,7 @@ def _row(
     return {**row, "accuracies": accuracies.tolist() if known else None, "losses": losses.tolist()}
 
 
-def _test_query(run: Run, test: str | Query | None) -> Query:
+def _test_query(run: Record, test: str | Query | None) -> Query:
     if isinstance(test, Query):
         return test
     if test is None:
@@ -201,10 +201,10 @@ def _test_query(run: Run, test: str | Query | None) -> Query:
                 UserWarning,
                 stacklevel=3,
             )
-    return run.query(test)
+    return queries.find(run, test)
 
 
-def _ranking(run: Run, method: str, ray_address: str | None, memory_gb: float, progress: bool | None) -> np.ndarray:
+def _ranking(run: Record, method: str, ray_address: str | None, memory_gb: float, progress: bool | None) -> np.ndarray:
     """All samples, the most harmful first."""
     values = stored_values(run, method)
     if values is None:
@@ -213,7 +213,7 @@ def _ranking(run: Run, method: str, ray_address: str | None, memory_gb: float, p
 
 
 def _plan(
-    run: Run, seed: int, orders: dict[str, np.ndarray], counts: dict[float, int], random: bool
+    run: Record, seed: int, orders: dict[str, np.ndarray], counts: dict[float, int], random: bool
 ) -> dict[tuple[str, float], frozenset[int]]:
     """The samples to drop from one seed, by method and fraction; first of all nothing."""
     plan: dict[tuple[str, float], frozenset[int]] = {("none", 0.0): frozenset()}
@@ -275,9 +275,7 @@ def _name(seed: int, without: frozenset[int]) -> str:
 
 def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float], None]) -> list[list[float]]:
     """Test loss and accuracy (NaN where there is none) of each training."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         thetas = retrain(job.run, retraining, job.memory, progress)
         replay = Replay(job.run)
         losses = job.test.values(replay.objective, thetas).tolist()
@@ -286,6 +284,4 @@ def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float
             accuracies = accuracy.values(replay.objective, thetas).tolist()
         except NotAClassifier:
             accuracies = [float("nan")] * len(thetas)
-    finally:
-        torch.set_num_threads(threads)
     return [list(pair) for pair in zip(losses, accuracies, strict=True)]

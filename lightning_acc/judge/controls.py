@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_acc.core.replay import Replay
+from lightning_acc.contract import HasPerSampleAccuracy
+from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.judge.agreement import stored_scores
 from lightning_acc.judge.fresh_training import Retraining, contents, retrain
 from lightning_acc.record import batches
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 
 FOLDS = 5
 """Of the cross-validation that predicts every sample by a model that has not seen it."""
 
 
-def rankings(run: Run, names: list[str], memory: int) -> dict[str, np.ndarray]:
+def rankings(run: Record, names: list[str], memory: int) -> dict[str, np.ndarray]:
     """The samples in the order each of the controls would drop them, as far as what it needs is there.
 
     Args:
@@ -44,7 +45,7 @@ def rankings(run: Run, names: list[str], memory: int) -> dict[str, np.ndarray]:
     return orders
 
 
-def stored_values(run: Run, method: str) -> np.ndarray | None:
+def stored_values(run: Record, method: str) -> np.ndarray | None:
     """Stored scores (n_samples,) of every single sample under the query ``val``; None where they are not complete."""
     for table in stored_scores(run).values():
         if table.conditions["method"] == method and table.conditions["query"] == "val":
@@ -78,9 +79,8 @@ def logits_of(module: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 def correct(module: torch.nn.Module, batch: Any) -> Tensor:
     """Whether each sample is classified as labelled, (B,) of 0 and 1: the module's ``per_sample_accuracy``, or arg max."""
-    if hasattr(module, "per_sample_accuracy"):
-        found: Tensor = module.per_sample_accuracy(batch)  # type: ignore[operator]
-        return found
+    if isinstance(module, HasPerSampleAccuracy):
+        return module.per_sample_accuracy(batch)
     logits, labels = logits_of(module, batch)
     return (logits.argmax(-1) == labels).to(logits.dtype)
 
@@ -88,7 +88,7 @@ def correct(module: torch.nn.Module, batch: Any) -> Tensor:
 def _final_losses(replay: Replay) -> np.ndarray:
     """Losses (n_samples,) of the training samples at the end of the run, in evaluation mode."""
     leaves = batches.cast(contents(replay.run), replay.dtype)
-    theta = replay.run.parameters(len(replay)).to(replay.dtype)
+    theta = parameters_at(replay.run, len(replay)).to(replay.dtype)
     with torch.no_grad(), replay.objective.evaluating():
         losses = [
             replay.objective.losses(theta, batches.rows(leaves, rows))
@@ -98,7 +98,7 @@ def _final_losses(replay: Replay) -> np.ndarray:
     return found
 
 
-def _label_quality(run: Run, memory: int) -> np.ndarray | None:
+def _label_quality(run: Record, memory: int) -> np.ndarray | None:
     """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; None where that cannot be had."""
     try:
         from cleanlab.rank import get_label_quality_scores  # type: ignore[import-untyped]

@@ -15,7 +15,8 @@ from lightning_acc.core import removals
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
-from lightning_acc.record.record import Run
+from lightning_acc.methods import registry
+from lightning_acc.record.record import Record
 from lightning_acc.record.store import Store
 from lightning_acc.scoring.scores import Scores
 
@@ -27,7 +28,7 @@ SAMPLE = "sample"
 _DESCRIBED = ("label", "true_label", "corrupted")
 
 
-def write_ranking_csv(run: Run, scores: Scores, path: str | os.PathLike[str]) -> None:
+def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str]) -> None:
     """Write a table of scores as CSV, the most harmful removal first.
 
     Columns: ``rank``, ``sample`` (the id; the ids of a group with blanks between them), ``score``, ``loo`` (the score by
@@ -48,7 +49,7 @@ def write_ranking_csv(run: Run, scores: Scores, path: str | os.PathLike[str]) ->
             f"These scores belong to the record {scores.conditions['manifest_hash'][:12]}, but {run.path} is the record "
             f"{run.hash[:12]}: score this run, or name the run they were computed on."
         )
-    truth = None if scores.conditions["method"] == "loo" else truth_for(stored_scores(run), scores)
+    truth = None if registry.is_truth(scores.conditions["method"]) else truth_for(stored_scores(run), scores)
     expected = None if truth is None else truth.by_removal()
     views = SampleViews(run)
     buffer = io.StringIO(newline="")
@@ -116,7 +117,7 @@ def write_ids(ids: Iterable[int], path: str | os.PathLike[str]) -> None:
     _write(path, "".join(lines))
 
 
-def cleaned_dataset(run: Run, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
+def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
     """The training set without the dropped samples, as a Hugging Face data set; nothing is uploaded.
 
     Args:
@@ -163,7 +164,7 @@ def cleaned_dataset(run: Run, drop: Iterable[int], dataset: datasets.Dataset | N
     return result
 
 
-def _leaves(run: Run, kept: list[int]) -> dict[str, list[Any]]:
+def _leaves(run: Record, kept: list[int]) -> dict[str, list[Any]]:
     """The leaves of the kept samples by name; None for a sample, or a leaf of one, that training never saw."""
     columns: dict[str, list[Any]] = {}
     for position, sample in enumerate(kept):

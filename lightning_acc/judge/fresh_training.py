@@ -16,10 +16,10 @@ from lightning_acc.core import rebuild
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
-from lightning_acc.plan import planning
+from lightning_acc.methods.memory import TRAINING, chunk_size
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Retraining:
         return [Retraining(self.seed, self.dropped[n * i // count : n * (i + 1) // count]) for i in range(count)]
 
 
-def retrain(run: Run, job: Retraining, memory: int, progress: Callable[[float], None] = lambda _: None) -> Tensor:
+def retrain(run: Record, job: Retraining, memory: int, progress: Callable[[float], None] = lambda _: None) -> Tensor:
     """Final parameters (m, p) of the m trainings of ``job``.
 
     Args:
@@ -55,7 +55,7 @@ def retrain(run: Run, job: Retraining, memory: int, progress: Callable[[float], 
     replay = Replay(run)
     start = fresh_parameters(run, replay, job.seed)
     samples = contents(run)
-    size = planning.chunk_size(replay, "loo", memory)
+    size = chunk_size(replay, "training anew", TRAINING, memory)
     finals = []
     for first in range(0, len(job.dropped), size):
         part = job.dropped[first : first + size]
@@ -109,7 +109,7 @@ def _order(n: int, dropped: frozenset[int], length: int, seed: int) -> Tensor:
     return torch.cat(epochs)[:length]
 
 
-def fresh_parameters(run: Run, replay: Replay, seed: int) -> Tensor:
+def fresh_parameters(run: Record, replay: Replay, seed: int) -> Tensor:
     """Initial parameters (p,) of the run's module, drawn anew.
 
     Raises:
@@ -121,7 +121,7 @@ def fresh_parameters(run: Run, replay: Replay, seed: int) -> Tensor:
     return replay.layout.flat(dict(module.named_parameters())).to(replay.dtype)
 
 
-def contents(run: Run) -> Leaves:
+def contents(run: Record) -> Leaves:
     """The leaves of all samples, (n_samples, ...); those of samples that were never visited are zeros.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SampleView:
 class SampleViews:
     """Views of the samples of a run, from what its data module described, else from the tensors it was trained on."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Record) -> None:
         self._run = run
         table = run.sample_info()
         self._columns: dict[str, list[Any]] = table.to_pydict() if table is not None else {}

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_acc.errors import RunError
-from lightning_acc.record.store import Store, digest, without_credentials
+from lightning_acc.record.credentials import without_credentials
+from lightning_acc.record.store import Store, digest
 
 NAME = "manifest.json"
 FORMAT = "lightning_acc run"

@@ -1,4 +1,7 @@
-"""``Run``: the read-only view of a run directory."""
+"""``Record``: a run directory, opened, as plain data.
+
+What is done with it is in ``core`` and above; users open it as ``la.Run``, which adds the verbs.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,20 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_acc.core import rebuild
 from lightning_acc.errors import RunError
-from lightning_acc.record import manifest
+from lightning_acc.record import manifest, tables
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.store import Store
 
-if TYPE_CHECKING:
-    import datasets
-    import pyarrow
-
-    from lightning_acc.core.audit import AuditReport
-    from lightning_acc.core.queries import Query
+Trust = bool | str | Iterable[str]
+"""Packages that a record's module may be imported from, besides those this process has imported already; True: any."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class StepRecord:
     Attributes:
         sample_ids: ids of the occurrences the step saw, in order, shape (occurrences,).
         weights: loss weight of each occurrence, shape (occurrences,), float64.
-        contents: number of each occurrence's content, for ``Run.batch``, shape (occurrences,).
+        contents: number of each occurrence's content, for ``Record.contents``, shape (occurrences,).
         groups: hyper-parameters of each parameter group of the optimizer.
         sizes: occurrences in each of the batches whose gradients the step accumulated; usually one.
         rng: for each of these batches, the state of torch's CPU random number generator before its forward pass, where
@@ -59,11 +58,11 @@ class StepRecord:
 class Steps(Sequence[StepRecord]):
     """The steps of a run, read file by file when they are asked for."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, record: Record) -> None:
+        self._record = record
 
     def __len__(self) -> int:
-        return self._run.n_steps
+        return self._record.n_steps
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -72,7 +71,7 @@ class Steps(Sequence[StepRecord]):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"step {index} of a run with {len(self)} steps")
-        tensors, i, metadata = self._run._locate(index)
+        tensors, i, metadata = self._record._locate(index)
         first, last = tensors["offsets"][i : i + 2].tolist()
         start, end = tensors["batch_offsets"][i : i + 2].tolist()
         # Copies: set_rng_state crashes on memory that is not aligned, as inside a file.
@@ -91,7 +90,7 @@ class Steps(Sequence[StepRecord]):
         return (self[t] for t in range(len(self)))
 
 
-class Run:
+class Record:
     """A recorded training run: every optimizer step, the samples it saw, the parameters before it.
 
     Opening reads the manifest alone and executes nothing; the other files are read, and checked, when they are needed.
@@ -108,18 +107,16 @@ class Run:
         RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], module: torch.nn.Module | None = None, trust: rebuild.Trust = False
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], module: torch.nn.Module | None = None, trust: Trust = False) -> None:
         self.store = Store(path)
-        self.trust = rebuild.names(trust)
+        self.trust: bool | tuple[str, ...] = names(trust)
         self.manifest = manifest.read(self.store)
-        self._module = module
+        self.given_module = module
         self._loaded: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
     def __repr__(self) -> str:
         return (
-            f"Run({self.path!r}: {self.n_samples} samples, {self.n_steps} steps, "
+            f"{type(self).__name__}({self.path!r}: {self.n_samples} samples, {self.n_steps} steps, "
             f"{self.n_parameters} parameters of {self.manifest['module']['class']})"
         )
 
@@ -163,19 +160,10 @@ class Run:
         """The steps, ``run.steps[t]``."""
         return Steps(self)
 
-    def parameters(self, t: int) -> Tensor:
-        """Flat trained parameters before step ``t``, shape (p,); ``t = n_steps`` gives the final ones.
-
-        Where no snapshot was taken they are computed again, by replaying the steps before.
-        """
-        if not 0 <= t <= self.n_steps:
-            raise RunError(f"There are no parameters at step {t}: this run has the steps 0 to {self.n_steps}.")
-        if t in self._snapshots:
-            name, i = self._snapshots[t]
-            return self._load(name)[0]["theta"][i].clone()
-        from lightning_acc.core.replay import parameters_at
-
-        return parameters_at(self, t)
+    def snapshot(self, t: int) -> Tensor:
+        """A copy of the flat trained parameters (p,) before step ``t``, one of ``snapshots``."""
+        name, i = self._snapshots[t]
+        return self._load(name)[0]["theta"][i].clone()
 
     @cached_property
     def _snapshots(self) -> dict[int, tuple[str, int]]:
@@ -211,64 +199,23 @@ class Run:
         """How the leaves make up a batch."""
         return dict(self.manifest["batch_structure"])
 
-    def module(self) -> torch.nn.Module:
-        """The LightningModule of the run; the values of its tensors are arbitrary.
-
-        Raises:
-            RunError: it cannot be rebuilt here, or is in a package that is not trusted.
-        """
-        if self._module is None:
-            try:
-                self._module = rebuild.build(self.manifest["module"], self.trust)
-            except RunError:
-                self._module = rebuild.LIVE.get(self.manifest["run_id"])
-                if self._module is None:
-                    raise
-        return self._module
-
     def frozen_tensors(self) -> dict[str, Tensor]:
         """Buffers and untrained parameters of the module, by name."""
         return self._load("module.safetensors")[0] if "module.safetensors" in self.manifest["files"] else {}
-
-    def query(self, name: str) -> Query:
-        """The query recorded under ``name``."""
-        from lightning_acc.core import queries
-
-        return queries.read(self.store, name)
 
     def query_names(self) -> list[str]:
         """Names of the recorded queries."""
         names = self.store.names("queries")
         return [name.split("/")[1].removesuffix(".safetensors") for name in names if name.endswith(".safetensors")]
 
-    def add_query(self, name: str, loader: Any) -> None:
-        """Store the batches of ``loader`` (a DataLoader, or any iterable of batches) as the query ``name``."""
-        from lightning_acc.core import queries
-
-        queries.write(self.store, name, loader)
-
-    def sample_info(self) -> pyarrow.Table | None:
+    def sample_info(self) -> pa.Table | None:
         """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""
-        from lightning_acc.record import tables
-
         if "samples/info.parquet" not in self.manifest["files"]:
             return None
         data = manifest.read_file(self.store, "samples/info.parquet", self._file("samples/info.parquet")["sha256"])
         table = tables.read(data)
         manifest.check_columns(self.store.locate("samples/info.parquet"), table.column_names)
         return table
-
-    def cleaned_dataset(self, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
-        """The training set without the samples ``drop``, as a Hugging Face data set; see ``lightning_acc.judge.exports``."""
-        from lightning_acc.judge.exports import cleaned_dataset
-
-        return cleaned_dataset(self, drop, dataset)
-
-    def audit(self) -> AuditReport:
-        """Replay the training step over the record and compare with the recorded parameters (DESIGN, fact 7)."""
-        from lightning_acc.core.audit import audit
-
-        return audit(self)
 
     def _file(self, name: str) -> dict[str, Any]:
         return dict(self.manifest["files"][name])
@@ -333,11 +280,17 @@ class Run:
                 first.setdefault(sample, content)
         return first
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What may be built here may be built there, where nothing is imported yet; and nothing else.
-        place = rebuild.place_of(self.manifest["module"]) if "module" in self.manifest else ""
-        trust = (place,) if place and rebuild.is_allowed(place, self.trust) else ()
-        return {"path": self.store.url, "module": self._module, "trust": trust}
+    def __reduce__(self) -> Any:
+        return type(self), (self.store.url, self.given_module, self.trust)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+
+def opened(record: Record | str | os.PathLike[str]) -> Record:
+    """The record itself, or what is at the path."""
+    return record if isinstance(record, Record) else Record(record)
+
+
+def names(trust: Trust) -> bool | tuple[str, ...]:
+    """``trust`` in a form that can be kept and sent to workers."""
+    if isinstance(trust, bool):
+        return trust
+    return (trust,) if isinstance(trust, str) else tuple(trust)

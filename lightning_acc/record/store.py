@@ -23,6 +23,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_acc.errors import RunError
+from lightning_acc.record.credentials import without_credentials
 
 T = TypeVar("T")
 
@@ -47,15 +48,6 @@ _PASSING_NAMES = {
 _jitter = random.Random()  # not the global generator: training may draw from it
 _HIERARCHICAL = {"sftp", "ssh", "ftp", "smb", "hdfs", "arrow_hdfs", "webhdfs"}
 
-_USER = re.compile(
-    r"(?<=://)(?<!abfs://)(?<!abfss://)"  # there the container stands before the @
-    r"(?:[^/\s]*@|[^/\s:@]*:(?!\d+/)[^\s@]*@(?:[^/\s]*@)?)"  # some passwords have a slash; ports have not
-)
-_QUERY = re.compile(r"""(?<=://)([^\s?'"]*)\?[^\s'"]*""")
-_SECRET = re.compile(
-    r"(.*_)?(password|passwd|secret|api_?key|access_key|credentials?|(auth|access|api|bearer)_token)|token", re.I
-)
-_SECRET_MAPPING = re.compile(r"(.*_)?(storage_options|credentials)", re.I)
 _UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]")
 
 
@@ -287,23 +279,6 @@ def check_name(name: str) -> str:
     if any(part in ("", ".", "..") or _UNSAFE.search(part) for part in name.split("/")):
         raise RunError(f"{name!r} is no name for a file of a run directory: use relative names without '..' and backslashes.")
     return name
-
-
-def without_credentials(value: Any) -> Any:
-    """``value``, plain JSON or text, without ``user:password@`` and query strings in its URLs and without named secrets."""
-    if isinstance(value, str):
-        return _QUERY.sub(r"\1", _USER.sub("", value)) if "://" in value else value
-    if isinstance(value, Mapping):
-        return {key: "***" if _is_secret(str(key), entry) else without_credentials(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_credentials(entry) for entry in value]
-    return value
-
-
-def _is_secret(key: str, value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return bool(_SECRET_MAPPING.fullmatch(key))
-    return isinstance(value, str) and bool(_SECRET.fullmatch(key))
 
 
 def digest(data: bytes) -> str:

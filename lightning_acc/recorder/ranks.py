@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Leaves
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import RunWriter
 
@@ -60,7 +60,7 @@ def merge(writer: RunWriter, processes: int) -> None:
     Raises:
         RunError: the ranks recorded different numbers of steps.
     """
-    runs = [Run(part_of(writer.store, rank).url) for rank in range(processes)]
+    runs = [Record(part_of(writer.store, rank).url) for rank in range(processes)]
     counts = [run.n_steps for run in runs]
     if len(set(counts)) > 1:
         raise RunError(

@@ -8,11 +8,11 @@ import re
 
 from lightning_acc.core.removals import Removal, parse
 from lightning_acc.errors import RequestError
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 from lightning_acc.scoring import scores
 
 
-def select(run: Run, words: str) -> list[Removal] | None:
+def select(run: Record, words: str) -> list[Removal] | None:
     """The removals ``words`` names.
 
     ``all``: every sample by itself. ``random:64``: 64 samples drawn at random, the same ones every time. ``top:50@sgd-ie``:
@@ -55,7 +55,7 @@ def select(run: Run, words: str) -> list[Removal] | None:
         raise RequestError(f"The file {words} names no removals: {error}") from error
 
 
-def groups(run: Run, column: str) -> dict[str, Removal]:
+def groups(run: Record, column: str) -> dict[str, Removal]:
     """The samples of each value of a column that is known of them, such as ``label``.
 
     Raises:
@@ -72,7 +72,7 @@ def groups(run: Run, column: str) -> dict[str, Removal]:
     return {value: tuple(samples) for value, samples in sorted(found.items())}
 
 
-def in_words(run: Run, words: str, removal: Removal) -> str:
+def in_words(run: Record, words: str, removal: Removal) -> str:
     """A removal that ``words`` selected, for a reader: its ids, or its group; of many samples their number."""
     if match := re.fullmatch(r"group:(.+)", words):
         value = next(value for value, samples in groups(run, match[1]).items() if samples == removal)

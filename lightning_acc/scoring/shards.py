@@ -14,13 +14,24 @@ from typing import Any
 
 from lightning_acc.core.removals import Removal
 from lightning_acc.errors import RunError
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.scores import Scores
 
 FOLDER = "shards"
-SAME = ("manifest_hash", "method", "query_fingerprint", "readout", "dtype", "convention", "version", "rank", "state")
+SAME = (
+    "manifest_hash",
+    "method",
+    "query_fingerprint",
+    "readout",
+    "dtype",
+    "convention",
+    "version",
+    "form",
+    "directions",
+    "followed",
+)
 """Conditions under which two scores of one removal are the same number."""
 
 
@@ -29,13 +40,13 @@ def key(conditions: dict[str, Any]) -> str:
     return digest(json.dumps([conditions.get(name) for name in SAME]).encode())[:16]
 
 
-def write(run: Run, shard: Scores) -> None:
+def write(run: Record, shard: Scores) -> None:
     """Store a shard."""
     which = digest(json.dumps(shard.removals).encode())[:16]
     scores.write(run.store, f"{key(shard.conditions)}-{which}", shard, FOLDER)
 
 
-def stored(run: Run, conditions: dict[str, Any], name: str) -> Scores | None:
+def stored(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
     """Everything there is under these conditions: the shards, and the table ``name`` where it is of the same kind."""
     found = [scores.read(run.store, part, FOLDER) for part in _parts(run, conditions)]
     if name in scores.names(run.store):
@@ -49,7 +60,7 @@ def stored(run: Run, conditions: dict[str, Any], name: str) -> Scores | None:
     return together
 
 
-def gather(run: Run, conditions: dict[str, Any], name: str) -> None:
+def gather(run: Record, conditions: dict[str, Any], name: str) -> None:
     """Write the table ``name`` from everything there is under these conditions."""
     seen: set[str] = set()
     # Whoever writes last has seen the other's shards: they are written before any table is.
@@ -60,13 +71,13 @@ def gather(run: Run, conditions: dict[str, Any], name: str) -> None:
             scores.write(run.store, name, table.picked(sorted(set(table.removals)), table.conditions))
 
 
-def write_figures(run: Run, kind: str, figures: dict[str, list[float]]) -> None:
+def write_figures(run: Record, kind: str, figures: dict[str, list[float]]) -> None:
     """Store some figures of a kind: names that say all there is to know of what was done, and what came out."""
     which = digest(json.dumps(sorted(figures)).encode())[:16]
     run.store.write(f"{FOLDER}/{kind}-{which}.json", json.dumps(figures).encode())
 
 
-def stored_figures(run: Run, kind: str) -> dict[str, list[float]]:
+def stored_figures(run: Record, kind: str) -> dict[str, list[float]]:
     """All figures of a kind that are stored."""
     files = [file for file in run.store.names(FOLDER) if file.startswith(f"{FOLDER}/{kind}-") and file.endswith(".json")]
     figures: dict[str, list[float]] = {}
@@ -85,7 +96,7 @@ def missing(pieces: list[list[Removal]], known: Scores | None) -> list[list[Remo
     return [piece for piece in left if piece]
 
 
-def _parts(run: Run, conditions: dict[str, Any]) -> list[str]:
+def _parts(run: Record, conditions: dict[str, Any]) -> list[str]:
     prefix = f"{FOLDER}/{key(conditions)}-"
     files = run.store.names(FOLDER)
     return [

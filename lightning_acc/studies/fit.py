@@ -16,10 +16,11 @@ from lightning_acc.errors import RunError
 from lightning_acc.judge.agreement import as_text, evaluate
 from lightning_acc.judge.cleaning import as_text as as_lines
 from lightning_acc.judge.cleaning import clean
+from lightning_acc.methods import registry
 from lightning_acc.progress import watched_by
-from lightning_acc.record.record import Run
 from lightning_acc.record.store import Store
 from lightning_acc.recorder import TrajectoryRecorder
+from lightning_acc.run import Run
 from lightning_acc.scoring import cluster
 from lightning_acc.scoring.score import DEFAULT_MEMORY_GB, score
 from lightning_acc.scoring.selection import select
@@ -140,7 +141,7 @@ def run(args: list[str]) -> None:
 def _score_and_evaluate(recorded: Run, options: Any) -> list[dict[str, Any]] | None:
     with nullcontext() if options.ray_address is None else cluster.connect(options.ray_address):
         _score_all(recorded, options)
-    if "loo" not in options.methods:
+    if registry.TRUTH not in options.methods:
         return None
     evaluation = evaluate(recorded)
     print(as_text(evaluation))
@@ -162,6 +163,6 @@ def _score_all(recorded: Run, options: Any) -> None:
         )
         print(f"{scores}: {scores.conditions['seconds']:.1f} s of work")
     if options.clean_fractions:
-        rankings = [method for method in options.methods if method not in ("loo", "tracin")]
+        rankings = [method for method in options.methods if registry.is_ranking(method)]
         cleaned = clean(recorded, rankings, options.clean_fractions, options.clean_seeds, ray_address=options.ray_address)
         print(as_lines(cleaned))

@@ -94,9 +94,9 @@ class Study:
     @property
     def key(self) -> str:
         """Hash of what the cells share; results under another one are computed again."""
-        from lightning_acc.methods.rules import METHODS  # not before: it imports torch
+        from lightning_acc.methods.registry import METHODS  # not before: it imports torch
 
         shared = {key: value for key, value in asdict(self).items() if key in ("n_train", "lr", "share", "dtype")}
         return digest(
-            json.dumps({**shared, "methods": METHODS, "version": importlib.metadata.version("lightning-acc")}).encode()
+            json.dumps({**shared, "methods": list(METHODS), "version": importlib.metadata.version("lightning-acc")}).encode()
         )[:12]

@@ -21,12 +21,12 @@ import torch
 
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RunError
-from lightning_acc.judge.agreement import agreement
-from lightning_acc.methods.rules import LOW_RANK
+from lightning_acc.methods import registry
 from lightning_acc.progress import Progress
-from lightning_acc.record.record import Run
 from lightning_acc.record.store import Store
+from lightning_acc.run import Run
 from lightning_acc.scoring import cluster
+from lightning_acc.scoring.figures import agreement
 from lightning_acc.scoring.score import score
 from lightning_acc.studies.grid import CORRUPTIONS, DATA, MODELS, Cell, Study
 
@@ -112,9 +112,9 @@ def _rows(study: Study, cell: Cell, run: Run, progress: Callable[[float], None])
         "save": False,
         "progress": False,
     }
-    truth = score(run, "loo", **options)
+    truth = score(run, registry.TRUTH, **options)
     progress(0.4)
-    found = {("loo", "exact"): (truth.values, truth.conditions["seconds"])}
+    found = {(registry.TRUTH, "exact"): (truth.values, truth.conditions["seconds"])}
     # One sweep, read in both ways.
     accumulated = score(run, "acc-sgd-ie", keep_shifts=True, **options)
     progress(0.9)
@@ -124,8 +124,8 @@ def _rows(study: Study, cell: Cell, run: Run, progress: Callable[[float], None])
     assert accumulated.shifts is not None
     found["acc-sgd-ie", "exact"] = accumulated.values, seconds
     found["acc-sgd-ie", "linear"] = (accumulated.shifts @ gradient).numpy(), seconds
-    scores = score(run, LOW_RANK, readout="exact", **options)
-    found[LOW_RANK, "exact"] = scores.values, scores.conditions["seconds"]
+    scores = score(run, "acc-low-rank", readout="exact", **options)
+    found["acc-low-rank", "exact"] = scores.values, scores.conditions["seconds"]
     for method in ("sgd-ie", "tracin"):
         scores = score(run, method, **options)
         found[method, "linear"] = scores.values, scores.conditions["seconds"]
@@ -160,7 +160,7 @@ def _write(store: Store, table: pa.Table) -> None:
 def summary(table: pa.Table) -> str:
     """Medians over the cells of each data set, model, method and readout, for a terminal."""
     frame = table.to_pandas()
-    frame = frame[frame["method"] != "loo"]
+    frame = frame[frame["method"] != registry.TRUTH]
     keys = ["data", "model", "method", "readout"]
     text: str = frame.groupby(keys)[["rmse_sd", "kendall", "spearman", "seconds"]].median().round(4).to_string()
     return text

@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.queries import Query
-from lightning_acc.core.replay import Replay, Tape
-from lightning_acc.core.step import Step
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.step import Point, Step
+from lightning_acc.core.tape import Tape
 from lightning_acc.methods.low_rank import basis as bases
-from lightning_acc.methods.low_rank.method import AdjointGradients
+from lightning_acc.methods.rules import AdjointSgdIe
 
 
 @dataclass(frozen=True)
 class Back:
-    """What the sweep back found.
+    """What the sweep back tells.
 
     Attributes:
         gammas: ``gamma_t = (dU/dG)^T lambda_{t+1}`` of every step, (T, p); in a temporary file.
@@ -36,6 +38,23 @@ class Back:
     final: Tensor
     gradient: Tensor
     places: list[tuple[Step, State]]
+
+
+class AdjointGammas(AdjointSgdIe):
+    """SGD-IE's reverse sweep, which also keeps ``gamma_t`` of every step.
+
+    Args:
+        gammas: where to keep them: T rows (p,).
+    """
+
+    def __init__(self, gammas: Tensor) -> None:
+        self.gammas = gammas
+        self._t = len(gammas)
+
+    def see(self, point: Point, gamma: Tensor, slopes: Tensor) -> None:
+        """One step back."""
+        self._t -= 1
+        self.gammas[self._t] = gamma
 
 
 @contextmanager
@@ -56,14 +75,15 @@ def sweep_back(replay: Replay, query: Query, memory: int, progress: Callable[[fl
         tape = Tape(replay, memory)
         progress(0.25)
         final = tape.final
+        confirm(replay, final[0])
         gradient = query.gradient(replay.objective, final[0])
-        method = AdjointGradients(gammas)
-        carry = method.init(gradient, final, replay.run.n_samples)
+        rule = AdjointGammas(gammas)
+        carry = rule.init(gradient, final, replay.run.n_samples)
         wanted, places = set(bases.spread(total)), []
         for back, (step, before) in enumerate(tape.backwards(), start=1):
             if total - back in wanted:
                 places.append((step, before))
-            carry = method.advance(step.at(before), carry)
+            carry = rule.advance(step.at(before), carry)
             progress(0.25 + 0.75 * back / total)
         del tape
         yield Back(gammas, carry[1], final[0], gradient, places)

@@ -36,26 +36,26 @@ class Basis:
     left: float
 
     @property
-    def rank(self) -> int:
+    def directions(self) -> int:
         """The number r of directions."""
         return self.vectors.shape[1]
 
 
-def find(places: Sequence[tuple[Step, State]], rank: int, enough: float = 0.0, seed: int = 0) -> Basis:
-    """The basis of ``rank`` directions for a run.
+def find(places: Sequence[tuple[Step, State]], directions: int, enough: float = 0.0, seed: int = 0) -> Basis:
+    """The basis of ``directions`` directions for a run.
 
     Args:
         places: steps and the states before them; the Hessian is averaged over these.
-        rank: number of directions, at most.
+        directions: how many, at most.
         enough: directions whose eigenvalue is smaller than this in size are left out.
         seed: of the first, random directions.
     """
     like = places[0][1][0]
     p = len(like)
-    if rank >= p:
+    if directions >= p:
         return Basis(torch.eye(p, dtype=like.dtype), like.new_zeros(0), 0.0)
     generator = torch.Generator().manual_seed(seed)
-    width = min(p, rank + OVERSAMPLING)
+    width = min(p, directions + OVERSAMPLING)
     v = torch.randn(p, width, generator=generator, dtype=torch.float64).to(like)
     for _ in range(ITERATIONS):
         v = torch.linalg.qr(v)[0]
@@ -67,7 +67,7 @@ def find(places: Sequence[tuple[Step, State]], rank: int, enough: float = 0.0, s
     small = last.T @ product
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
     order = values.abs().argsort(descending=True)
-    kept = order[: min(rank, int((values.abs() >= enough).sum()))]
+    kept = order[: min(directions, int((values.abs() >= enough).sum()))]
     outside = values.abs()[order[len(kept) :]]
     return Basis(last @ rotation[:, kept], values[kept], float(outside[0]) if len(outside) else 0.0)
 

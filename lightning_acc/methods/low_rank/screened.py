@@ -1,4 +1,4 @@
-"""``state="screened"``: acc-low-rank for so many samples that few of their shifts can be followed through the training.
+"""Screened: acc-low-rank for so many samples that few of their shifts can be followed through the training.
 
 What ACC-SGD-IE adds to SGD-IE is of second order: it is felt by the few removals whose influence is largest, and SGD-IE's
 sweep back tells which these are. So of all removals,
@@ -31,7 +31,8 @@ from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Removed
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank.back import sweep_back
-from lightning_acc.methods.low_rank.method import updated
+from lightning_acc.methods.low_rank.tracked import updated
+from lightning_acc.methods.rules import without_the_removed
 
 DIRECTIONS, PLACES = 30, 16
 """Directions of the basis, and steps that the Hessian is averaged over for it."""
@@ -158,7 +159,7 @@ class Shifts:
         self.modelling = m > followed
         # The raw shift u, as it was after the step that last saw the removal; after its last visit, what that visit left.
         self._rows = [like.new_zeros(m if self.modelling else 0, len(like)) for _ in range(parts)]
-        self._z = [like.new_zeros(m, basis.rank) for _ in range(parts)]
+        self._z = [like.new_zeros(m, basis.directions) for _ in range(parts)]
         """The rough shift in the basis."""
         self.rough_second = like.new_zeros(m)
         """The same with the rough shift, (m,)."""
@@ -189,7 +190,7 @@ class Shifts:
             shifts[near] = self.exact[0][who[near]]
             own = removed.hessian_product(shifts)[near]
             self.second[who[near]] -= own @ gamma
-            change[who[near]] -= removed.gradients[near] + own
+            change = without_the_removed(change, who[near], removed.gradients[near], own)
         self.exact = updated(self.exact, change, drift, source)
         if self.modelling:
             self._model(t, removed, gamma, drift, source)

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from lightning_acc.errors import RequestError
-from lightning_acc.judge.agreement import agreement, stored_scores, truth_for
+from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews, detection_precision
-from lightning_acc.record.record import Run
+from lightning_acc.methods import registry
+from lightning_acc.record.record import Record, opened
+from lightning_acc.scoring.figures import agreement
 from lightning_acc.scoring.scores import Scores
 
 SHOWN = 24
@@ -37,7 +39,7 @@ CONTROLS = ("none", "random", "loss", "cleanlab", "oracle")
 """Ways to choose what to remove that the removal curves of the estimates are held against."""
 
 
-def write_report(run: Run | str | os.PathLike[str]) -> str:
+def write_report(run: Record | str | os.PathLike[str]) -> str:
     """Write ``report/index.html`` in the run directory: agreement, rankings with pictures, detection, cleaning, cost.
 
     Args:
@@ -49,7 +51,7 @@ def write_report(run: Run | str | os.PathLike[str]) -> str:
     Raises:
         RequestError: there are no scores to show.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = opened(run)
     run.store.write("report/index.html", render(run.name, _facts(run), collect(run)).encode())
     return run.store.locate("report/index.html")
 
@@ -74,7 +76,7 @@ def render(title: str, facts: list[tuple[str, str]], content: dict[str, Any]) ->
     return template.render(title=title, facts=facts, data=data, style=style, script=script, script_hash=script_hash)
 
 
-def collect(run: Run) -> dict[str, Any]:
+def collect(run: Record) -> dict[str, Any]:
     """Everything the page shows, as plain JSON.
 
     Raises:
@@ -120,7 +122,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
         },
     }
     truth = truth_for(tables, table)
-    if truth is not None and table.conditions["method"] != "loo":
+    if truth is not None and not registry.is_truth(table.conditions["method"]):
         expected = _single(truth)
         entry["ranking"]["truth"] = [_plain(expected.get(sample)) for sample in ends]
         common = [sample for sample in scores if sample in expected]
@@ -147,7 +149,7 @@ def _drawn(common: list[int], extremes: set[int]) -> list[int]:
     return [sample for sample in common if sample in extremes] + [others[i] for i in spread]
 
 
-def _cleaning(run: Run) -> dict[str, Any] | None:
+def _cleaning(run: Record) -> dict[str, Any] | None:
     """Removal curves of the methods, each point with mean and 95 % interval of each figure; None where there are none."""
     from lightning_acc.judge import cleaning
 
@@ -169,11 +171,8 @@ def _cleaning(run: Run) -> dict[str, Any] | None:
 
 
 def _curve_order(name: str) -> tuple[int, str]:
-    order = [*_PROMINENT, *CONTROLS]
-    return order.index(name) if name in order else len(_PROMINENT), name
-
-
-_PROMINENT = ["loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin"]
+    order = [*registry.METHODS, *CONTROLS]
+    return order.index(name) if name in order else len(registry.METHODS), name
 
 
 def _single(table: Scores) -> dict[int, float]:
@@ -182,7 +181,7 @@ def _single(table: Scores) -> dict[int, float]:
 
 def _prominence(table: Scores) -> tuple[int, str]:
     c = table.conditions
-    return _PROMINENT.index(c["method"]) if c["method"] in _PROMINENT else len(_PROMINENT), c["readout"]
+    return registry.place(c["method"]), c["readout"]
 
 
 def _plain(value: float | None) -> float | None:
@@ -220,7 +219,7 @@ def _thumbnail(image: bytes) -> str | None:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: Record) -> list[tuple[str, str]]:
     manifest = run.manifest
     shown: Iterable[tuple[str, Any]] = run.steps[0].hyperparameters.items()
     values = ", ".join(f"{key} {value:g}" for key, value in shown if isinstance(value, (int, float)) and value)

@@ -6,28 +6,20 @@ import io
 import json
 import netrc
 import os
-import re
 import sys
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlparse
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from lightning_acc.record.record import Run
+from lightning_acc.record.credentials import without_credentials
+from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring.scores import Scores
 
 PROJECT = "lightning-acc"
 """The project where neither the caller nor the training's logger names one."""
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/\s]*@")
-_QUERY = re.compile(r"\?\S*")
-_SECRET = re.compile(
-    r"(.*_)?(password|passwd|secret|api_?key|access_key|credentials?|(auth|access|api|bearer)_token)|token", re.I
-)
 
 
 def mode() -> Any:
@@ -58,14 +50,14 @@ def finish() -> None:
         wandb.finish()
 
 
-def group_of(run: Run) -> str:
+def group_of(run: Record) -> str:
     """The W&B group of everything that belongs to a training run: that of its logger, else name and content hash."""
     logger = run.manifest["logger"] or {}
     name = without_credentials(run.path).rstrip("/").rsplit("/", 1)[-1]
     return str(logger.get("group") or f"{name[:100]}-{run.hash[:8]}")  # W&B allows 128 characters
 
 
-def start(run: Run, job: str, project: str | None = None, directory: str | None = None) -> Any:
+def start(run: Record, job: str, project: str | None = None, directory: str | None = None) -> Any:
     """Open a W&B run about ``run``, beside any that is open in this process already.
 
     Args:
@@ -107,22 +99,8 @@ def _settings() -> Any:
     return wandb.Settings(silent=True, console="off", x_disable_meta=secret)
 
 
-def without_credentials(value: Any) -> Any:
-    """``value``, plain JSON, without ``user:password@`` and query strings in its URLs, and without values named as secrets."""
-    if isinstance(value, str):
-        return _QUERY.sub("", _USER.sub("", value)) if _URL.search(value) else value
-    if isinstance(value, Mapping):
-        return {
-            key: "***" if isinstance(entry, str) and _SECRET.fullmatch(str(key)) else without_credentials(entry)
-            for key, entry in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [without_credentials(entry) for entry in value]
-    return value
-
-
 def results(
-    run: Run, tables: dict[str, Scores], evaluation: list[dict[str, Any]] | None, cleaning: pa.Table | None
+    run: Record, tables: dict[str, Scores], evaluation: list[dict[str, Any]] | None, cleaning: pa.Table | None
 ) -> dict[str, bytes]:
     """The files of the run directory that hold its results, by name: score tables, evaluation and cleaning."""
     files = {f"scores/{name}.parquet": run.store.read(f"scores/{name}.parquet") for name in tables}
@@ -136,7 +114,7 @@ def results(
     return files
 
 
-def tie(tracked: Any, run: Run, tables: dict[str, Scores], files: dict[str, bytes]) -> None:
+def tie(tracked: Any, run: Record, tables: dict[str, Scores], files: dict[str, bytes]) -> None:
     """Log the results as one artifact, and write the hashes of all content into its metadata and into the configuration.
 
     A W&B run that is offline cannot name the artifacts it used. Equal hashes say what belongs together instead.

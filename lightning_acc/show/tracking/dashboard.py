@@ -8,21 +8,22 @@ from typing import Any
 
 import pyarrow as pa
 
+from lightning_acc.core import queries
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
-from lightning_acc.record.record import Run
+from lightning_acc.methods import registry
+from lightning_acc.record.record import Record
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.show.tracking import panels
 from lightning_acc.show.tracking.connection import results, start, tie
 from lightning_acc.show.tracking.driver import Live
 
-_TRUEST = ("loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin")
 _CONDITIONS = ("method", "query", "readout", "dtype", "removals")
 
 
 def track(
-    run: Run,
+    run: Record,
     evaluation: list[dict[str, Any]] | None,
     project: str | None = None,
     directory: str | None = None,
@@ -66,7 +67,7 @@ def track(
                 tracked.log({f"most harmful/{name}": gallery})
         for name, table in tables.items():
             truth = truth_for(tables, table)
-            if truth is not None and table.conditions["method"] != "loo":
+            if truth is not None and not registry.is_truth(table.conditions["method"]):
                 tracked.log({f"agreement/{name}-against-loo": panels.scatter(name, table, truth, views)})
         found = None if views.corrupted is None else panels.detection(tables, views.corrupted)
         if found is not None:
@@ -82,13 +83,13 @@ def track(
         return str(os.path.dirname(tracked.dir))
 
 
-def _cleaning(run: Run) -> pa.Table | None:
+def _cleaning(run: Record) -> pa.Table | None:
     from lightning_acc.judge import cleaning
 
     return cleaning.read(run)
 
 
-def _log_evaluation(tracked: Any, run: Run, evaluation: list[dict[str, Any]]) -> None:
+def _log_evaluation(tracked: Any, run: Record, evaluation: list[dict[str, Any]]) -> None:
     import wandb
 
     columns: Any = list(evaluation[0])
@@ -99,8 +100,8 @@ def _log_evaluation(tracked: Any, run: Run, evaluation: list[dict[str, Any]]) ->
                 tracked.summary[f"{_label(run, row)}/{figure}"] = value
 
 
-def _log_over_time(tracked: Any, run: Run, tables: dict[str, Scores], count: int) -> None:
-    from lightning_acc.methods.visits import influence_over_time
+def _log_over_time(tracked: Any, run: Record, tables: dict[str, Scores], count: int) -> None:
+    from lightning_acc.scoring.over_time import influence_over_time
 
     found = _to_follow(run, tables)
     if found is None:
@@ -120,17 +121,16 @@ def _log_over_time(tracked: Any, run: Run, tables: dict[str, Scores], count: int
         tracked.log(logged)
 
 
-def _to_follow(run: Run, tables: dict[str, Scores]) -> tuple[dict[int, float], dict[str, Any]] | None:
+def _to_follow(run: Record, tables: dict[str, Scores]) -> tuple[dict[int, float], dict[str, Any]] | None:
     """The scores that say which samples are worth following: of the most samples, and of these the truest."""
-    recorded = {name: run.query(name).fingerprint for name in run.query_names()}
+    recorded = {name: queries.find(run, name).fingerprint for name in run.query_names()}
     asked = [t for t in tables.values() if recorded.get(t.conditions["query"]) == t.conditions["query_fingerprint"]]
     candidates = [(panels.singles(table), table.conditions) for table in asked]
-    order = {method: place for place, method in enumerate(_TRUEST)}
-    best = min(candidates, key=lambda c: (-len(c[0]), order.get(c[1]["method"], len(order))), default=None)
+    best = min(candidates, key=lambda c: (-len(c[0]), registry.place(c[1]["method"])), default=None)
     return best if best and best[0] else None
 
 
-def _label(run: Run, conditions: dict[str, Any]) -> str:
+def _label(run: Record, conditions: dict[str, Any]) -> str:
     """Method and readout, and of query, dtype and kind of removals what is not as usual."""
     usual = {"query": "val", "dtype": run.dtype, "removals": "samples"}
     other = [conditions[key] for key, value in usual.items() if conditions.get(key, value) != value]

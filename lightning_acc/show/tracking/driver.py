@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_acc.record.record import Run
+from lightning_acc.record.record import Record
 from lightning_acc.show.tracking.connection import start
 
 SECONDS_BETWEEN_LOGS = 2.0
@@ -43,7 +43,7 @@ class Live:
 
 
 @contextmanager
-def live(run: Run, job: str, project: str | None = None, directory: str | None = None) -> Iterator[Live]:
+def live(run: Record, job: str, project: str | None = None, directory: str | None = None) -> Iterator[Live]:
     """A W&B run that shows the progress of ``job``, and can be given the results before it ends.
 
     It is one run for both as a run that is offline cannot be resumed.

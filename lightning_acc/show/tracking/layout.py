@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_acc.errors import RequestError
+from lightning_acc.methods import registry
 from lightning_acc.show.tracking import panels
 from lightning_acc.show.tracking.connection import PROJECT, mode
 
@@ -150,10 +151,8 @@ def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace
         from wandb_workspaces.reports.v2 import interface as wr
 
     if tables is None:
-        from lightning_acc.methods.rules import METHODS
-
-        tables = METHODS
-    estimates = [name for name in tables if name.split("-")[0].split(".")[0] != "loo"]
+        tables = list(registry.METHODS)
+    estimates = [name for name in tables if not registry.is_truth(name.split("-")[0].split(".")[0])]
 
     def chart(key: str, kind: str, fields: Sequence[str], title: str, x: str | None = None) -> Any:
         strings = {"title": title} if x is None else {"title": title, "xname": x}

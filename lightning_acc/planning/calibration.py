@@ -1,14 +1,15 @@
-"""How many removals fit into a memory budget at once, and what pieces of a run's work take: bytes, and seconds.
+"""What pieces of a run's work take: a few of its steps, timed on this thread.
 
-The figures are measured on the run itself: the tensors autograd keeps for one forward pass over the largest batch, and a
-few steps timed on this thread.
+With T steps of sizes b_t a chunk of m removals takes
+
+    seconds(m) = sum_t s(b_t) (a + c m)  +  readout (a' + c' m),
+
+``s`` interpolated between the step sizes that were timed.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,106 +20,14 @@ import torch
 
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal, Removals
-from lightning_acc.core.replay import Replay, saved_bytes
-from lightning_acc.errors import RequestError
-from lightning_acc.methods.rules import FORWARD
-from lightning_acc.record import batches
-from lightning_acc.record.record import Run
+from lightning_acc.core.replay import Replay
+from lightning_acc.methods.memory import chunks
+from lightning_acc.record.record import Record
 
-# Copies of (a parameter-sized vector, the activations of the batch) that one removal needs at the peak of a step.
-# Measured with scripts/bench_methods.py; they are upper bounds on the models there, not exact.
-COPIES = {"loo": (7, 3), "acc-sgd-ie": (9, 6), "sgd-ie": (9, 6), "tracin": (9, 1)}
-LARGEST_CHUNK = 512
-"""More removals at a time gain no speed; smaller chunks stay in the processor's caches."""
 SHARE_SECONDS, SHARE = 0.5, 0.002
 """One of the ten things that are timed may take so much processor time, plus this fraction of what it predicts."""
 SLOW = 0.3
 """What takes more seconds than this is timed once, without a turn to warm up."""
-
-
-def bytes_per_removal(replay: Replay, method: str) -> int:
-    """Bytes that one more removal in a chunk adds to the peak."""
-    vectors, activations = COPIES[method]
-    vector = replay.initial[0].nbytes
-    return int(vectors * vector * len(replay.initial) + activations * replay.activation_bytes)
-
-
-def chunk_size(replay: Replay, method: str, memory: int) -> int:
-    """The number of removals to sweep at once within ``memory`` bytes.
-
-    Raises:
-        RequestError: not even one fits.
-    """
-    each = bytes_per_removal(replay, method)
-    # LOO carries one row more, the run with nothing removed.
-    fit = memory // each - (method == "loo")
-    if fit < 1:
-        raise RequestError(
-            f"One removal of {method} needs about {2 * each / 2**30:.2f} GB on this run, more than the budget of "
-            f"{memory / 2**30:.2f} GB: give memory_gb={2 * each / 2**30:.1f} or more."
-        )
-    return int(min(fit, LARGEST_CHUNK))
-
-
-def chunks(removals: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
-    """Removals in chunks of at most ``size``, as even as can be; an even number of chunks where there is work for two.
-
-    The chunks depend on the run and the budget alone, never on how many workers there are: so do the bits of the scores.
-    """
-    return even_pieces(removals, size, for_two=len(removals) >= 64)
-
-
-def even_pieces(removals: Sequence[Removal], size: int, for_two: bool = False) -> list[list[Removal]]:
-    """Removals in pieces of at most ``size``, as even as can be; with ``for_two`` an even number of them."""
-    n = len(removals)
-    count = -(-n // size)
-    if for_two:
-        count += count % 2
-    edges = [n * i // count for i in range(count + 1)] if count else []
-    return [list(removals[a:b]) for a, b in itertools.pairwise(edges)]
-
-
-def query_rows(replay: Replay, query: Query, memory: int) -> int:
-    """How many parameter vectors a query may be evaluated at together."""
-    return max(1, int(memory // (2 * _query_saved(replay, query) + 4 * replay.initial[0].nbytes)))
-
-
-def _query_saved(replay: Replay, query: Query, without_data: bool = False) -> int:
-    """Bytes autograd would keep for the largest batch of the query, with or without the batch itself."""
-    leaves, structure = max(query.batches, key=lambda batch: batches.batch_size(batch[0]))
-    leaves = batches.cast(leaves, replay.dtype)
-    objective = replay.objective
-    shared = [*objective.tensors(), *leaves.values()] if without_data else []
-    with objective.evaluating():
-        return saved_bytes(lambda theta: query.batch_sum(objective, theta, leaves, structure), replay.initial[0], shared)
-
-
-def chunk_bytes(replay: Replay, method: str, query: Query, memory: int, removals: int) -> int:
-    """Bytes a chunk of ``removals`` adds at its peak: in the sweep, or in the exact readout of ``query`` after it."""
-    vector = replay.initial[0].nbytes
-    rows = min(removals, query_rows(replay, query, memory)) + 1
-    readout = removals * vector + rows * (_query_saved(replay, query, without_data=True) + vector)
-    return max(bytes_per_removal(replay, method) * (removals + (method == "loo")), readout)
-
-
-def reverse_bytes(replay: Replay, method: str, memory: int) -> int:
-    """Bytes a reverse sweep adds at its peak: the states it keeps, one step, and a number for every sample."""
-    segment, total = _segment(replay, memory), len(replay)
-    kept = total if segment == 1 else -(-total // segment) + segment
-    state = sum(part.nbytes for part in replay.initial)
-    return kept * state + bytes_per_removal(replay, method) + replay.run.n_samples * replay.initial[0].element_size()
-
-
-def taken_again(replay: Replay, memory: int) -> float:
-    """The fraction of its steps that a reverse sweep takes a second time, as it cannot keep all states."""
-    segment = _segment(replay, memory)
-    return 0.0 if segment == 1 else 1 - 1 / segment
-
-
-def _segment(replay: Replay, memory: int) -> int:
-    """Every how manieth state a ``Tape`` keeps."""
-    total = len(replay)
-    return 1 if total * sum(part.nbytes for part in replay.initial) <= memory else math.ceil(math.sqrt(total))
 
 
 @dataclass(frozen=True)
@@ -157,7 +66,7 @@ class Calibration:
         removals: whose cost is asked for.
     """
 
-    def __init__(self, run: Run, query: Query, dtype: str | None, memory: int, removals: Sequence[Removal]) -> None:
+    def __init__(self, run: Record, query: Query, dtype: str | None, memory: int, removals: Sequence[Removal]) -> None:
         self.query, self.memory = query, memory
         self.cpu = self.wall = 0.0
         Replay(run, dtype)  # imports what the module needs, once and for all
@@ -254,23 +163,6 @@ class Calibration:
         hit = min(round(m * len(touched) / len(self.visited)), len(touched), m)
         picked = [*_spread(touched, hit), *_spread(others, m - hit)]
         return Removals([self.visited[i] for i in sorted(picked)])
-
-    def step_seconds(self, method: str, t: int, m: int) -> float:
-        """Seconds of a forward method's step t with m removals."""
-        replay, rule, chunk = self.replay, FORWARD[method](), self.sample(t, m)
-        carry = rule.init(replay.initial, chunk)
-
-        def work() -> None:
-            nonlocal carry
-            step = replay.step(t)
-            if rule.follows_run:
-                point = step.at(replay.initial)
-                carry = rule.advance(point, carry, chunk)
-                point.next()
-            else:
-                carry = rule.advance(step, carry, chunk)
-
-        return self.seconds(work)
 
 
 def _spread(values: np.ndarray, count: int) -> list[int]:

@@ -1,16 +1,12 @@
-"""``lightning-acc``: words to functions."""
+"""The verbs of the command line: a function each, whose arguments are its options and whose docstring is its help."""
 
 from __future__ import annotations
 
-import re
-import sys
 from math import isnan, nan
 from typing import Any, Literal
 
-from lightning_acc.errors import InfluenceError, RunError
+from lightning_acc.errors import RunError
 from lightning_acc.studies.grid import Study
-
-Method = Literal["loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin"]
 
 
 def fit() -> None:
@@ -33,7 +29,7 @@ def audit(run: str) -> None:
     Args:
         run: the run directory.
     """
-    from lightning_acc.record.record import Run
+    from lightning_acc.run import Run
 
     report = Run(run).audit()
     print(report)
@@ -61,8 +57,8 @@ def plan(
         workers: how many workers there are; by default as many as this machine has cores.
         memory_gb: budget of each process.
     """
-    from lightning_acc.plan.forecast import plan as forecast
-    from lightning_acc.record.record import Run
+    from lightning_acc.planning.plan import plan as forecast
+    from lightning_acc.run import Run
     from lightning_acc.scoring.selection import select
 
     opened = Run(run)
@@ -71,15 +67,15 @@ def plan(
 
 def score(
     run: str,
-    method: Method = "acc-sgd-ie",
+    method: str = "acc-sgd-ie",
     removals: str = "all",
     query: str = "val",
     readout: Literal["exact", "linear"] | None = None,
     dtype: Literal["float32", "float64"] | None = None,
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
-    rank: int | None = None,
-    state: Literal["parameters", "outputs", "screened"] | None = None,
+    directions: int | None = None,
+    followed: int | None = None,
     confirm: str | None = None,
     top: int = 10,
 ) -> None:
@@ -89,8 +85,8 @@ def score(
 
     Args:
         run: the run directory.
-        method: loo retrains and is the truth; acc-sgd-ie follows it closely at about the same cost; sgd-ie and tracin
-            answer for all samples in one sweep.
+        method: loo retrains and is the truth; acc-sgd-ie follows it closely at about the same cost; acc-low-rank does for
+            many samples at once; sgd-ie, and tracin as a baseline, answer for all samples in one sweep.
         removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with the sample ids of one removal on each line.
         query: a query recorded with the run, such as val.
         readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
@@ -98,19 +94,31 @@ def score(
         dtype: precision of the replay; by default as recorded.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
-        rank: of acc-low-rank; by default as many directions as matter and can be afforded.
-        state: of acc-low-rank: parameters keeps all that counts of each sample, outputs few numbers of each; screened follows
-            the few most influential samples exactly, and is what large runs get by default.
+        directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and can be
+            afforded.
+        followed: of acc-low-rank: how many of the most influential samples it follows exactly; large runs are done so by
+            default.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """
-    from lightning_acc.record.record import Run
+    from lightning_acc.run import Run
     from lightning_acc.scoring.score import score as compute
     from lightning_acc.scoring.selection import in_words, most, select
 
     opened = Run(run)
-    options: dict[str, Any] = {"memory_gb": memory_gb, "rank": rank, "state": state, "confirm": most(confirm) if confirm else 0}
-    scores = compute(opened, method, select(opened, removals), query, readout, dtype, ray_address, **options)
+    scores = compute(
+        opened,
+        method,
+        select(opened, removals),
+        query,
+        readout,
+        dtype,
+        ray_address,
+        directions=directions,
+        followed=followed,
+        confirm=most(confirm) if confirm else 0,
+        memory_gb=memory_gb,
+    )
     c = scores.conditions
     if c["reused"]:
         print(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
@@ -158,7 +166,7 @@ def evaluate(run: str) -> None:
 
 def clean(
     run: str,
-    method: list[Method] = ["acc-sgd-ie"],  # noqa: B006
+    method: list[str] = ["acc-sgd-ie"],  # noqa: B006
     fractions: list[float] = [0.05, 0.1, 0.2],  # noqa: B006
     seeds: int = 5,
     test: str | None = None,
@@ -201,7 +209,7 @@ def export(
     from lightning_acc.errors import RequestError
     from lightning_acc.judge import exports
     from lightning_acc.judge.agreement import stored_scores
-    from lightning_acc.record.record import Run
+    from lightning_acc.run import Run
 
     opened = Run(run)
     tables = stored_scores(opened)
@@ -253,7 +261,7 @@ def track(run: str, project: str | None = None) -> None:
     """
     import json
 
-    from lightning_acc.record.record import Run
+    from lightning_acc.run import Run
     from lightning_acc.show.tracking import mode
     from lightning_acc.show.tracking import track as log
 
@@ -273,11 +281,6 @@ def dashboards(project: str | None = None) -> None:
     print(tracking.dashboards(project))
 
 
-_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-DESCRIPTION = (
-    "Which training samples made your PyTorch Lightning model better or worse? With --trust PACKAGE a run may import its "
-    "module from that package; without it only from what is imported already."
-)
 LISTS = {"clean": ("--method", "--fractions")}
 """Options that take several values."""
 VERBS: dict[str, Any] = {
@@ -295,68 +298,3 @@ VERBS: dict[str, Any] = {
     "dashboards": dashboards,
     "study": study,
 }
-
-
-def _underscored(option: re.Match[str]) -> str:
-    return "--" + option[0][2:].replace("-", "_")
-
-
-def _trusting(args: list[str]) -> list[str]:
-    """The arguments without ``--trust PACKAGE[,PACKAGE]``, which holds for every verb, and is put into effect here."""
-    out: list[str] = []
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        if word == "--trust" or word.startswith("--trust="):
-            from lightning_acc.core.rebuild import allow
-
-            named = word.partition("=")[2] or (rest.pop(0) if rest else "")
-            allow(name for name in named.split(",") if name)
-        else:
-            out.append(word)
-    return out
-
-
-def _lists_in_brackets(args: list[str]) -> list[str]:
-    """``--fractions 0.05 0.1`` as ``--fractions [0.05, 0.1]``, which is how the parser takes lists."""
-    out: list[str] = []
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        if word.split("=")[0] not in LISTS.get(args[0], ()):
-            out.append(word)
-            continue
-        option, given, value = word.partition("=")
-        values = [value] if given else []
-        while not given and rest and not rest[0].startswith("-"):
-            values.append(rest.pop(0))
-        whole = len(values) == 1 and values[0].startswith("[")
-        out += [option, values[0] if whole else f"[{', '.join(values)}]"]
-    return out
-
-
-def main(args: list[str] | None = None) -> None:
-    """Entry point: one line on stderr and exit status 1 for what cannot be done, 130 after Ctrl-C."""
-    args = _trusting(list(sys.argv[1:] if args is None else args))
-    try:
-        if args and args[0] in ("fit", "run"):
-            from lightning_acc.studies import fit as training
-
-            getattr(training, args[0])(args[1:])
-        else:
-            from jsonargparse import ArgumentParser, auto_cli
-
-            class DashedParser(ArgumentParser):
-                def format_help(self, *formatter: Any) -> str:
-                    return _OPTION.sub(lambda option: option[0].replace("_", "-"), super().format_help(*formatter))
-
-            # Options are written with dashes, as users of other commands expect; underscores do as well.
-            listed = _lists_in_brackets(args)
-            dashed = [_OPTION.sub(_underscored, arg, count=1) if arg.startswith("--") else arg for arg in listed]
-            auto_cli(VERBS, args=dashed, parser_class=DashedParser, prog="lightning-acc", description=DESCRIPTION)
-    except InfluenceError as error:
-        print(f"lightning-acc: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("lightning-acc: interrupted; what was finished before is kept", file=sys.stderr)
-        sys.exit(130)

@@ -1,18 +1,12 @@
 """``plan``: what each method would cost on a run, before it runs.
 
-A few recorded steps are timed on one thread, at several numbers of removals m. With T steps of sizes b_t a chunk then takes
-
-    seconds(m) = sum_t s(b_t) (a + c m)  +  readout (a' + c' m),
-
-``s`` interpolated between the step sizes that were timed. Memory follows from ``planning``, disk from the table itself.
+A few recorded steps are timed (``planning.calibration``), memory follows from ``methods.memory``, disk from the table itself.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,19 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
 
+from lightning_acc.core import queries
 from lightning_acc.core import removals as removal_sets
+from lightning_acc.core.process import as_scored, resident_bytes
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.errors import RequestError
-from lightning_acc.methods.rules import LOW_RANK
-from lightning_acc.plan.costs import FORECASTS
-from lightning_acc.plan.planning import Calibration, Cost
+from lightning_acc.methods.registry import METHODS, TRUTH, is_ranking, is_truth, place
+from lightning_acc.planning.calibration import Calibration, Cost
+from lightning_acc.planning.forecasts import forecast
 from lightning_acc.progress import Progress
-from lightning_acc.record.record import Run
-from lightning_acc.scoring.scores import Scores
-from lightning_acc.scoring.work import peak_memory_gb
+from lightning_acc.record.record import Record, opened
 
 if TYPE_CHECKING:
     import pandas
@@ -127,7 +120,7 @@ class Resources:
 
 
 def plan(
-    run: Run | str | os.PathLike[str],
+    run: Record | str | os.PathLike[str],
     removals: Iterable[int] | Iterable[Iterable[int]] | None = None,
     query: str | Query = "val",
     dtype: str | None = None,
@@ -161,29 +154,24 @@ def plan(
         raise RequestError(f"memory_gb={memory_gb} leaves nothing to compute with: give a positive number.")
     if ray_address not in (None, "local") and workers is None:
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
-    run = run if isinstance(run, Run) else Run(run)
+    run = opened(run)
     distinct = list(dict.fromkeys(removal_sets.parse(removals, run.n_samples)))
-    if isinstance(query, str):
-        query = run.query(query)
+    query = queries.find(run, query)
     n, memory = len(distinct), int(memory_gb * 2**30)
     costs: dict[str, Cost] = {}
     peaks: dict[str, int] = {}
     reasons: list[str] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as every score is computed
-    try:
-        with torch.enable_grad(), Progress("plan", 1 + len(FORECASTS), progress) as bar:
-            calibration = Calibration(run, query, dtype, memory, distinct)
-            for i, forecast in enumerate(FORECASTS):
-                bar.update(i, 1.0)
-                try:
-                    cost = forecast.cost(calibration)
-                    peaks[forecast.method] = forecast.bytes(calibration, max(cost.chunks(n), default=0))
-                    costs[forecast.method] = cost
-                except (RequestError, NotImplementedError) as error:
-                    reasons.append(f"{forecast.method} cannot be computed on this run ({str(error).splitlines()[0]}).")
-    finally:
-        torch.set_num_threads(threads)
+    with as_scored(), Progress("plan", 1 + len(METHODS), progress) as bar:
+        calibration = Calibration(run, query, dtype, memory, distinct)
+        for i, method in enumerate(METHODS.values()):
+            bar.update(i, 1.0)
+            try:
+                expected = forecast(method, calibration)
+                cost = expected.cost()
+                peaks[method.name] = expected.bytes(max(cost.chunks(n), default=0))
+                costs[method.name] = cost
+            except (RequestError, NotImplementedError) as error:
+                reasons.append(f"{method.name} cannot be computed on this run ({str(error).splitlines()[0]}).")
     ray = sys.modules.get("ray")
     resources = Resources(
         ray_address,
@@ -191,16 +179,16 @@ def plan(
         ray is not None and bool(ray.is_initialized()),
         calibration.busy,
     )
-    resident, disk = _resident_bytes(), _table_bytes(distinct)
+    resident, disk = resident_bytes(), _table_bytes(distinct)
     rows = []
-    for forecast in FORECASTS:
-        row: dict[str, Any] = {"method": forecast.method, "readout": forecast.readout, "n": n, "disk_gb": disk / 2**30}
-        if forecast.method in costs:
-            cost = costs[forecast.method]
+    for name, method in METHODS.items():
+        row: dict[str, Any] = {"method": name, "readout": method.readout, "n": n, "disk_gb": disk / 2**30}
+        if name in costs:
+            cost = costs[name]
             count = len(cost.chunks(n))
             base = min(resident, WORKER_BYTES + _run_bytes(run)) if resources.farmed_out(count) else resident
             row["seconds"], row["work_seconds"] = resources.seconds(cost, n), cost.work_seconds(n)
-            row["peak_memory_gb"], row["chunks"] = (base + peaks[forecast.method]) / 2**30, count
+            row["peak_memory_gb"], row["chunks"] = (base + peaks[name]) / 2**30, count
         rows.append(row)
     advice = recommend({name: partial(resources.seconds, cost) for name, cost in costs.items()}, n)
     return Plan(pa.Table.from_pylist(rows, SCHEMA), " ".join([advice, *reasons]))
@@ -209,26 +197,26 @@ def plan(
 def recommend(seconds: Mapping[str, Callable[[int], float]], n: int) -> str:
     """What to do about n removals, given the seconds of waiting each method takes for any number of them.
 
-    The truth where it can be waited for; otherwise an estimate that follows the removal through the run, acc-low-rank where
-    that can be waited for and else the cheapest, and the truth for the top of its ranking.
+    The truth where it can be waited for; otherwise the most faithful estimate that can be, or the cheapest, and the truth
+    for the top of its ranking.
     """
     if not n:
         return "Nothing is to be removed: there is nothing to compute."
-    estimates = {name: of(n) for name, of in seconds.items() if name not in ("loo", "tracin")}
-    screen = min(estimates, key=lambda name: estimates[name], default="tracin" if "tracin" in seconds else None)
-    if estimates.get(LOW_RANK, math.inf) <= AFFORDABLE:
-        screen = LOW_RANK
-    if "loo" not in seconds:
+    estimates = {name: of(n) for name, of in seconds.items() if not is_truth(name)}
+    estimates = {name: cost for name, cost in estimates.items() if is_ranking(name)} or estimates
+    affordable = sorted((name for name in estimates if estimates[name] <= AFFORDABLE), key=place)
+    screen = affordable[0] if affordable else min(estimates, key=lambda name: estimates[name], default=None)
+    if TRUTH not in seconds:
         return "No method can be computed." if screen is None else f"{screen} takes {duration(seconds[screen](n))}: use it."
-    loo = seconds["loo"]
+    truth = seconds[TRUTH]
     what = f"all {n} removals" if n > 1 else "the removal"
-    if screen is None or loo(n) <= max(AFFORDABLE, estimates.get(screen, 0.0)):
-        return f"loo for {what} takes {duration(loo(n))} here: use it."
-    fit = [k for k in (5000, 2000, 1000, 500, 200, 100, 50, 20) if k <= n // 2 and loo(k) <= AFFORDABLE]
+    if screen is None or truth(n) <= max(AFFORDABLE, estimates.get(screen, 0.0)):
+        return f"{TRUTH} for {what} takes {duration(truth(n))} here: use it."
+    fit = [k for k in (5000, 2000, 1000, 500, 200, 100, 50, 20) if k <= n // 2 and truth(k) <= AFFORDABLE]
     top = max(fit, default=min(10, n))
     return (
-        f"loo for {what} would take {duration(loo(n))}; {screen} takes {duration(seconds[screen](n))}: screen with it, then "
-        f"confirm the top {top} with loo ({duration(loo(top))})."
+        f"{TRUTH} for {what} would take {duration(truth(n))}; {screen} takes {duration(seconds[screen](n))}: screen with it, "
+        f"then confirm the top {top} with {TRUTH} ({duration(truth(top))})."
     )
 
 
@@ -256,22 +244,14 @@ def _table_bytes(removals: Sequence[Removal]) -> float:
     """Size of the stored table of scores, from one with random scores for the first few of the removals."""
     few = list(removals[:20000])
     buffer = io.BytesIO()
-    scores = np.random.default_rng(0).normal(size=len(few))
-    pyarrow.parquet.write_table(Scores.build(few, scores, {}).table, buffer)
+    scores, ranks = np.random.default_rng(0).normal(size=len(few)), np.arange(len(few))
+    table = pa.table({"removal": pa.array(few, pa.list_(pa.int64())), "score": scores, "rank": ranks})
+    pyarrow.parquet.write_table(table, buffer)
     return len(buffer.getvalue()) * len(removals) / max(1, len(few)) + 1000  # its conditions
 
 
-def _run_bytes(run: Run) -> int:
+def _run_bytes(run: Record) -> int:
     """Bytes of the run's files that a process keeps, once read."""
     files = [(name, facts["bytes"]) for name, facts in run.manifest["files"].items() if name.endswith(".safetensors")]
     newest = max((size for name, size in files if name.startswith("parameters/")), default=0)
     return int(newest + sum(size for name, size in files if not name.startswith("parameters/")))
-
-
-def _resident_bytes() -> float:
-    """Size of this process, with the run and all the machinery in it; the largest it has been where that is all there is."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_memory_gb() * 2**30

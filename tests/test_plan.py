@@ -14,12 +14,15 @@ from problems import FEATURES, N, make, record
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.core.replay import Replay, Tape
-from lightning_acc.methods.rules import FORWARD, REVERSE
-from lightning_acc.plan import forecast, planning
-from lightning_acc.plan.forecast import FORECASTS, Plan, Resources, amount, duration, plan, recommend
-from lightning_acc.plan.planning import Calibration, Cost
-from lightning_acc.scoring import score as scoring
+from lightning_acc.core import tape
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.tape import Tape
+from lightning_acc.methods import memory
+from lightning_acc.methods.registry import METHODS
+from lightning_acc.methods.swept import Swept
+from lightning_acc.planning import plan as plans
+from lightning_acc.planning.calibration import Calibration, Cost
+from lightning_acc.planning.plan import Plan, Resources, amount, duration, plan, recommend
 
 NUMBERS = ("seconds", "work_seconds", "peak_memory_gb", "chunks")
 
@@ -40,11 +43,9 @@ def calibration(run: la.Run, removals: list[tuple[int, ...]], memory: int = 2**3
 
 def test_every_method_has_a_row_with_its_default_readout(planned: Plan) -> None:
     rows = planned.table.to_pylist()
-    assert [row["method"] for row in rows] == list(scoring.METHODS)
-    assert {row["method"]: row["readout"] for row in rows} == {
-        m: "linear" if m in REVERSE else "exact" for m in scoring.METHODS
-    }
-    assert planned.table.schema == forecast.SCHEMA
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert {row["method"]: row["readout"] for row in rows} == {name: method.readout for name, method in METHODS.items()}
+    assert planned.table.schema == plans.SCHEMA
     for row in rows:
         assert row["n"] == N
         assert all(row[key] > 0 for key in (*NUMBERS, "disk_gb"))
@@ -54,9 +55,9 @@ def test_every_method_has_a_row_with_its_default_readout(planned: Plan) -> None:
 def test_prints_and_converts(planned: Plan) -> None:
     text = str(planned)
     assert text.endswith(planned.recommendation)
-    assert [line.split()[0] for line in text.splitlines()[1 : 1 + len(FORECASTS)]] == list(scoring.METHODS)
-    assert len({len(line) for line in text.splitlines()[: 1 + len(FORECASTS)]}) == 1  # columns are aligned
-    assert list(planned.to_pandas()["method"]) == list(scoring.METHODS)
+    assert [line.split()[0] for line in text.splitlines()[1 : 1 + len(METHODS)]] == list(METHODS)
+    assert len({len(line) for line in text.splitlines()[: 1 + len(METHODS)]}) == 1  # columns are aligned
+    assert list(planned.to_pandas()["method"]) == list(METHODS)
 
 
 @pytest.mark.parametrize(("removals", "n"), [([3, 5, 3], 2), ([[1, 2, 3], [4], [2, 1, 3]], 2), ([], 0), ([[]], 1)])
@@ -87,18 +88,18 @@ def test_work_grows_with_the_removals() -> None:
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 150, 601])
 def test_chunks_are_those_of_score(n: int) -> None:
     removals = [(i,) for i in range(n)]
-    assert Cost(0, 1, 1, 100).chunks(n) == [len(part) for part in planning.chunks(removals, 100)]
+    assert Cost(0, 1, 1, 100).chunks(n) == [len(part) for part in memory.chunks(removals, 100)]
 
 
 def test_one_chunk_is_computed_here_and_several_by_the_workers() -> None:
     cost = Cost(load=0.0, per_chunk=0.0, per_removal=1.0, largest=100)
     alone, two = Resources(None, 1, False, 1.0), Resources("local", 2, False, 1.0)
     assert two.seconds(cost, 50) == alone.seconds(cost, 50) == 50
-    start = forecast.RAY_SECONDS + forecast.WORKER_SECONDS
+    start = plans.RAY_SECONDS + plans.WORKER_SECONDS
     assert two.seconds(cost, 100) == start + 50
     assert two.seconds(cost, 400) == start + 200
     assert Resources("local", 8, False, 1.0).seconds(cost, 400) == start + 100  # four chunks keep four workers busy
-    assert Resources("local", 2, True, 1.0).seconds(cost, 400) == forecast.WORKER_SECONDS + 200
+    assert Resources("local", 2, True, 1.0).seconds(cost, 400) == plans.WORKER_SECONDS + 200
     assert Resources("local", 2, False, 1.5).seconds(cost, 400) == 1.5 * (start + 200)
 
 
@@ -133,25 +134,27 @@ def test_recommends_what_is_left() -> None:
 
 
 @pytest.mark.parametrize("megabytes", [0.2, 1, 64])
-@pytest.mark.parametrize("method", FORWARD)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if isinstance(method, Swept)])
 def test_memory_is_within_the_budget(run: la.Run, method: str, megabytes: float) -> None:
-    replay, memory = Replay(run), int(megabytes * 2**20)
-    size = planning.chunk_size(replay, method, memory)
-    assert planning.chunk_bytes(replay, method, run.query("val"), memory, size) <= memory
-    few = planning.chunk_bytes(replay, method, run.query("val"), memory, 1)
-    assert few < planning.chunk_bytes(replay, method, run.query("val"), memory, 2)
+    entry = METHODS[method]
+    assert isinstance(entry, Swept)
+    replay, budget, copies, query = Replay(run), int(megabytes * 2**20), entry.copies, run.query("val")
+    size = memory.chunk_size(replay, method, copies, budget)
+    assert memory.chunk_bytes(replay, copies, query, budget, size) <= budget
+    few = memory.chunk_bytes(replay, copies, query, budget, 1)
+    assert few < memory.chunk_bytes(replay, copies, query, budget, 2)
 
 
 def test_a_reverse_sweep_keeps_the_states_its_tape_keeps(run: la.Run) -> None:
     replay = Replay(run)
     state = sum(part.nbytes for part in replay.initial)
-    roomy, tight = (planning.reverse_bytes(replay, "sgd-ie", memory) for memory in (2**30, 1))
+    roomy, tight = (memory.reverse_bytes(replay, memory.TRAINING, budget) for budget in (2**30, 1))
     assert tight < roomy
-    assert planning.taken_again(replay, 2**30) == 0.0
-    tape = Tape(replay, 1)
-    again = len(replay) - len(tape._kept)
-    assert planning.taken_again(replay, 1) == pytest.approx(again / len(replay), abs=0.2)
-    assert roomy - tight == (len(replay) - len(tape._kept) - tape._segment) * state
+    assert tape.taken_again(replay, 2**30) == 0.0
+    tight_tape = Tape(replay, 1)
+    again = len(replay) - len(tight_tape._kept)
+    assert tape.taken_again(replay, 1) == pytest.approx(again / len(replay), abs=0.2)
+    assert roomy - tight == (len(replay) - len(tight_tape._kept) - tight_tape._segment) * state
 
 
 def test_the_peak_follows_the_budget(run: la.Run) -> None:
@@ -271,7 +274,7 @@ def test_any_recorded_run_can_be_planned(tmp_path: Path, module: dict[str, Any],
 def test_predicts_within_a_factor_of_three(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=300), batch_size=8, max_epochs=20)
     rows = {row["method"]: row for row in plan(run, ray_address=None).table.to_pylist()}
-    for method in scoring.METHODS:
+    for method in METHODS:
         la.score(run, method, [0], ray_address=None, save=False)  # warm up
         started = time.process_time()
         scores = la.score(run, method, ray_address=None, save=False)

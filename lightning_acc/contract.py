@@ -1,0 +1,60 @@
+"""Everything a user's LightningModule or data module may define for lightning_acc, on one page. All of it is optional.
+
+A LightningModule whose loss is a mean or a sum over samples needs none of it. What it defines makes scoring faster, or tells
+what cannot be seen from outside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import pyarrow
+    from torch import Tensor
+
+
+@runtime_checkable
+class HasPerSampleLoss(Protocol):
+    """A LightningModule that gives its losses sample by sample.
+
+    Without it ``training_step`` is called on batches of one sample: as good, and slower. Either way the decomposition is
+    compared with the training's own gradient in the first steps.
+    """
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        """One loss a sample, shape (B,), whose mean (or sum) is what ``training_step`` returns for the same batch."""
+
+
+@runtime_checkable
+class HasPerSampleAccuracy(Protocol):
+    """A LightningModule that says what it gets right, where that is not the arg max of ``module(inputs)``.
+
+    ``clean`` tells gains in accuracy with it; without it, and where there are no logits to read, gains in loss.
+    """
+
+    def per_sample_accuracy(self, batch: Any) -> Tensor:
+        """Whether each sample is right: 0 and 1, or a share between them, shape (B,), of the dtype of the logits."""
+
+
+@runtime_checkable
+class HasHyperParameters(Protocol):
+    """A LightningModule that a later process can build anew: it called ``self.save_hyperparameters()`` in its ``__init__``.
+
+    Otherwise it is given back by hand, as ``la.Run(path, module=...)``.
+    """
+
+    @property
+    def hparams(self) -> Any:
+        """The arguments of ``__init__`` by name; those that JSON can hold are kept."""
+
+
+@runtime_checkable
+class DescribesSamples(Protocol):
+    """A LightningDataModule that tells people what its training samples are."""
+
+    def describe_samples(self) -> dict[str, Any] | pyarrow.Table:
+        """Columns with a value for each training sample, in the order of the data set.
+
+        ``image`` (a PNG file as bytes), ``text``, ``label``, ``true_label`` and ``corrupted`` (bool) are shown on the page,
+        in W&B and in the CSV file. Each column, also any other, makes groups: ``--removals group:COLUMN``.
+        """

@@ -1,0 +1,47 @@
+"""This process: its threads and its memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """In here torch computes on ``count`` threads: the last bits of a product depend on how it is divided."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def as_scored() -> Iterator[None]:
+    """In here torch computes as every score is computed: on one thread, and differentiably.
+
+    One thread, whoever calls: the workers of a machine then share its cores, small products do not wait for each other,
+    and the bits of the scores do not depend on where they were computed.
+    """
+    with threads(1), torch.enable_grad():
+        yield
+
+
+def peak_memory_gb() -> float:
+    """Largest resident size of this process so far."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / 2**30 if sys.platform == "darwin" else size / 2**20
+
+
+def resident_bytes() -> float:
+    """Size of this process now; the largest it has been where that is all there is."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory_gb() * 2**30

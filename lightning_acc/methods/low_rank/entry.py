@@ -1,0 +1,240 @@
+"""The entry of acc-low-rank: in which form it takes a run, and what it makes of the passes.
+
+Runs of moderate size are **tracked**: all removals at once, in the directions that training contracts in. Larger ones are
+**screened**: the few most influential removals are followed exactly, some hundreds more are modelled on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lightning_acc.core.queries import Query
+from lightning_acc.core.removals import Removal
+from lightning_acc.core.replay import Replay
+from lightning_acc.errors import RequestError
+from lightning_acc.methods.low_rank.screened import screened
+from lightning_acc.methods.low_rank.tracked import tracked
+from lightning_acc.methods.memory import even_pieces, query_rows
+from lightning_acc.methods.method import Answer, Method, Question
+from lightning_acc.record.record import Record
+
+TRACKED, SCREENED = "tracked", "screened"
+MOST_DIRECTIONS, SMALLEST_CAP = 256, 20
+TRACKED_WORK = 6e11
+"""As many directions are chosen as keep occurrences * parameters * directions below this (about a minute), where that
+leaves 20."""
+MOST_FOLLOWED, FEWEST_FOLLOWED, FOLLOWED_WORK = 256, 12, 4e11
+"""Screened, as many are followed as keep occurrences * parameters * followed below this, and at least so many."""
+EXACT_WORK = 3e11
+"""Multiplications spent on the exact readout: removals * examples * parameters."""
+TRUSTED = 0.5
+"""Largest relative error of the shifts' linear readout with which they are still used."""
+
+
+class LowRank(Method):
+    """acc-low-rank.
+
+    Args:
+        directions: in how many it follows the contraction of the training; None chooses.
+        followed: how many removals it follows exactly, the rest being screened; None chooses.
+        form: ``"tracked"`` or ``"screened"``; None until it is ``settled``.
+        unusual: whether that is not the form this run would be given by itself.
+    """
+
+    name = "acc-low-rank"
+    readout = "exact"
+    details = (
+        *("directions_used", "largest_left_out", "shift_error", "fallback", "read_exactly"),
+        *("followed_exactly", "modelled", "model_error"),
+    )
+
+    def __init__(
+        self, directions: int | None = None, followed: int | None = None, form: str | None = None, unusual: bool = False
+    ) -> None:
+        self.directions, self.followed, self.form, self.unusual = directions, followed, form, unusual
+
+    def configured(self, **options: Any) -> LowRank:
+        """With ``directions``, or with ``followed``, whole numbers from 0."""
+        directions, followed = options.pop("directions", None), options.pop("followed", None)
+        super().configured(**options)
+        for option, value in (("directions", directions), ("followed", followed)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise RequestError(f"{option}={value!r} is no number for {self.name}: give a whole one, 0 or more.")
+        if directions is not None and followed is not None:
+            raise RequestError(
+                f"directions={directions} and followed={followed} ask {self.name} for its two forms at once: give one of them."
+            )
+        return LowRank(directions, followed)
+
+    def settled(self, run: Record, keep_shifts: bool) -> LowRank:
+        """Screened as asked for, or where not all directions training contracts in are affordable; else tracked.
+
+        Raises:
+            RequestError: shifts are to be kept of removals that are screened.
+        """
+        usual = SCREENED if TRACKED_WORK / training_work(run) < min(MOST_DIRECTIONS, run.n_parameters) else TRACKED
+        form = usual
+        if self.followed is not None:
+            form = SCREENED
+            if keep_shifts:
+                raise RequestError(f"followed={self.followed} has the shifts of a few removals alone: leave one out.")
+        elif self.directions is not None or keep_shifts:
+            form = TRACKED
+        asked = self.followed is not None or self.directions is not None
+        return LowRank(self.directions, self.followed, form, unusual=form != usual and not asked)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The form, and how many directions and how many followed were asked for."""
+        given = (("directions", self.directions), ("followed", self.followed))
+        return {"form": str(self.form), **{name: "chosen" if value is None else str(value) for name, value in given}}
+
+    @property
+    def label(self) -> str:
+        """The name, and the option that was given, or the form where that is not what the run would be given by itself."""
+        if self.unusual:
+            return f"{self.name}.{self.form}"
+        if self.followed is not None:
+            return f"{self.name}.{self.followed}-followed"
+        return self.name if self.directions is None else f"{self.name}.{self.directions}-directions"
+
+    def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
+        """As many as can be tracked at once; screened, all."""
+        check(replay)
+        if self.form == SCREENED:
+            return even_pieces(removals, max(1, len(removals)))
+        return even_pieces(removals, removals_at_once(replay, question.memory))
+
+    def answer(
+        self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+    ) -> Answer:
+        """The scores of one piece, how uncertain each is, and how they came about."""
+        if self.form == SCREENED:
+            return self._screened(replay, removals, question, progress)
+        return self._tracked(replay, removals, question, progress)
+
+    def _tracked(
+        self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+    ) -> Answer:
+        """What the second order changed bounds, in practice, what the third and all after it would: the correction by the
+        own Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the
+        uncertainty.
+        """
+        query, most = question.query, most_directions(replay.run)
+        passed = tracked(replay, removals, query, question.memory, self.directions, most, lambda done: progress(0.9 * done))
+        details: dict[str, Any] = {
+            "directions_used": passed.basis.directions,
+            "largest_left_out": passed.basis.left,
+            "shift_error": passed.shift_error,
+        }
+        scores, uncertainty = passed.scores, (passed.scores - passed.first).abs()
+        if passed.shift_error > TRUSTED:
+            # Gradients taken at shifts as rough as these would make the scores worse, not better.
+            if self.directions is None and not question.keep_shifts:
+                instead = self._screened(replay, removals, question, lambda done: progress(0.9 + 0.1 * done))
+                return Answer(instead.scores, None, {**details, **instead.details, "fallback": SCREENED}, instead.more)
+            details["fallback"] = "sgd-ie"
+            scores = passed.first
+        elif question.readout == "exact" and len(removals):
+            details["read_exactly"] = read_exactly(replay.run, len(removals), query)
+            order = scores.abs().argsort(descending=True, stable=True)[: details["read_exactly"]]
+            for part in order.split(query_rows(replay, query, question.memory)):
+                shifts = passed.shifts(part)
+                linear = shifts @ passed.gradient
+                curvature = query.changes(replay.objective, passed.final, shifts, len(part)) - linear
+                uncertainty[part] += curvature.abs() + (linear - scores[part]).abs()
+                scores[part] += curvature
+        everyone = passed.shifts(torch.arange(len(removals))) if question.keep_shifts else None
+        return Answer(scores, everyone, details, {"uncertainty": uncertainty})
+
+    def _screened(
+        self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+    ) -> Answer:
+        """The same, with the most influential removals followed exactly."""
+        rows = query_rows(replay, question.query, question.memory) if question.readout == "exact" else None
+        followed = most_followed(replay.run) if self.followed is None else self.followed
+        passed = screened(replay, removals, question.query, question.memory, followed, rows, lambda done: progress(0.99 * done))
+        details: dict[str, Any] = {"followed_exactly": passed.followed, "modelled": passed.modelled}
+        if passed.model_error is not None:
+            details["model_error"] = passed.model_error
+        return Answer(passed.scores, None, details, {"uncertainty": passed.uncertainty})
+
+    def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
+        """That shifts were too rough, and what the scores are instead."""
+        failed = [one for one in details if "fallback" in one]
+        if not failed:
+            return []
+        instead = "its scores are those of sgd-ie. Give more directions, or confirm the top of the ranking with loo."
+        if any(one["fallback"] == SCREENED for one in failed):
+            instead = "the most influential removals were followed instead, as followed= does at once."
+        error = max(float(one["shift_error"]) for one in failed)
+        return [
+            f"In {failed[0]['directions_used']} directions the shifts that {self.name} takes gradients at are too rough "
+            f"(relative error {error:.2f}): {instead}"
+        ]
+
+
+def check(replay: Replay) -> None:
+    """Refuse what acc-low-rank does not describe.
+
+    Raises:
+        RequestError: the run's update is not affine, or not the same for all parameters.
+    """
+    steps = replay.run.steps
+    for t in (0, len(steps) - 1) if len(steps) else ():
+        obstacle = replay.update.not_uniform(steps[t].groups)
+        if obstacle is not None:
+            raise RequestError(
+                f"acc-low-rank follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
+                "acc-sgd-ie, or sgd-ie for many samples."
+            )
+
+
+def read_exactly(run: Record, n: int, query: Query) -> int:
+    """How many of n removals are read exactly, the most influential: a minute or two of work. Others are by so much smaller,
+    and the curvature of the query along their shifts by its square."""
+    return min(n, max(MOST_DIRECTIONS, int(EXACT_WORK / (query.n_examples * run.n_parameters))))
+
+
+def bytes_needed(replay: Replay) -> tuple[int, int]:
+    """Bytes for each of the removals that are tracked together, and for a step on top of them all.
+
+    That is the state, and at a step vectors and activations of those it sees, as for exact ACC.
+    """
+    vector = replay.initial[0].nbytes
+    largest = max((len(step.sample_ids) for step in replay.run.steps), default=0)
+    return len(replay.initial) * vector, 6 * (largest * vector + replay.activation_bytes)
+
+
+def removals_at_once(replay: Replay, memory: int) -> int:
+    """How many of the removals can be tracked together within ``memory`` bytes.
+
+    Raises:
+        RequestError: not even one can.
+    """
+    each, at_a_step = bytes_needed(replay)
+    if memory < each + at_a_step:
+        raise RequestError(
+            f"acc-low-rank needs about {(each + at_a_step) / 2**30:.2g} GB for a single removal of this run, more than the "
+            f"budget of {memory / 2**30:.2g} GB: give memory_gb={1.1 * (each + at_a_step) / 2**30:.2g} or more."
+        )
+    return (memory - at_a_step) // each
+
+
+def most_directions(run: Record) -> int:
+    """The number of directions that is not exceeded unless asked for."""
+    affordable = int(TRACKED_WORK / training_work(run))
+    return min(MOST_DIRECTIONS, max(SMALLEST_CAP, affordable), run.n_parameters)
+
+
+def most_followed(run: Record) -> int:
+    """How many removals are followed exactly where they are screened, unless asked for."""
+    return min(MOST_FOLLOWED, max(FEWEST_FOLLOWED, int(FOLLOWED_WORK / training_work(run))))
+
+
+def training_work(run: Record) -> float:
+    """Occurrences * parameters of a training."""
+    return max(1.0, float(sum(len(step.sample_ids) for step in run.steps)) * run.n_parameters)

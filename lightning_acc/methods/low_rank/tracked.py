@@ -1,0 +1,195 @@
+"""Tracked: SGD-IE's reverse sweep, with each sample's gradient taken where the run *without it* would stand.
+
+Unrolling ACC-SGD-IE (arXiv 2510.26185) against the propagator of the whole batch, which all removals share, gives
+
+    score(R) = - sum_t  < gamma_t , sum_{i in R and batch t}  w_i (g_i + H_i D^R_t) >,     gamma_t = (dU/dG)^T lambda_{t+1},
+
+with ``g_i``, ``H_i`` the gradient and the Hessian of a sample's own loss, and ``lambda`` the adjoint of SGD-IE's one sweep
+back: SGD-IE is this line with D = 0. The shift D enters through the sample's own Hessian alone, so that it may be rough. Here
+it is ``x = u + Q y``, with Q (p, r) an orthonormal basis of the directions in which training contracts most:
+
+* ``u``, the raw shift, is what the removed gradients add up to when nothing contracts them;
+* ``a = Q^T u`` and ``z = Q^T x = a + y`` are its r numbers in the basis before and after contraction by the batches, with
+  ``M_t = Q^T H_t Q``, and without the sample's own part of it, ``Q^T H_i Q z``, as the sample is not there.
+
+With r = p this is ACC-SGD-IE, exactly; with r = 0 the contraction is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core.optimizers import State
+from lightning_acc.core.queries import Query
+from lightning_acc.core.removals import Removal, Removals
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.step import Step
+from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.low_rank.back import sweep_back
+
+LEFT_TO_CONTRACT = 0.0002
+"""Directions that the whole training contracts by less than this exponent are left out of the basis."""
+TESTED = 256
+"""How many removals' shifts are held against the sweep back."""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What the pass gives for n removals.
+
+    Attributes:
+        scores: with the linear readout, (n,).
+        first: what SGD-IE says of them, (n,).
+        final: parameters of the run, (p,).
+        gradient: of the query there, (p,).
+        basis: the basis used.
+        shift_error: relative error (root mean square) of what some of the shifts, spread over all, say of the query to first
+            order: the sweep back knows that exactly.
+        shifts: gives the estimated shifts (m, p) of removals by index (m,).
+    """
+
+    scores: Tensor
+    first: Tensor
+    final: Tensor
+    gradient: Tensor
+    basis: bases.Basis
+    shift_error: float
+    shifts: Callable[[Tensor], Tensor]
+
+
+def tracked(
+    replay: Replay,
+    removals: Sequence[Removal],
+    query: Query,
+    memory: int,
+    directions: int | None,
+    most: int,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Tracked:
+    """One sweep back for a query, the basis, then one pass forward that tracks the removals.
+
+    Args:
+        replay: of the run, whose update is affine and the same for all parameters.
+        removals: n removals.
+        query: what to read.
+        memory: bytes for the states of the sweep back; the gradients of the query along the run go to a temporary file.
+        directions: of the basis; None takes those that the training contracts.
+        most: that many at most, then.
+        progress: told the fraction done.
+    """
+    total = len(replay)
+    with sweep_back(replay, query, memory, lambda done: progress(0.2 * done)) as back:
+        if directions is None:
+            time = sum(gain(replay, t) for t in range(total))
+            basis = bases.find(back.places, most, LEFT_TO_CONTRACT / max(time, 1e-30))
+        else:
+            basis = bases.find(back.places, directions)
+        progress(0.25)
+        shifts = Shifts(Removals(removals), basis.vectors, len(replay.initial), total)
+        current = replay.initial
+        for t in range(total):
+            step = replay.step(t)
+            shifts.advance(t, step, current, back.gammas[t])
+            current = step(current)
+            progress(0.25 + 0.75 * (t + 1) / total)
+    scores = shifts.first + shifts.second
+    error = _shift_error(shifts, scores, back.gradient)
+    return Tracked(scores, shifts.first, current[0], back.gradient, basis, error, shifts.of)
+
+
+def _shift_error(shifts: Shifts, scores: Tensor, gradient: Tensor) -> float:
+    n = len(scores)
+    some = torch.linspace(0, n - 1, min(n, TESTED)).round().long().unique()
+    said = torch.cat([scores[:0], *(shifts.of(part) @ gradient for part in some.split(16))])
+    return float((said - scores[some]).norm() / scores[some].norm().clamp_min(1e-300))
+
+
+def gain(replay: Replay, t: int) -> float:
+    """By how much step t's update moves a parameter in the end, for each unit of its gradient: lr / (1 - momentum)."""
+    drift, source = replay.update.response(replay.run.steps[t].groups)
+    moved = []
+    for _ in range(10):  # after 1, 2, 4, ... steps
+        moved.append(abs(float(source[0])))
+        source, drift = drift @ source, drift @ drift
+    return max(moved)
+
+
+class Shifts:
+    """The rough shifts of n removals, taken forward through the run, given ``gamma_t``; collects their scores.
+
+    Only ``z`` changes for all removals at every step. What else is kept of a removal is brought up to date when a step sees
+    it: between two visits it is mixed by the update alone, in the same way for all that were last seen at one step.
+
+    Args:
+        removals: n removals.
+        basis: Q, (p, r).
+        parts: number of tensors of the state: the parameters and the optimizer's slots.
+        n_steps: number of steps of the run.
+
+    Attributes:
+        first: the scores of SGD-IE, (n,).
+        second: what the own Hessians add to them, (n,).
+    """
+
+    def __init__(self, removals: Removals, basis: Tensor, parts: int, n_steps: int) -> None:
+        n, (p, r) = len(removals), basis.shape
+        self._removals, self._basis = removals, basis
+        self._u = basis.new_zeros(n, parts, p)
+        self._z = [basis.new_zeros(n, r) for _ in range(parts)]
+        self._since = torch.eye(parts, dtype=basis.dtype).repeat(n_steps + 1, 1, 1)
+        """By the step a removal was last seen at, plus 1: the product of all updates since."""
+        self._seen = torch.zeros(n, dtype=torch.int64)
+        self.first = basis.new_zeros(n)
+        self.second = basis.new_zeros(n)
+
+    def advance(self, t: int, step: Step, state: State, gamma: Tensor) -> None:
+        """Take step t from the recorded run's state; ``gamma`` is (p,)."""
+        drift, source = (tensor.to(gamma) for tensor in step.response())
+        q, point = self._basis, step.at(state)
+        removed = point.removed(self._removals, curved=True)
+        who, gradients = removed.removals, removed.gradients
+        z = self._z[0][who]
+        u = self._since[self._seen[who]] @ self._u[who]
+        curved = removed.hessian_product(self._whole(u[:, 0], z))
+        own = removed.hessian_product(z @ q.T) if q.shape[1] else curved
+        self.first[who] -= gradients @ gamma
+        self.second[who] -= curved @ gamma
+        contraction = point.hessian_product(q.T.contiguous()) @ q if q.shape[1] else q.new_zeros(0, 0)
+        change = self._z[0] @ contraction
+        change[who] -= gradients @ q + own @ q
+        self._z = updated(self._z, change, drift, source)
+        self._u[who] = drift @ u - source[:, None] * gradients[:, None]
+        self._since[: t + 1] = drift @ self._since[: t + 1]
+        self._seen[who] = t + 1
+
+    def of(self, removals: Tensor) -> Tensor:
+        """The estimates x (m, p) of the final shifts of these removals (m,): rough, unless r = p."""
+        mixing = self._since[self._seen[removals]]
+        return self._whole(torch.einsum("nk,nkp->np", mixing[:, 0], self._u[removals]), self._z[0][removals])
+
+    def _whole(self, u: Tensor, z: Tensor) -> Tensor:
+        """``x = u + Q y`` with ``y = z - Q^T u``."""
+        return u + (z - u @ self._basis) @ self._basis.T
+
+
+def updated(parts: Sequence[Tensor], change: Tensor, drift: Tensor, source: Tensor) -> list[Tensor]:
+    """What an affine update makes of changes of the state's parts and of the gradient, all (n, any).
+
+    Args:
+        parts: changes of the parts of the state.
+        change: of the gradient.
+        drift: (parts, parts), of the optimizer's update.
+        source: (parts,).
+    """
+    after = []
+    for row, factor in zip(drift.tolist(), source.tolist(), strict=True):
+        total = factor * change
+        for part, by in zip(parts, row, strict=True):
+            if by:
+                total.add_(part, alpha=by)
+        after.append(total)
+    return after

@@ -1,0 +1,108 @@
+"""How many removals fit into a memory budget at once, and what a piece of work adds to a process at its peak, in bytes.
+
+The figures are measured on the run itself: the tensors autograd keeps for one forward pass over the largest batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_acc.core import tape
+from lightning_acc.core.queries import Query
+from lightning_acc.core.removals import Removal
+from lightning_acc.core.replay import Replay, saved_bytes
+from lightning_acc.errors import RequestError
+from lightning_acc.record import batches
+
+LARGEST_CHUNK = 512
+"""More removals at a time gain no speed; smaller chunks stay in the processor's caches."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What one removal needs at the peak of a step; upper bounds, measured with scripts/bench_methods.py, not exact.
+
+    Attributes:
+        vectors: copies of a parameter-sized vector, for each tensor of the state.
+        activations: copies of what autograd keeps for the batch.
+        beside: rows that a chunk carries beside those of its removals.
+    """
+
+    vectors: int
+    activations: int
+    beside: int = 0
+
+    def each(self, replay: Replay) -> int:
+        """Bytes that one more removal in a chunk adds to the peak."""
+        vector = replay.initial[0].nbytes
+        return int(self.vectors * vector * len(replay.initial) + self.activations * replay.activation_bytes)
+
+
+TRAINING = Copies(7, 3, beside=1)
+"""A training in a batch of trainings, beside which the undisturbed one goes along."""
+
+
+def chunk_size(replay: Replay, name: str, copies: Copies, memory: int) -> int:
+    """The number of removals for the method ``name`` to sweep at once within ``memory`` bytes.
+
+    Raises:
+        RequestError: not even one fits.
+    """
+    each = copies.each(replay)
+    fit = memory // each - copies.beside
+    if fit < 1:
+        raise RequestError(
+            f"One removal of {name} needs about {2 * each / 2**30:.2f} GB on this run, more than the budget of "
+            f"{memory / 2**30:.2f} GB: give memory_gb={2 * each / 2**30:.1f} or more."
+        )
+    return int(min(fit, LARGEST_CHUNK))
+
+
+def chunks(removals: Sequence[Removal], size: int) -> list[list[Removal]]:
+    """Removals in chunks of at most ``size``, as even as can be; an even number of chunks where there is work for two.
+
+    The chunks depend on the run and the budget alone, never on how many workers there are: so do the bits of the scores.
+    """
+    return even_pieces(removals, size, for_two=len(removals) >= 64)
+
+
+def even_pieces(removals: Sequence[Removal], size: int, for_two: bool = False) -> list[list[Removal]]:
+    """Removals in pieces of at most ``size``, as even as can be; with ``for_two`` an even number of them."""
+    n = len(removals)
+    count = -(-n // size)
+    if for_two:
+        count += count % 2
+    edges = [n * i // count for i in range(count + 1)] if count else []
+    return [list(removals[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def query_rows(replay: Replay, query: Query, memory: int) -> int:
+    """How many parameter vectors a query may be evaluated at together."""
+    return max(1, int(memory // (2 * _query_saved(replay, query) + 4 * replay.initial[0].nbytes)))
+
+
+def _query_saved(replay: Replay, query: Query, without_data: bool = False) -> int:
+    """Bytes autograd would keep for the largest batch of the query, with or without the batch itself."""
+    leaves, structure = max(query.batches, key=lambda batch: batches.batch_size(batch[0]))
+    leaves = batches.cast(leaves, replay.dtype)
+    objective = replay.objective
+    shared = [*objective.tensors(), *leaves.values()] if without_data else []
+    with objective.evaluating():
+        return saved_bytes(lambda theta: query.batch_sum(objective, theta, leaves, structure), replay.initial[0], shared)
+
+
+def chunk_bytes(replay: Replay, copies: Copies, query: Query, memory: int, removals: int) -> int:
+    """Bytes a chunk of ``removals`` adds at its peak: in the sweep, or in the exact readout of ``query`` after it."""
+    vector = replay.initial[0].nbytes
+    rows = min(removals, query_rows(replay, query, memory)) + 1
+    readout = removals * vector + rows * (_query_saved(replay, query, without_data=True) + vector)
+    return max(copies.each(replay) * (removals + copies.beside), readout)
+
+
+def reverse_bytes(replay: Replay, copies: Copies, memory: int) -> int:
+    """Bytes a reverse sweep adds at its peak: the states it keeps, one step, and a number for every sample."""
+    state = sum(part.nbytes for part in replay.initial)
+    numbers = replay.run.n_samples * replay.initial[0].element_size()
+    return tape.kept(replay, memory) * state + copies.each(replay) + numbers

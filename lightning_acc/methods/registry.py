@@ -1,0 +1,50 @@
+"""The registry: every method, once. To add one, write its rule and add its entry here; all else asks this list."""
+
+from __future__ import annotations
+
+from lightning_acc.errors import RequestError
+from lightning_acc.methods.low_rank.entry import LowRank
+from lightning_acc.methods.memory import TRAINING, Copies
+from lightning_acc.methods.method import Method
+from lightning_acc.methods.rules import AccSgdIe, AdjointSgdIe, AdjointTracIn, LeaveOneOut, SgdIe, TracIn
+from lightning_acc.methods.swept import Swept
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Swept("loo", LeaveOneOut, TRAINING, is_truth=True),
+        Swept("acc-sgd-ie", AccSgdIe, Copies(9, 6)),
+        LowRank(),
+        Swept("sgd-ie", SgdIe, Copies(9, 6), AdjointSgdIe),
+        Swept("tracin", TracIn, Copies(9, 1), AdjointTracIn, is_baseline=True),
+    )
+}
+"""By name: the truth, then the estimates, the most faithful first."""
+
+TRUTH = next(method.name for method in METHODS.values() if method.is_truth)
+
+
+def find(name: str) -> Method:
+    """The method ``name``.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if name not in METHODS:
+        raise RequestError(f"There is no method {name!r}; choose one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def is_truth(name: str) -> bool:
+    """Whether the method ``name`` is what the others estimate."""
+    return name == TRUTH
+
+
+def is_ranking(name: str) -> bool:
+    """Whether the method ``name`` estimates, and is no mere baseline."""
+    return not (METHODS[name].is_truth or METHODS[name].is_baseline)
+
+
+def place(name: str) -> int:
+    """Where a method stands in the registry: the smaller, the more faithful. Behind all, where it is none of these."""
+    return list(METHODS).index(name) if name in METHODS else len(METHODS)

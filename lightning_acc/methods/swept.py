@@ -1,0 +1,66 @@
+"""Methods that sweep: forward with the shifts of some removals, or, read linearly, once back for all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lightning_acc.core.removals import Removal
+from lightning_acc.core.replay import Replay
+from lightning_acc.methods import memory, sweeps
+from lightning_acc.methods.memory import Copies
+from lightning_acc.methods.method import Answer, Method, Question
+from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule
+
+
+class Swept(Method):
+    """A method of two rules.
+
+    Args:
+        name: what users call it.
+        forward: carries shifts; a chunk of removals at a time.
+        copies: what a removal needs in memory then.
+        reverse: carries the adjoint of a query; answers for all samples at once, with the linear readout, which then is
+            the usual one. None where the rule is not linear in the removal.
+        is_truth, is_baseline: see ``Method``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: type[ForwardRule[Any]],
+        copies: Copies,
+        reverse: type[AdjointSgdIe] | None = None,
+        is_truth: bool = False,
+        is_baseline: bool = False,
+    ) -> None:
+        self.name, self.forward, self.copies, self.reverse = name, forward, copies, reverse
+        self.is_truth, self.is_baseline = is_truth, is_baseline
+        self.readout = "exact" if reverse is None else "linear"
+
+    def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
+        """All at once where one sweep back answers for them, else chunks that fit into memory."""
+        if self._back(question) is not None:
+            return [list(removals)]
+        size = memory.chunk_size(replay, self.name, self.copies, question.memory) if removals else 1
+        return memory.chunks(removals, size)
+
+    def answer(
+        self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+    ) -> Answer:
+        """The scores of one piece."""
+        query, back = question.query, self._back(question)
+        if back is not None:
+            per_sample = sweeps.reverse(replay, back(), query, question.memory, progress)
+            return Answer(torch.stack([per_sample[list(removal)].sum() for removal in removals]))
+        theta, shifts = sweeps.forward(replay, self.forward(), removals, lambda done: progress(0.95 * done))
+        if question.readout == "linear":
+            scores = shifts @ query.gradient(replay.objective, theta)
+        else:
+            scores = query.changes(replay.objective, theta, shifts, memory.query_rows(replay, query, question.memory))
+        return Answer(scores, shifts if question.keep_shifts else None)
+
+    def _back(self, question: Question) -> type[AdjointSgdIe] | None:
+        return self.reverse if question.readout == "linear" and not question.keep_shifts else None

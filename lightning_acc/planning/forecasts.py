@@ -1,0 +1,187 @@
+"""What each method costs on a run: seconds from a few timed pieces of its work, and bytes; a class for each way to run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core import tape
+from lightning_acc.core.removals import Removals
+from lightning_acc.methods import memory
+from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.low_rank import entry as low_rank
+from lightning_acc.methods.low_rank import screened, tracked
+from lightning_acc.methods.low_rank.entry import LowRank
+from lightning_acc.methods.method import Method
+from lightning_acc.methods.swept import Swept
+from lightning_acc.planning.calibration import Calibration, Cost
+
+
+class Forecast(ABC):
+    """The cost of a method with its usual readout, on the run of a calibration."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.c, self.replay = calibration, calibration.replay
+
+    @abstractmethod
+    def cost(self) -> Cost:
+        """Seconds, measured.
+
+        Raises:
+            RequestError: the method does not follow this run, or not even one removal fits into memory.
+        """
+
+    @abstractmethod
+    def bytes(self, removals: int) -> int:
+        """Bytes a chunk of so many removals adds to the process at its peak."""
+
+    def taken_once(self) -> float:
+        """Seconds of the run itself, taken once more."""
+        return self.c.over_the_run(lambda t: self.c.seconds(lambda: self.replay.step(t)(self.replay.initial)))
+
+
+class Forward(Forecast):
+    """A forward sweep, chunk by chunk, with the exact readout."""
+
+    def __init__(self, calibration: Calibration, method: Swept) -> None:
+        super().__init__(calibration)
+        self.method = method
+
+    def cost(self) -> Cost:
+        """Seconds, measured."""
+        c, replay, method = self.c, self.replay, self.method
+        largest = memory.chunk_size(replay, method.name, method.copies, c.memory)
+        n, total = len(c.visited), len(replay)
+        if not n:
+            return Cost(c.load, self.taken_once() + c.scan, 0.0, largest)
+        size = max(map(len, memory.chunks(c.visited, largest)))
+        a, slope, m = c.line(partial(self._step, c.largest_step), size, total * -(-n // size))
+        scale = c.over_the_run(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
+
+        theta = replay.initial[0]
+        rows = memory.query_rows(replay, c.query, c.memory)
+        b, read, _ = c.line(lambda m: self._readout(theta.expand(m, -1)), min(size, rows), -(-n // size))
+        per_chunk = scale * a + c.scan + b * -(-size // rows)
+        return Cost(c.load, per_chunk, c.share_visited * scale * slope + read, largest)
+
+    def _step(self, t: int, m: int) -> float:
+        """Seconds of step t with m removals."""
+        rule, chunk = self.method.forward(), self.c.sample(t, m)
+        carry = rule.init(self.replay.initial, chunk)
+        return self.c.seconds(lambda: rule.advance(self.replay.step(t), carry, chunk))
+
+    def _readout(self, thetas: Tensor) -> float:
+        return self.c.seconds(lambda: self.c.query.values(self.replay.objective, torch.cat([thetas[:1], thetas])))
+
+    def bytes(self, removals: int) -> int:
+        """Bytes a chunk adds."""
+        return memory.chunk_bytes(self.replay, self.method.copies, self.c.query, self.c.memory, removals)
+
+
+class Back(Forecast):
+    """One reverse sweep for all samples, with the linear readout."""
+
+    def __init__(self, calibration: Calibration, method: Swept) -> None:
+        super().__init__(calibration)
+        assert method.reverse is not None
+        self.rule, self.copies = method.reverse(), method.copies
+
+    def cost(self) -> Cost:
+        """Seconds, measured."""
+        c, replay, rule = self.c, self.replay, self.rule
+        gradient = c.query.gradient(replay.objective, replay.initial[0])
+        carry = rule.init(gradient, replay.initial, replay.run.n_samples)
+        back = c.over_the_run(lambda t: c.seconds(lambda: rule.advance(replay.step(t).at(replay.initial), carry)))
+        query = c.seconds(lambda: c.query.gradient(replay.objective, replay.initial[0]))
+        few = c.visited[:100]
+        picked = c.seconds(lambda: [carry[1][list(removal)].sum() for removal in few]) / max(1, len(few))
+        ahead = (1 + tape.taken_again(replay, c.memory)) * self.taken_once()
+        return Cost(c.load, ahead + back + query, picked, None)
+
+    def bytes(self, removals: int) -> int:
+        """Bytes the sweep adds."""
+        return memory.reverse_bytes(self.replay, self.copies, self.c.memory)
+
+
+class LowRankPass(Forecast):
+    """One sweep back, the basis and one pass forward, in the form that ``score`` would choose."""
+
+    def __init__(self, calibration: Calibration, method: LowRank) -> None:
+        super().__init__(calibration)
+        self.screens = method.settled(self.replay.run, keep_shifts=False).form == low_rank.SCREENED
+
+    def cost(self) -> Cost:
+        """Seconds, measured."""
+        c, replay = self.c, self.replay
+        low_rank.check(replay)
+        n, ahead, theta = len(c.visited), self.taken_once(), replay.initial[0]
+        if not n:
+            return Cost(c.load, ahead + c.scan, 0.0, None)
+        back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).pullback(replay.initial)))
+        # Beside the sweep back, the run is taken forward twice: for its states, then with the shifts.
+        shared = (2 + tape.taken_again(replay, c.memory)) * ahead + back
+        seconds, read, size = self._screened() if self.screens else self._tracked()
+        thetas = theta.expand(min(read, 8, memory.query_rows(replay, c.query, c.memory)), -1)
+        each = c.seconds(lambda: c.query.values(replay.objective, thetas)) / len(thetas)
+        return Cost(c.load, shared + seconds + read * each, 0.0, None if size >= n else size)
+
+    def _tracked(self) -> tuple[float, int, int]:
+        """Seconds of the basis and the pass, how many are read exactly, and how many are tracked together."""
+        c, replay, theta = self.c, self.replay, self.replay.initial[0]
+        size, most = low_rank.removals_at_once(replay, c.memory), low_rank.most_directions(replay.run)
+        vectors = torch.linalg.qr(self._directions(most).T)[0].contiguous()
+        shifts = tracked.Shifts(Removals(c.visited[:size]), vectors, len(replay.initial), len(replay))
+        forward = c.over_the_run(lambda t: c.seconds(lambda: shifts.advance(t, replay.step(t), replay.initial, theta)))
+        basis = 0.0 if most == len(theta) else self._basis(most, bases.MOST_STEPS)
+        return basis + forward, low_rank.read_exactly(replay.run, len(c.visited), c.query), size
+
+    def _screened(self) -> tuple[float, int, int]:
+        """The same where few removals are followed."""
+        c, replay, n = self.c, self.replay, len(self.c.visited)
+        followed, modelled = screened.counts(replay, n, c.memory, low_rank.most_followed(replay.run))
+        directions, some = self._directions(followed), followed + modelled
+        share = 1 + screened.FRESH_SHARE * bool(modelled)
+
+        def step(t: int) -> float:
+            point, sample = replay.step(t).at(replay.initial), c.sample(t, some)
+            shifts = replay.initial[0].expand(len(point.removed(sample).removals), -1)
+            linearised = c.seconds(lambda: replay.step(t).at(replay.initial))
+            own = c.seconds(lambda: point.removed(sample, curved=True).hessian_product(shifts))
+            return linearised + own + c.seconds(lambda: point.hessian_product(directions)) * share
+
+        basis = self._basis(screened.DIRECTIONS, screened.PLACES) if modelled else 0.0
+        return basis + c.over_the_run(step), some, n
+
+    def _directions(self, count: int) -> Tensor:
+        """Directions (count, p) at random."""
+        like = self.replay.initial[0]
+        return torch.randn(min(count, len(like)), len(like), generator=torch.Generator().manual_seed(0)).to(like)
+
+    def _basis(self, directions: int, places: int) -> float:
+        vectors = self._directions(directions + bases.OVERSAMPLING)
+        point = self.replay.step(self.c.chosen[0]).at(self.replay.initial)
+        each = self.c.seconds(lambda: point.hessian_product(vectors))
+        return bases.ITERATIONS * min(places, len(self.replay)) * each
+
+    def bytes(self, removals: int) -> int:
+        """Bytes the pass adds; what the sweep back kept is given back before the pass forward."""
+        replay, budget = self.replay, self.c.memory
+        vector, state = replay.initial[0].nbytes, sum(part.nbytes for part in replay.initial)
+        each, at_a_step = low_rank.bytes_needed(replay)
+        if self.screens:
+            followed, modelled = screened.counts(replay, removals, budget, low_rank.most_followed(replay.run))
+            forward = (3 * followed + 2 * modelled) * state + 3 * screened.DIRECTIONS * bool(modelled) * vector
+        else:
+            forward = 4 * low_rank.most_directions(replay.run) * vector + at_a_step + each * removals
+        return max(tape.kept(replay, budget) * state + at_a_step, forward)
+
+
+def forecast(method: Method, calibration: Calibration) -> Forecast:
+    """The forecast for the way in which a method runs."""
+    if isinstance(method, LowRank):
+        return LowRankPass(calibration, method)
+    assert isinstance(method, Swept)
+    return Forward(calibration, method) if method.reverse is None else Back(calibration, method)

@@ -1,0 +1,60 @@
+"""``la.Run``: a recorded training run and its verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core import queries
+from lightning_acc.core.audit import AuditReport, audit
+from lightning_acc.core.queries import Query
+from lightning_acc.core.rebuild import module_of
+from lightning_acc.core.replay import parameters_at
+from lightning_acc.judge.exports import cleaned_dataset
+from lightning_acc.record.record import Record
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Run(Record):
+    """A recorded training run: every optimizer step, the samples it saw, the parameters before it.
+
+    Opening reads the manifest alone and executes nothing; the other files are read, and checked, when they are needed.
+    ``run.steps[t]``, ``run.manifest``, ``run.n_samples`` and all else that is data comes from ``Record``.
+
+    Args:
+        path: the run directory, a local path or an fsspec URL.
+        module: the LightningModule to evaluate the losses with, where it cannot be rebuilt from the manifest.
+        trust: packages the module's class may be imported from, or True for any; see ``Record``.
+
+    Raises:
+        RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
+    """
+
+    def parameters(self, t: int) -> Tensor:
+        """Flat trained parameters (p,) before step ``t``; ``t = n_steps`` gives the final ones."""
+        return parameters_at(self, t)
+
+    def module(self) -> torch.nn.Module:
+        """The LightningModule of the run; the values of its tensors are arbitrary."""
+        return module_of(self)
+
+    def query(self, name: str) -> Query:
+        """The query recorded under ``name``."""
+        return queries.read(self.store, name)
+
+    def add_query(self, name: str, loader: Any) -> None:
+        """Store the batches of ``loader`` (a DataLoader, or any iterable of batches) as the query ``name``."""
+        queries.write(self.store, name, loader)
+
+    def audit(self) -> AuditReport:
+        """Replay the training step over the record and compare with the recorded parameters (DESIGN, fact 7)."""
+        return audit(self)
+
+    def cleaned_dataset(self, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
+        """The training set without the samples ``drop``, as a Hugging Face data set; see ``judge.exports``."""
+        return cleaned_dataset(self, drop, dataset)
