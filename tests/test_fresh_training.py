@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import Net, data, make, record
+from problems import Net, data, record
 from torch import Tensor
 
 import lightning_acc as la
@@ -69,5 +69,4 @@ def test_fresh_trainings_are_those_of_a_plain_loop(tmp_path: Path, recipe: str) 
     assert table["n_removed"].to_pylist() == [0, 5]
     expected = [[trained_by_hand(kind, steps, seed, dropped) for seed in SEEDS] for dropped in sets]
     np.testing.assert_allclose(table["losses"].to_pylist(), expected, rtol=1e-9)
-    untrained = float(make(hidden=4).per_sample_loss(data(n=30, seed=5).tensors).mean())
-    assert np.abs(np.array(expected) - untrained).min() > 1e-3
+    assert np.abs(np.subtract(*expected)).min() > 1e-4  # dropping five samples is seen
