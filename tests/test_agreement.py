@@ -55,6 +55,13 @@ def test_figures_of_equal_truths_worked_out_by_hand() -> None:
     assert figures["rmse_sd"] == pytest.approx(3**0.5, rel=1e-14)  # the truths' variance is 2/9
 
 
+def test_correlations_of_ranks_see_ranks_alone() -> None:
+    """The last two of four are exchanged, and the estimate of the last is far off."""
+    figures = agreement.agreement(np.array([1.0, 2.0, 3.0, 1000.0]), np.array([-1.0, 2.0, 30.0, 4.0]))
+    assert figures["kendall"] == pytest.approx(4 / 6, rel=1e-14)
+    assert figures["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15), rel=1e-14)
+
+
 @pytest.mark.parametrize(("percent", "each_end"), [(10, 2), (30, 6), (50, 10), (70, 14)])
 def test_jaccard_compares_the_extremes_of_both_ends(percent: int, each_end: int) -> None:
     random = np.random.default_rng(percent)

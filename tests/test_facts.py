@@ -93,7 +93,7 @@ def convex(path: Path, decay: float = DECAY) -> la.Run:
 
 
 def shifts_along(run: la.Run, method: str, error: torch.Tensor | None = None, put_in: int = 0) -> torch.Tensor:
-    """Shifts (T + 1, n, p) before every step and after the last; an ``error`` (n, p) is added to them before one of the steps."""
+    """Shifts (T + 1, n, p) before every step and after the last; an ``error`` (n, p) is added to them before one step."""
     from lightning_acc.core.replay import Replay
     from lightning_acc.methods import sweeps
     from lightning_acc.methods.rules import FORWARD
