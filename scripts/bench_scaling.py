@@ -5,9 +5,9 @@
 A GELU network with one hidden layer on MNIST (synthetic images where LIGHTNING_ACC_DATA is not set), trained by SGD with
 momentum for 2 epochs of batch 128; every sample is removed once. Seconds are processor time of one thread. Memory is what
 scoring adds to a fresh process at its peak; for methods that work in chunks it follows the budget, 2 GB. acc-low-rank tracks
-in as many directions throughout, or follows 13 samples where it screens, as what it would choose depends on what can be afforded. "~" was not
-measured but planned: la.plan predicts that it takes longer than the limit. An exponent is the slope of a straight line through
-the logarithms.
+in as many directions throughout, or follows 13 samples where it screens, as what it would choose depends on what can be
+afforded. "~" was not measured but planned: la.plan predicts that it takes longer than the limit. An exponent is the slope of
+a straight line through the logarithms.
 """
 
 from __future__ import annotations

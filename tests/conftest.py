@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import rays
 import torch
+from rays import local_ray as local_ray
+from rays import no_ray as no_ray
 from s3 import server as server
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -13,6 +16,25 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # the machine may be busy
 os.environ.setdefault("LIGHTNING_ACC_TRUST", "problems")  # for processes that open a run without importing its module
 torch.set_num_threads(1)  # small products on several threads wait for each other
+
+LONG = ("test_readme", "test_low_rank", "test_low_rank_outputs", "test_ddp", "test_forecast", "test_report", "test_tracking")
+"""Files that take longest, the longest first."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, each file is done by one, and by one all that meets Ray, in a good order.
+
+    What takes long is begun first.
+    """
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return rays.place(item) + (LONG.index(name) if name in LONG else len(LONG)) * (rays.place(item) == 3)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if rays.place(item) < 3 else item.path.stem))
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

@@ -13,16 +13,25 @@ from typing import Any
 import numpy as np
 
 from lightning_acc.core.removals import Removal
+from lightning_acc.methods.rules import LeaveOneOut
 from lightning_acc.record.store import Store
 from lightning_acc.scoring.work import Result, compute
 
 PLACE = "LIGHTNING_ACC_TEST_FAULTS"
-"""Environment variable: a folder with a file ``<first sample of the chunk>`` holding the fault, taken away when it strikes."""
+"""Environment variable: a folder with a file ``<first sample of the chunk>`` holding the fault, taken away when it strikes.
+
+Without it, the folder ``faults`` beside the run.
+"""
+
+
+def place_of(job: Any) -> Path:
+    return Path(os.environ.get(PLACE) or Path(job.run.path).parent / "faults")
 
 
 def faulty(job: Any, removals: list[Removal], progress: Callable[[float], None], replay: Any = None) -> Result:
     """``compute``, after the fault that waits for this chunk."""
-    fault = Path(os.environ[PLACE]) / str(removals[0][0])
+    place = place_of(job)
+    fault = place / str(removals[0][0])
     kind = fault.read_text() if fault.exists() else ""
     if kind and not kind.endswith("always"):
         fault.unlink(missing_ok=True)
@@ -38,12 +47,12 @@ def faulty(job: Any, removals: list[Removal], progress: Callable[[float], None],
     if kind in ("hangs", "hangs always"):
         time.sleep(600)
     if kind.startswith("hangs on "):
-        _hang_on(kind.split()[-1], _name(removals), progress)
+        _hang_on(place, kind.split()[-1], _name(removals), progress)
     if kind == "storage":
-        _disturb(job.run.store)
+        _disturb(place, job.run.store)
     if kind == "slow":
         time.sleep(3)
-    _note("computed", _name(removals))
+    _note(place, "computed", _name(removals))
     result = compute(job, removals, progress, replay)
     if kind == "diverges":
         result.scores[0] = np.nan
@@ -54,31 +63,31 @@ def _name(removals: list[Removal]) -> str:
     return f"{removals[0][0]}-{removals[-1][0]}"
 
 
-def _note(what: str, text: str) -> None:
-    with open(Path(os.environ[PLACE]) / what, "a") as file:
+def _note(place: Path, what: str, text: str) -> None:
+    with open(place / what, "a") as file:
         file.write(f"{text}\n")
 
 
-def _hang_on(node: str, name: str, progress: Callable[[float], None]) -> None:
+def _hang_on(place: Path, node: str, name: str, progress: Callable[[float], None]) -> None:
     """On that node, hang; on another one, wait until that one does."""
     import ray
 
     if ray.get_runtime_context().get_node_id() == node:
-        _note("hanging", name)
+        _note(place, "hanging", name)
         time.sleep(600)
-    while not (Path(os.environ[PLACE]) / "hanging").exists():
+    while not (place / "hanging").exists():
         progress(0.1)
         time.sleep(0.1)
 
 
-def _disturb(store: Store) -> None:
+def _disturb(place: Path, store: Store) -> None:
     """Let the next two reads find the storage busy."""
     files = store.filesystem
     reads = files.cat_file
 
     def busy(path: str, *arguments: Any, **options: Any) -> Any:
-        _note("busy", path)
-        if len((Path(os.environ[PLACE]) / "busy").read_text().splitlines()) == 2:
+        _note(place, "busy", path)
+        if len((place / "busy").read_text().splitlines()) == 2:
             files.cat_file = reads
         raise OSError(errno.EBUSY, "Please reduce your request rate")
 
@@ -89,9 +98,23 @@ def noted_node(job: Any, removals: list[Removal], progress: Callable[[float], No
     """``compute``, after two nodes have been noted: a quick one would do all the work before the other has begun."""
     import ray
 
-    _note("nodes", ray.get_runtime_context().get_node_id())
+    place = place_of(job)
+    _note(place, "nodes", ray.get_runtime_context().get_node_id())
     started = time.monotonic()
-    while len(set((Path(os.environ[PLACE]) / "nodes").read_text().split())) < 2 and time.monotonic() - started < 60:
+    while len(set((place / "nodes").read_text().split())) < 2 and time.monotonic() - started < 60:
         progress(0.1)
         time.sleep(0.1)
+    return compute(job, removals, progress, replay)
+
+
+def slowly(job: Any, removals: list[Removal], progress: Callable[[float], None], replay: Any = None) -> Result:
+    """``compute`` of ``loo``, a second a step; that it has begun is noted at the first step."""
+    advance = LeaveOneOut.advance
+
+    def slow(self: LeaveOneOut, *arguments: Any) -> Any:
+        _note(place_of(job), "begun", _name(removals))
+        time.sleep(1)
+        return advance(self, *arguments)
+
+    LeaveOneOut.advance = slow  # type: ignore[method-assign]
     return compute(job, removals, progress, replay)

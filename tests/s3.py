@@ -21,7 +21,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[int]:
     """The port of an S3 server with the bucket ``bucket``; clients find it through the environment."""
     port = free_port()

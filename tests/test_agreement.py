@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from problems import N, make, record
+from problems import N, data, make, record
 from scipy import stats
 
 import lightning_acc as la
@@ -24,6 +24,42 @@ def test_figures_are_those_of_scipy(seed: int) -> None:
     assert figures["spearman"] == pytest.approx(stats.spearmanr(estimate, truth).statistic)
     assert figures["rmse"] == pytest.approx(np.linalg.norm(estimate - truth) / np.sqrt(40))
     assert figures["rmse_sd"] == pytest.approx(figures["rmse"] / truth.std())
+
+
+def test_figures_worked_out_by_hand() -> None:
+    """Ten samples of true score 1 to 10: the estimate exchanges the first two, and the fifth with the ninth."""
+    truth = np.arange(1.0, 11.0)
+    estimate = np.array([2.0, 1.0, 3.0, 4.0, 9.0, 6.0, 7.0, 8.0, 5.0, 10.0])
+    figures = agreement.agreement(estimate, truth)
+    assert figures == pytest.approx(
+        {
+            "rmse": 1.8439088914585775,  # the root of (1 + 1 + 16 + 16) / 10
+            "rmse_sd": 0.6419666752419569,  # the root of 3.4 / 8.25, the variance of 1 to 10 over all ten
+            "kendall": 29 / 45,  # 8 of the 45 pairs are the other way round
+            "spearman": 1 - 6 * 34 / (10 * 99),
+            "jaccard_10": 1 / 3,  # {1, 9} and {0, 9}, counted from 0
+            "jaccard_30": 3 / 5,  # {0, 1, 4, 9} and {0, 1, 8, 9}
+            "jaccard_50": 3 / 5,  # two of each end again
+            "jaccard_70": 7 / 9,  # {0, 1, 2, 3, 4, 6, 7, 9} and {0, 1, 2, 3, 6, 7, 8, 9}
+        },
+        rel=1e-14,
+    )
+
+
+def test_figures_of_equal_truths_worked_out_by_hand() -> None:
+    """Two of three truths are equal: tau-b counts their pair on one side alone, and their ranks are 1.5 each."""
+    figures = agreement.agreement(np.array([1.0, 2.0, 3.0]), np.array([1.0, 1.0, 2.0]))
+    assert figures["kendall"] == pytest.approx(2 / 6**0.5, rel=1e-14)
+    assert figures["spearman"] == pytest.approx(3**0.5 / 2, rel=1e-14)
+    assert figures["rmse"] == pytest.approx((2 / 3) ** 0.5, rel=1e-14)
+    assert figures["rmse_sd"] == pytest.approx(3**0.5, rel=1e-14)  # the truths' variance is 2/9
+
+
+def test_correlations_of_ranks_see_ranks_alone() -> None:
+    """The last two of four are exchanged, and the estimate of the last is far off."""
+    figures = agreement.agreement(np.array([1.0, 2.0, 3.0, 1000.0]), np.array([-1.0, 2.0, 30.0, 4.0]))
+    assert figures["kendall"] == pytest.approx(4 / 6, rel=1e-14)
+    assert figures["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15), rel=1e-14)
 
 
 @pytest.mark.parametrize(("percent", "each_end"), [(10, 2), (30, 6), (50, 10), (70, 14)])
@@ -65,6 +101,36 @@ def test_evaluate_compares_on_common_removals_and_same_questions(tmp_path: Path)
     assert 0 < rows["acc-sgd-ie"]["rmse"] < rows["sgd-ie"]["rmse"]
     assert all(row["seconds"] > 0 for row in rows.values())
     assert (tmp_path / "run/evaluation.json").exists()
+
+
+def test_each_query_is_held_against_its_own_truth(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    queries = [run.query("val"), la.Query("other", [data(n=9, seed=5).tensors])]
+    truths = {query.name: la.score(run, "loo", query=query, ray_address=None) for query in queries}
+    estimates = {query.name: la.score(run, "sgd-ie", query=query, ray_address=None) for query in queries}
+    stored = agreement.stored_scores(run)
+    assert len(stored) == 4
+    for order in (stored, dict(reversed(stored.items()))):
+        for name, estimate in estimates.items():
+            truth = agreement.truth_for(order, estimate)
+            assert truth is not None
+            assert truth.conditions["query"] == name
+            assert np.array_equal(truth.values, truths[name].values)
+    rows = {(row["method"], row["query"]): row for row in la.evaluate(run).to_pylist()}
+    assert set(rows) == {(method, name) for method in ("loo", "sgd-ie") for name in truths}
+    for name, estimate in estimates.items():
+        assert rows["loo", name]["rmse"] == 0
+        assert rows["sgd-ie", name]["rmse"] == pytest.approx(agreement.rmse(estimate.values, truths[name].values), rel=1e-12)
+        assert rows["sgd-ie", name]["kendall"] == pytest.approx(agreement.kendall(estimate.values, truths[name].values))
+    assert not np.allclose(truths["val"].values, truths["other"].values, rtol=0.1)
+
+
+def test_a_query_of_the_same_name_and_other_data_is_another_question(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    truth = la.score(run, "loo", query=la.Query("other", [data(n=9, seed=5).tensors]), ray_address=None)
+    estimate = la.score(run, "sgd-ie", query=la.Query("other", [data(n=9, seed=6).tensors]), ray_address=None)
+    assert agreement.truth_for({"loo-other": truth}, estimate) is None
+    assert la.evaluate(run)["method"].to_pylist() == ["loo"]
 
 
 def test_scores_of_an_older_record_are_left_out(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -20,24 +22,31 @@ SMALL = ["--data.init_args.n_train=60", "--trainer.max_epochs=4", "--data.init_a
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 
 
-def command(*args: str, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "lightning-acc"), *args], cwd=cwd, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def ran(tmp_path_factory: pytest.TempPathFactory, local_ray: Path) -> tuple[Path, str]:
     """The directory ``run`` worked in, and what it printed."""
     directory = tmp_path_factory.mktemp("cli")
-    with pytest.MonkeyPatch.context() as patch:
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.chdir(directory)
         patch.setenv("WANDB_MODE", "offline")
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             patch.setenv(name, str(directory / "wandb-files"))
-        done = command("run", "--config", str(CONFIG), *SMALL, cwd=directory)
-    return directory, done.stdout
+        main(["run", "--config", str(CONFIG), *SMALL])
+    return directory, printed.getvalue()
+
+
+def test_the_command_prints_what_it_found_and_ends_with_a_status(ran: tuple[Path, str]) -> None:
+    """The installed command, in processes of its own."""
+    command = str(Path(sys.executable).parent / "lightning-acc")
+    for words, status, out, error in (
+        (["audit", "runs/digits"], 0, "audit passed: 12 steps reproduce the recorded parameters bit for bit\n", ""),
+        (["audit", "nowhere"], 1, "", "lightning-acc: There is no run directory at .*nowhere.*\n"),
+    ):
+        done = subprocess.run([command, *words], cwd=ran[0], capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        assert re.fullmatch(out, done.stdout)
+        assert re.fullmatch(error, done.stderr)
 
 
 def test_run_does_everything_in_order(ran: tuple[Path, str]) -> None:

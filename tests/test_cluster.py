@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from problems import data, make, record
+from rays import leave_ray, start_ray
 
 import lightning_acc as la
 
@@ -31,11 +32,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def workers(request: pytest.FixtureRequest) -> Iterator[int]:
-    import ray
-
-    ray.init(address="local", num_cpus=request.param, include_dashboard=False, log_to_driver=False, logging_level=40)
+    if request.param == 2:
+        request.getfixturevalue("local_ray")
+    else:
+        leave_ray()
+        start_ray(request.param)
     yield request.param
-    ray.shutdown()
+    if request.param != 2:
+        leave_ray()
 
 
 def test_workers_give_the_scores_of_this_process_to_the_last_bit(
@@ -78,34 +82,35 @@ def test_an_error_in_a_worker_is_the_error_here(run: la.Run, workers: int, monke
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-import lightning_acc as la
-from lightning_acc.methods import rules as methods
-advance = methods.LeaveOneOut.advance
-def slow(self, *arguments):
-    import time
-    time.sleep(0.2)
-    return advance(self, *arguments)
-methods.LeaveOneOut.advance = slow
-print("scoring", flush=True)
-la.score({path!r}, "loo", ray_address={address!r}, progress=False)
+import faults
+from lightning_acc.cli import main
+from lightning_acc.methods import memory
+from lightning_acc.scoring import score as scoring
+memory.LARGEST_CHUNK = 20
+scoring.compute = faults.slowly
+scoring._compute_here = lambda replay, *arguments: faults.slowly(*arguments)
+main(["retrain", {path!r}, "--ray-address", {address!r}])
 """
 
 
-@pytest.mark.parametrize("address", [None, "local"])
-def test_ctrl_c_while_scoring_leaves_what_was_there(tmp_path: Path, address: str | None) -> None:
+@pytest.mark.ray
+@pytest.mark.parametrize("address", ["null", "local"])
+def test_ctrl_c_while_scoring_leaves_what_was_there(tmp_path: Path, no_ray: None, address: str) -> None:
+    """In the midst of a sweep, which is known of by what it notes: in this process, and in workers."""
     record(tmp_path / "run", make(hidden=6), data(n=70), batch_size=5)
     la.score(tmp_path / "run", "loo", [1, 2, 3], ray_address=None)
     before = (tmp_path / "run/scores/loo.parquet").read_bytes()
+    (tmp_path / "faults").mkdir()
     script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run"), address=address)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "scoring\n"
-    time.sleep(2.0 if address is None else 9.0)
-    assert process.poll() is None, process.communicate()
+    while not (tmp_path / "faults/begun").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     stopped = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.endswith("lightning-acc: interrupted; what was finished before is kept\n")
     assert time.monotonic() - stopped < 15
     assert (tmp_path / "run/scores/loo.parquet").read_bytes() == before
     assert {file.suffix for file in (tmp_path / "run/scores").rglob("*") if file.is_file()} == {".parquet"}  # whole files only

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ from problems import N, Net, data, fit, make, record, replay_by_hand
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
+from lightning_acc.core.replay import parameters_at
 from lightning_acc.methods.registry import METHODS
 
 EXACT = 1e-10  # relative, for what is equal up to round-off
@@ -82,6 +84,70 @@ def test_4_groups_add_up_for_sgd_ie_and_not_for_acc(tmp_path: Path) -> None:
     assert together[0] == pytest.approx(single.sum(), rel=EXACT)
 
 
+DECAY, RATE = 0.05, 0.2
+
+
+def convex(path: Path, decay: float = DECAY) -> la.Run:
+    """Logistic regression with weight decay: strongly convex, and every step of SGD a contraction."""
+    return record(path, make(optimizer={"weight_decay": decay, "lr": RATE}), max_epochs=40)
+
+
+def shifts_along(run: la.Run, method: str, error: torch.Tensor | None = None, put_in: int = 0) -> torch.Tensor:
+    """Shifts (T + 1, n, p) before every step and after the last; an ``error`` (n, p) is added to them before one step."""
+    from lightning_acc.core.replay import Replay
+    from lightning_acc.methods import sweeps
+    from lightning_acc.methods.swept import Swept
+
+    entry = METHODS[method]
+    assert isinstance(entry, Swept)
+    rule: Any = entry.forward
+    seen: list[torch.Tensor] = []
+
+    class Watched(rule):  # type: ignore[misc]
+        def advance(self, step: Any, carry: Any, removals: Any) -> Any:
+            if error is not None and len(seen) == put_in:
+                at, (moved, *slots) = carry  # the run, and beside it the run without each sample
+                carry = at, (moved + error, *slots)
+            seen.append(self.finish(carry)[1])
+            return super().advance(step, carry, removals)
+
+    _, final = sweeps.forward(Replay(run), Watched(), [(i,) for i in range(N)])
+    return torch.stack([*seen, final])
+
+
+@pytest.mark.parametrize("put_in", [0, 10, 40])
+def test_5_an_error_in_the_shift_decays_geometrically(tmp_path: Path, put_in: int) -> None:
+    run = convex(tmp_path / "run")
+    error = torch.nn.functional.normalize(torch.randn(N, run.n_parameters, dtype=torch.float64), dim=1)
+    disturbed, plain = (shifts_along(run, "acc-sgd-ie", given, put_in) for given in (error, None))
+    assert torch.equal(disturbed[:put_in], plain[:put_in])
+    left = (disturbed - plain)[put_in:].norm(dim=2)
+    assert left[0].tolist() == pytest.approx([1.0] * N, rel=EXACT)
+    # Convex losses add to the Hessian of the weight decay: no direction shrinks by less than 1 - lr * decay.
+    assert float((left[1:] / left[:-1]).max()) <= (1 - RATE * DECAY) * (1 + 1e-6)
+    assert float(left.min()) > 1e-8  # what shrinks is no round-off
+
+
+def test_5_without_weight_decay_an_error_may_stay(tmp_path: Path) -> None:
+    """The same logit more for every class changes no loss: in this direction nothing but weight decay shrinks an error."""
+    run = convex(tmp_path / "run", decay=0.0)
+    error = torch.cat([torch.full((15,), 15**-0.5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]).expand(N, -1)
+    left = (shifts_along(run, "acc-sgd-ie", error, 3) - shifts_along(run, "acc-sgd-ie"))[-1].norm(dim=1)
+    assert left.tolist() == pytest.approx([1.0] * N, rel=1e-9)
+
+
+def test_5_accs_relative_error_stays_below_that_of_sgd_ie_at_every_epoch(tmp_path: Path) -> None:
+    """In the first epoch both are exact but for round-off: every sample is seen once."""
+    run = convex(tmp_path / "run")
+    epochs = slice(8, None, 4)  # after the second, the third, ... of four steps each
+    truth, acc, sgd_ie = (shifts_along(run, method)[epochs] for method in ("loo", "acc-sgd-ie", "sgd-ie"))
+    assert len(truth) == 39
+    acc_errors, sgd_ie_errors = ((found - truth).norm(dim=2) / truth.norm(dim=2) for found in (acc, sgd_ie))
+    assert (acc_errors.median(1).values < sgd_ie_errors.median(1).values).all()
+    assert (acc_errors.mean(1) < 0.5 * sgd_ie_errors.mean(1)).all()
+    assert (acc_errors < sgd_ie_errors).double().mean() > 0.95
+
+
 @pytest.mark.parametrize("method", ["sgd-ie", "tracin"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 def test_6_forward_and_reverse_agree(tmp_path: Path, method: str, optimizer: dict[str, Any]) -> None:
@@ -126,6 +192,46 @@ def test_7_the_audit_is_bit_exact(tmp_path: Path) -> None:
             assert report.max_abs_error == 0
             assert report.first_bad_step is None
             assert report.n_steps == run.n_steps == 12
+
+
+class Threads(Net):
+    """Notes on how many threads its losses are computed."""
+
+    seen: ClassVar[list[int]] = []
+
+    def per_sample_loss(self, batch: Any) -> torch.Tensor:
+        self.seen.append(torch.get_num_threads())
+        return super().per_sample_loss(batch)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_7_the_audit_runs_on_the_threads_of_the_training_and_gives_back_the_callers(
+    tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = record(tmp_path / "run", Threads(hidden=4).double())
+    assert run.manifest["threads"] == 2
+    for callers in (1, 3):
+        torch.set_num_threads(callers)
+        for replay in (run.audit, lambda: parameters_at(run, 5)):
+            Threads.seen.clear()
+            replay()
+            assert set(Threads.seen) == {2}
+            assert torch.get_num_threads() == callers
+
+    def breaks(self: Any, batch: Any) -> torch.Tensor:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Threads, "per_sample_loss", breaks)
+    with pytest.raises(ZeroDivisionError):
+        run.audit()
+    assert torch.get_num_threads() == 3
 
 
 def test_7_the_audit_finds_the_step_that_was_tampered_with(tmp_path: Path) -> None:

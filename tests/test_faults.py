@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -41,7 +40,6 @@ def run(recorded: la.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> la
     """A copy without scores; small chunks, and work that may go wrong."""
     shutil.copytree(recorded.path, tmp_path / "run", ignore=shutil.ignore_patterns("scores"))
     (tmp_path / "faults").mkdir()
-    monkeypatch.setenv(faults.PLACE, str(tmp_path / "faults"))
     monkeypatch.setattr(memory, "LARGEST_CHUNK", CHUNK)
     monkeypatch.setattr(scoring, "compute", faults.faulty)
     return la.Run(tmp_path / "run")
@@ -73,7 +71,9 @@ def whole_table(run: la.Run) -> np.ndarray:
     return np.array([table[(i,)] for i in range(N)])
 
 
-def test_what_fails_for_good_is_named_and_the_rest_is_kept(run: la.Run, undisturbed: np.ndarray, tmp_path: Path) -> None:
+def test_what_fails_for_good_is_named_and_the_rest_is_kept(
+    run: la.Run, undisturbed: np.ndarray, tmp_path: Path, local_ray: Path
+) -> None:
     strike(tmp_path, at40="killed always")
     with pytest.raises(la.RunError, match=r"20 of 240 removals failed \(40, 41, .*others are stored; score again"):
         la.score(run, "loo")
@@ -86,7 +86,7 @@ def test_what_fails_for_good_is_named_and_the_rest_is_kept(run: la.Run, undistur
     assert np.array_equal(whole_table(run), undisturbed)
 
 
-def test_a_repeated_command_computes_nothing_and_starts_no_workers(run: la.Run, tmp_path: Path) -> None:
+def test_a_repeated_command_computes_nothing_and_starts_no_workers(run: la.Run, no_ray: None) -> None:
     first = la.score(run, "loo", ray_address=None)
     started = time.monotonic()
     again = la.score(run, "loo", ray_address="ray://nowhere:1")
@@ -119,7 +119,7 @@ HUNG = 4.0
 
 def start(run: la.Run, address: str | None = None) -> subprocess.Popen[str]:
     script = SCRIPT.format(tests=str(Path(__file__).parent), path=run.path, chunk=CHUNK, address=address, hung=HUNG)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "scoring\n"
     return process
@@ -145,24 +145,32 @@ def test_two_commands_at_once_do_no_harm(run: la.Run, undisturbed: np.ndarray) -
     assert np.array_equal(whole_table(run), undisturbed)
 
 
-@pytest.fixture
-def nodes() -> Iterator[Any]:
-    """A cluster of two nodes with a CPU each, the second of which may go, and this process connected to it."""
-    import ray
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """A cluster of one node, with a CPU."""
     from ray.cluster_utils import Cluster
 
     # Ray's own patience, half a minute, is for networks: here a node is missed after a second or two.
     checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 5}
-    size = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False, "_system_config": checks})
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "_system_config": checks})
     try:
-        cluster.second = cluster.add_node(**size)
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
         yield cluster
     finally:
-        ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(head: Any, no_ray: None) -> Any:
+    """The cluster with a second node like the first, which may go, and this process connected to it."""
+    import ray
+
+    head.second = head.add_node(**NODE)
+    head.wait_for_nodes()
+    ray.init(address=head.address, log_to_driver=False, logging_level=40)
+    return head
 
 
 def remove_when_it_works(nodes: Any, tmp_path: Path) -> None:
@@ -181,6 +189,7 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.ray
 def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, nodes: Any) -> None:
     strike(tmp_path, **{f"at{first}": f"hangs on {nodes.second.node_id}" for first in range(0, N, CHUNK)})
     thread = ThreadPoolExecutor(1)
@@ -195,6 +204,7 @@ def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, 
     assert np.array_equal(whole_table(run), undisturbed)
 
 
+@pytest.mark.ray
 def test_every_fault_in_one_run(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, nodes: Any) -> None:
     """Each fault strikes once, the driver is killed last, and the next one computes what is missing."""
     import ray

@@ -23,7 +23,7 @@ from lightning_acc.progress import watched_by
 from lightning_acc.scoring import cluster, scores
 from lightning_acc.scoring import score as scoring
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 N = 120
 README = Path(__file__).parent.parent / "README.md"
 BIN = Path(sys.executable).parent
@@ -62,7 +62,7 @@ def nodes(alone: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_two_nodes_that_see_nothing_of_the_drivers_disk(
-    nodes: Any, alone: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Any, alone: np.ndarray, no_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
@@ -70,16 +70,13 @@ def test_two_nodes_that_see_nothing_of_the_drivers_disk(
     monkeypatch.chdir(here)
     monkeypatch.setattr(scoring, "compute", faults.noted_node)
     ray.init(address=nodes.address, log_to_driver=False, logging_level=40)
-    try:
-        farmed = la.score(URL, "acc-sgd-ie", ray_address="auto", save=False)
-    finally:
-        ray.shutdown()
+    farmed = la.score(URL, "acc-sgd-ie", ray_address="auto", save=False)
     assert np.array_equal(farmed.values, alone)
     assert len(set((Path(os.environ[faults.PLACE]) / "nodes").read_text().split())) == 2
     assert not list(here.iterdir())
 
 
-def test_a_client_far_from_the_cluster(nodes: Any, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_far_from_the_cluster(nodes: Any, alone: np.ndarray, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By ray://, which has no streams: pieces are heard all the same, so that one that hangs is noticed."""
     monkeypatch.setattr(scoring, "compute", faults.faulty)
     monkeypatch.setattr(cluster, "SECONDS_UNTIL_HUNG", 4.0)

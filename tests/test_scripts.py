@@ -54,7 +54,8 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_bench_cluster() -> None:
+@pytest.mark.ray
+def test_bench_cluster(no_ray: None) -> None:
     printed = script("bench_cluster.py", "--quick")
     assert float(re.search(r"^2 workers / 1 +([\d.]+)", printed, re.MULTILINE)[1]) > 0  # type: ignore[index]
     assert float(re.search(r"^resuming a finished job +([\d.]+) s", printed, re.MULTILINE)[1]) < 5  # type: ignore[index]
@@ -71,14 +72,16 @@ def test_bench_scaling() -> None:
             assert all(float(value) > 0 for value in re.findall(r" ~?(\d[\d.e-]*)", row)[:2]), row
 
 
-def test_soak(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.ray
+def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     load("soak", N=60, SECONDS_BETWEEN_KILLS=(1.0, 2.0)).main(minutes=0.05)
     printed = capsys.readouterr().out
     assert int(re.search(r"round 1: (\d+) workers", printed)[1]) > 0  # type: ignore[index]
     assert "rounds equal to the undisturbed run" in printed
 
 
-def test_cluster_demo() -> None:
+@pytest.mark.ray
+def test_cluster_demo(no_ray: None) -> None:
     printed = script("cluster_demo.py", "--trainer.max_epochs=5")
     assert re.search(r"dashboard: http://127\.0\.0\.1:\d+", printed)
     assert "killed: the second node" in printed

@@ -84,7 +84,9 @@ def test_loader_workers_that_fork_while_steps_are_written(url: str, monkeypatch:
     assert run.audit().ok
 
 
-def test_ray_workers_read_the_run_by_its_url(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ray_workers_read_the_run_by_its_url(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local_ray: Path
+) -> None:
     from lightning_acc.methods import memory
 
     run = record(url, make(hidden=6), data(n=70), batch_size=10)  # type: ignore[arg-type]
@@ -94,7 +96,8 @@ def test_ray_workers_read_the_run_by_its_url(url: str, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     farmed = la.score(url, "loo", ray_address="local")
     assert np.array_equal(alone.values, farmed.values)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    for folder in (tmp_path, local_ray):
+        assert not [path for path in folder.rglob("*") if path.is_file()]
     assert la.score(la.Run(url), "loo", ray_address=None).values.tolist() == alone.values.tolist()
 
 

@@ -21,7 +21,7 @@ def small(path: Path, **options: object) -> Study:
     return Study(str(path), **{**settings, "seeds": [0], "n_train": 60, **options})  # type: ignore[arg-type]
 
 
-def test_cells_are_scored_and_not_computed_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_are_scored_and_not_computed_twice(tmp_path: Path, local_ray: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = run_study(small(tmp_path), ray_address=None)
     frame = table.to_pandas()
     assert len(frame) == 2 * 6

@@ -1,0 +1,57 @@
+"""The Ray that tests share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray of two workers on this machine, started once: what connects to ``local`` uses it.
+
+    Gives the folder its workers stand in.
+    """
+    folder = tmp_path_factory.mktemp("workers")
+    leave_ray()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start_ray(workers=2)
+    yield folder
+    leave_ray()
+
+
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    """For tests that start a Ray of their own, or must not find one: this process is connected to none."""
+    leave_ray()
+    yield
+    leave_ray()
+
+
+def start_ray(workers: int) -> None:
+    import ray
+
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=40)
+
+
+def leave_ray() -> None:
+    """End this process's connection to Ray, if there is one."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def place(item: pytest.Item) -> int:
+    """When to run a test: first those that start Ray with one worker, then those that share one, then others that meet Ray.
+
+    What has nothing to do with Ray comes last, from 3 on.
+    """
+    fixtures = getattr(item, "fixturenames", ())
+    if "workers" in fixtures:
+        return 0
+    if "local_ray" in fixtures:
+        return 1
+    return 2 if item.get_closest_marker("ray") else 3
