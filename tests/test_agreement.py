@@ -87,16 +87,16 @@ def test_precision_along_the_ranking() -> None:
 
 def test_evaluate_compares_on_common_removals_and_same_questions(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    la.score(run, "sgd-ie", ray_address=None)
+    la.score(run, "sgd-ie", ray_address=None, check=0)
     with pytest.raises(la.RequestError, match=r"no leave-one-out truth.*method='loo'"):
         la.evaluate(run)
-    truth = la.score(run, "loo", range(4, 16), ray_address=None)
-    la.score(run, "acc-sgd-ie", range(8, N), ray_address=None)
+    truth = la.score(run, "loo", range(4, 16), ray_address=None, check=0)
+    la.score(run, "acc-sgd-ie", range(8, N), ray_address=None, check=0)
     rows = {row["method"]: row for row in la.evaluate(run).to_pylist()}
     assert {name: row["n"] for name, row in rows.items()} == {"loo": 12, "sgd-ie": 12, "acc-sgd-ie": 8}
     assert rows["loo"]["rmse"] == 0
     assert rows["loo"]["kendall"] == pytest.approx(1)
-    estimate = la.score(run, "sgd-ie", range(4, 16), ray_address=None, save=False)
+    estimate = la.score(run, "sgd-ie", range(4, 16), ray_address=None, save=False, check=0)
     assert rows["sgd-ie"]["kendall"] == pytest.approx(stats.kendalltau(estimate.values, truth.values).statistic)
     assert 0 < rows["acc-sgd-ie"]["rmse"] < rows["sgd-ie"]["rmse"]
     assert all(row["seconds"] > 0 for row in rows.values())
@@ -106,8 +106,8 @@ def test_evaluate_compares_on_common_removals_and_same_questions(tmp_path: Path)
 def test_each_query_is_held_against_its_own_truth(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
     queries = [run.query("val"), la.Query("other", [data(n=9, seed=5).tensors])]
-    truths = {query.name: la.score(run, "loo", query=query, ray_address=None) for query in queries}
-    estimates = {query.name: la.score(run, "sgd-ie", query=query, ray_address=None) for query in queries}
+    truths = {query.name: la.score(run, "loo", query=query, ray_address=None, check=0) for query in queries}
+    estimates = {query.name: la.score(run, "sgd-ie", query=query, ray_address=None, check=0) for query in queries}
     stored = agreement.stored_scores(run)
     assert len(stored) == 4
     for order in (stored, dict(reversed(stored.items()))):
@@ -127,15 +127,15 @@ def test_each_query_is_held_against_its_own_truth(tmp_path: Path) -> None:
 
 def test_a_query_of_the_same_name_and_other_data_is_another_question(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    truth = la.score(run, "loo", query=la.Query("other", [data(n=9, seed=5).tensors]), ray_address=None)
-    estimate = la.score(run, "sgd-ie", query=la.Query("other", [data(n=9, seed=6).tensors]), ray_address=None)
+    truth = la.score(run, "loo", query=la.Query("other", [data(n=9, seed=5).tensors]), ray_address=None, check=0)
+    estimate = la.score(run, "sgd-ie", query=la.Query("other", [data(n=9, seed=6).tensors]), ray_address=None, check=0)
     assert agreement.truth_for({"loo-other": truth}, estimate) is None
     assert la.evaluate(run)["method"].to_pylist() == ["loo"]
 
 
 def test_scores_of_an_older_record_are_left_out(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    la.score(run, "loo", [1, 2], ray_address=None)
+    la.score(run, "loo", [1, 2], ray_address=None, check=0)
     import shutil
 
     record(tmp_path / "other", make(seed=3, hidden=4))

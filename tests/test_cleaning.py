@@ -65,7 +65,7 @@ def test_truth_and_oracle_are_shown_where_they_are_known(tmp_path: Path, run: la
 
     info = pa.table({"corrupted": [i < 8 for i in range(48)]})
     monkeypatch.setattr(la.Run, "sample_info", lambda self: info)
-    la.score(run, "loo", ray_address=None)
+    la.score(run, "loo", ray_address=None, check=0)
     table = la.clean(run, "loo", [8 / 48, 0.5], seeds=2, ray_address=None, controls=("none", "oracle"), save=False)
     rows = {(row["method"], round(row["fraction"], 2)): row for row in table.to_pylist()}
     assert list(rows) == [("none", 0.0), ("loo", 0.17), ("loo", 0.5), ("oracle", 0.17), ("oracle", 0.5)]

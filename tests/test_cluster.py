@@ -49,8 +49,8 @@ def test_workers_give_the_scores_of_this_process_to_the_last_bit(
 
     monkeypatch.setattr(memory, "LARGEST_CHUNK", 20)
     for method in ("loo", "acc-sgd-ie", "sgd-ie"):
-        alone = la.score(run, method, readout="exact", ray_address=None, save=False, keep_shifts=True)
-        farmed = la.score(run, method, readout="exact", save=False, keep_shifts=True)
+        alone = la.score(run, method, readout="exact", ray_address=None, save=False, keep_shifts=True, check=0)
+        farmed = la.score(run, method, readout="exact", save=False, keep_shifts=True, check=0)
         assert np.array_equal(alone.values, farmed.values)
         assert alone.shifts is not None
         assert farmed.shifts is not None
@@ -62,7 +62,7 @@ def test_a_query_of_ones_own_reaches_the_workers(run: la.Run, workers: int, monk
 
     monkeypatch.setattr(memory, "LARGEST_CHUNK", 20)
     query = la.Query("first-logit", [tuple(data(n=9, seed=2).tensors)], lambda module, batch: module.net(batch[0])[:, 0])
-    alone, farmed = (la.score(run, "acc-sgd-ie", None, query, ray_address=a, save=False) for a in (None, "local"))
+    alone, farmed = (la.score(run, "acc-sgd-ie", None, query, ray_address=a, save=False, check=0) for a in (None, "local"))
     assert np.array_equal(alone.values, farmed.values)
 
 
@@ -76,7 +76,7 @@ def test_an_error_in_a_worker_is_the_error_here(run: la.Run, workers: int, monke
 
     query = la.Query("refusing", [tuple(data(n=9, seed=2).tensors)], refuses)  # type: ignore[arg-type]
     with pytest.raises(la.RequestError, match="this query refuses"):
-        la.score(run, "loo", None, query, save=False)
+        la.score(run, "loo", None, query, save=False, check=0)
 
 
 SCRIPT = """
@@ -98,7 +98,7 @@ main(["retrain", {path!r}, "--ray-address", {address!r}])
 def test_ctrl_c_while_scoring_leaves_what_was_there(tmp_path: Path, no_ray: None, address: str) -> None:
     """In the midst of a sweep, which is known of by what it notes: in this process, and in workers."""
     record(tmp_path / "run", make(hidden=6), data(n=70), batch_size=5)
-    la.score(tmp_path / "run", "loo", [1, 2, 3], ray_address=None)
+    la.score(tmp_path / "run", "loo", [1, 2, 3], ray_address=None, check=0)
     before = (tmp_path / "run/scores/loo.parquet").read_bytes()
     (tmp_path / "faults").mkdir()
     script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run"), address=address)

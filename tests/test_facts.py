@@ -26,7 +26,7 @@ OPTIMIZERS = [
 
 
 def shifts(run: la.Run, method: str, removals: Any = None, **options: Any) -> torch.Tensor:
-    scores = la.score(run, method, removals, ray_address=None, keep_shifts=True, save=False, **options)
+    scores = la.score(run, method, removals, ray_address=None, keep_shifts=True, save=False, **options, check=0)
     assert scores.shifts is not None
     return scores.shifts
 
@@ -68,7 +68,9 @@ def test_4_what_removes_nothing_scores_exactly_zero(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4), seen)
     for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
         for readout in ("exact", "linear"):
-            values = la.score(run, method, [[], [4], [20, 4], [5]], readout=readout, ray_address=None, save=False).values
+            values = la.score(
+                run, method, [[], [4], [20, 4], [5]], readout=readout, ray_address=None, save=False, check=0
+            ).values
             assert values[:3].tolist() == [0.0, 0.0, 0.0]
             assert values[3] != 0.0
         assert shifts(run, method, [[], [4]]).abs().max() == 0
@@ -80,7 +82,7 @@ def test_4_groups_add_up_for_sgd_ie_and_not_for_acc(tmp_path: Path) -> None:
     for method, adds in (("sgd-ie", True), ("acc-sgd-ie", False), ("loo", False)):
         together, single = shifts(run, method, [group])[0], shifts(run, method, group).sum(0)
         assert (relative(together, single) < EXACT) == adds, method
-    together, single = (la.score(run, "sgd-ie", r, ray_address=None, save=False).values for r in ([group], group))
+    together, single = (la.score(run, "sgd-ie", r, ray_address=None, save=False, check=0).values for r in ([group], group))
     assert together[0] == pytest.approx(single.sum(), rel=EXACT)
 
 
@@ -111,7 +113,7 @@ def shifts_along(run: la.Run, method: str, error: torch.Tensor | None = None, pu
             seen.append(self.finish(carry)[1])
             return super().advance(step, carry, removals)
 
-    _, final = sweeps.forward(Replay(run), Watched(), [(i,) for i in range(N)])
+    _, final, _ = sweeps.forward(Replay(run), Watched(), [(i,) for i in range(N)])
     return torch.stack([*seen, final])
 
 
@@ -152,8 +154,8 @@ def test_5_accs_relative_error_stays_below_that_of_sgd_ie_at_every_epoch(tmp_pat
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 def test_6_forward_and_reverse_agree(tmp_path: Path, method: str, optimizer: dict[str, Any]) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=optimizer))
-    reverse = la.score(run, method, ray_address=None, save=False)
-    forward = la.score(run, method, readout="linear", keep_shifts=True, ray_address=None, save=False)
+    reverse = la.score(run, method, ray_address=None, save=False, check=0)
+    forward = la.score(run, method, readout="linear", keep_shifts=True, ray_address=None, save=False, check=0)
     assert reverse.shifts is None
     torch.testing.assert_close(torch.tensor(reverse.values), torch.tensor(forward.values), rtol=1e-9, atol=1e-15)
 
@@ -176,9 +178,9 @@ def test_6_chunked_equals_unchunked(tmp_path: Path, method: str, monkeypatch: py
     from lightning_acc.methods import memory
 
     run = record(tmp_path / "run", make(hidden=4))
-    whole = la.score(run, method, readout="exact", ray_address=None, save=False).values
+    whole = la.score(run, method, readout="exact", ray_address=None, save=False, check=0).values
     monkeypatch.setattr(memory, "LARGEST_CHUNK", 5)
-    chunked = la.score(run, method, readout="exact", ray_address=None, save=False).values
+    chunked = la.score(run, method, readout="exact", ray_address=None, save=False, check=0).values
     torch.testing.assert_close(torch.tensor(chunked), torch.tensor(whole), rtol=1e-9, atol=1e-15)
 
 
@@ -251,7 +253,7 @@ def test_7_the_audit_finds_the_step_that_was_tampered_with(tmp_path: Path) -> No
     assert "step 6" in str(report)
     for method in METHODS:
         with pytest.raises(la.RunError, match=r"audit FAILED: step 6.*no score of this run can be trusted"):
-            la.score(run, method, ray_address=None)
+            la.score(run, method, ray_address=None, check=0)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
@@ -285,7 +287,7 @@ def test_loo_equals_a_real_lightning_retraining(tmp_path: Path, sample: int) -> 
     with pytest.warns(UserWarning, match="no validation data"):
         base = trained(everything, la.TrajectoryRecorder(tmp_path / "run"))
     query = la.Query("held_out", [(*data(n=8, seed=5).tensors, torch.ones(8, dtype=torch.float64))])
-    scores = la.score(la.Run(tmp_path / "run"), "loo", [sample], query, keep_shifts=True, ray_address=None)
+    scores = la.score(la.Run(tmp_path / "run"), "loo", [sample], query, keep_shifts=True, ray_address=None, check=0)
     assert scores.shifts is not None
     assert relative(scores.shifts[0], trained(without) - base) < EXACT
 
@@ -304,9 +306,9 @@ def test_exact_and_linear_readout_are_what_they_say(tmp_path: Path) -> None:
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(query(final.clone()), module.parameters())])
     for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
         moved = shifts(run, method)
-        linear = la.score(run, method, readout="linear", ray_address=None, save=False).values
+        linear = la.score(run, method, readout="linear", ray_address=None, save=False, check=0).values
         torch.testing.assert_close(torch.tensor(linear), moved @ gradient, rtol=1e-8, atol=1e-14)
-        exact = la.score(run, method, readout="exact", ray_address=None, save=False).values
+        exact = la.score(run, method, readout="exact", ray_address=None, save=False, check=0).values
         expected = torch.stack([query(final + shift) - query(final.clone()) for shift in moved]).detach()
         torch.testing.assert_close(torch.tensor(exact), expected, rtol=1e-8, atol=1e-14)
 
@@ -328,7 +330,7 @@ def test_tracin_is_the_sum_of_gradient_products(tmp_path: Path) -> None:
         for sample, weight in zip(step.sample_ids.tolist(), step.weights.tolist(), strict=True):
             g = gradient(run.parameters(t), x[sample : sample + 1], y[sample : sample + 1])
             expected[sample] += step.hyperparameters["lr"] * weight * float(query @ g)
-    found = la.score(run, "tracin", ray_address=None, save=False).values
+    found = la.score(run, "tracin", ray_address=None, save=False, check=0).values
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-9, atol=1e-15)
 
 

@@ -49,7 +49,7 @@ def run(recorded: la.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> la
 def undisturbed(recorded: la.Run) -> np.ndarray:
     patch = pytest.MonkeyPatch()
     patch.setattr(memory, "LARGEST_CHUNK", CHUNK)
-    values = la.score(recorded, "loo", ray_address=None, save=False).values
+    values = la.score(recorded, "loo", ray_address=None, save=False, check=0).values
     patch.undo()
     return values
 
@@ -76,27 +76,27 @@ def test_what_fails_for_good_is_named_and_the_rest_is_kept(
 ) -> None:
     strike(tmp_path, at40="killed always")
     with pytest.raises(la.RunError, match=r"20 of 240 removals failed \(40, 41, .*others are stored; score again"):
-        la.score(run, "loo")
+        la.score(run, "loo", check=0)
     assert len(computed(tmp_path)) == N // CHUNK - 1
     (tmp_path / "faults/40").unlink()
     (tmp_path / "faults/computed").unlink()
-    found = la.score(run, "loo", ray_address=None)
+    found = la.score(run, "loo", ray_address=None, check=0)
     assert found.conditions["reused"] == N - CHUNK
     assert np.array_equal(found.values, undisturbed)
     assert np.array_equal(whole_table(run), undisturbed)
 
 
 def test_a_repeated_command_computes_nothing_and_starts_no_workers(run: la.Run, no_ray: None) -> None:
-    first = la.score(run, "loo", ray_address=None)
+    first = la.score(run, "loo", ray_address=None, check=0)
     started = time.monotonic()
-    again = la.score(run, "loo", ray_address="ray://nowhere:1")
+    again = la.score(run, "loo", ray_address="ray://nowhere:1", check=0)
     assert time.monotonic() - started < 5
     assert again.conditions["reused"] == N
     assert np.array_equal(first.values, again.values)
-    assert la.score(run, "loo", dtype="float32", ray_address=None).conditions["reused"] == 0
+    assert la.score(run, "loo", dtype="float32", ray_address=None, check=0).conditions["reused"] == 0
     own = la.Query("own", run.query("val").batches and [data(n=5).tensors], lambda module, batch: module.net(batch[0])[:, 0])
     for _ in range(2):  # a function may have changed under its name
-        assert la.score(run, "loo", [1, 2], own, ray_address=None).conditions["reused"] == 0
+        assert la.score(run, "loo", [1, 2], own, ray_address=None, check=0).conditions["reused"] == 0
 
 
 SCRIPT = """
@@ -132,7 +132,7 @@ def test_a_killed_driver_is_resumed(run: la.Run, undisturbed: np.ndarray, tmp_pa
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    found = la.score(run, "loo", ray_address=None)
+    found = la.score(run, "loo", ray_address=None, check=0)
     assert found.conditions["reused"] == 100
     assert np.array_equal(found.values, undisturbed)
 
@@ -194,7 +194,7 @@ def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, 
     strike(tmp_path, **{f"at{first}": f"hangs on {nodes.second.node_id}" for first in range(0, N, CHUNK)})
     thread = ThreadPoolExecutor(1)
     removed = thread.submit(remove_when_it_works, nodes, tmp_path)
-    found = la.score(run, "loo", ray_address="auto")
+    found = la.score(run, "loo", ray_address="auto", check=0)
     removed.result()
     hanging = (tmp_path / "faults/hanging").read_text().split()
     assert len(hanging) == 1  # the node went while it worked on this piece,
@@ -224,7 +224,7 @@ def test_every_fault_in_one_run(run: la.Run, undisturbed: np.ndarray, tmp_path: 
     (tmp_path / "faults/220").unlink()
     assert not list((tmp_path / "faults").glob("[0-9]*"))  # all of them struck
     with pytest.warns(UserWarning, match=r"1 of 240 removals have no finite score \(120\)"):
-        found = la.score(run, "loo", ray_address="auto")
+        found = la.score(run, "loo", ray_address="auto", check=0)
     assert len(held) == 9_000_000
     assert found.conditions["reused"] == N - CHUNK
     assert len(computed(tmp_path)) == len(set(computed(tmp_path))) == N // CHUNK + 1  # no piece twice
@@ -247,5 +247,5 @@ def test_a_removal_that_diverges_is_reported_and_the_rest_finishes(run: la.Run, 
 
     monkeypatch.setattr(scoring, "_compute_here", lambda replay, *arguments: diverging(*arguments))
     with pytest.warns(UserWarning, match=r"1 of 240 removals have no finite score \(7\)"):
-        found = la.score(run, "loo", ray_address=None)
+        found = la.score(run, "loo", ray_address=None, check=0)
     assert np.isfinite(found.values).sum() == N - 1

@@ -150,7 +150,7 @@ def test_frozen_parameters_count_as_given(tmp_path: Path) -> None:
     run = record(tmp_path / "run", module)
     assert run.n_parameters == 4 * CLASSES + CLASSES
     assert run.audit().max_abs_error == 0
-    assert la.score(run, "loo", [1], ray_address=None).values[0] != 0
+    assert la.score(run, "loo", [1], ray_address=None, check=0).values[0] != 0
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -166,7 +166,7 @@ def test_a_module_without_per_sample_loss_gives_the_same_scores(tmp_path: Path, 
     if reduction == "mean":
         same = record(tmp_path / "twin", twin)
         for method in ("loo", "acc-sgd-ie", "sgd-ie"):
-            ours, theirs = (la.score(r, method, ray_address=None, save=False).values for r in (run, same))
+            ours, theirs = (la.score(r, method, ray_address=None, save=False, check=0).values for r in (run, same))
             torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-8, atol=1e-14)
     else:
         assert run.steps[0].weights.tolist() == [1.0] * 7
@@ -189,7 +189,7 @@ class Metric(StepOnly):
 def test_metrics_in_the_step_do_no_harm(tmp_path: Path) -> None:
     run = record(tmp_path / "run", Metric().double())
     assert run.audit().ok
-    assert la.score(run, "acc-sgd-ie", [0, 1], ray_address=None).values.all()
+    assert la.score(run, "acc-sgd-ie", [0, 1], ray_address=None, check=0).values.all()
 
 
 class TokenMean(Net):
@@ -205,7 +205,7 @@ def test_a_loss_averaged_over_tokens_is_fine(tmp_path: Path) -> None:
     run = record(tmp_path / "run", TokenMean().double())
     assert not run.manifest["loss"]["independent_rows"]
     assert run.audit().max_abs_error == 0
-    truth, estimate = (la.score(run, method, ray_address=None).values for method in ("loo", "acc-sgd-ie"))
+    truth, estimate = (la.score(run, method, ray_address=None, check=0).values for method in ("loo", "acc-sgd-ie"))
     assert la.evaluate(run).to_pylist()[1]["kendall"] > 0.9
     assert abs(truth - estimate).max() < 0.3 * abs(truth).max()
 
@@ -231,9 +231,9 @@ def test_without_validation_data_recording_goes_on_with_a_warning(tmp_path: Path
     with pytest.warns(UserWarning, match=r"no validation data.*add_query"):
         run = record(tmp_path / "run", make(), validation=False)
     with pytest.raises(la.RequestError, match=r"no query 'val'.*add_query"):
-        la.score(run, "sgd-ie", ray_address=None)
+        la.score(run, "sgd-ie", ray_address=None, check=0)
     run.add_query("val", DataLoader(data(n=16, seed=9), 5))
-    assert len(la.score(run, "sgd-ie", ray_address=None)) == N
+    assert len(la.score(run, "sgd-ie", ray_address=None, check=0)) == N
 
 
 class Unsaved(Net):
@@ -254,7 +254,7 @@ def test_a_module_that_cannot_be_rebuilt_is_said_at_the_start_and_can_be_given(t
     del module
     gc.collect()
     with pytest.raises(la.RunError, match="save_hyperparameters"):
-        la.score(run, "sgd-ie", ray_address=None)
+        la.score(run, "sgd-ie", ray_address=None, check=0)
     given = la.Run(tmp_path / "run", module=Unsaved(Width()))
     assert given.audit().max_abs_error == 0
 
@@ -344,8 +344,8 @@ def test_a_convolutional_network_on_images(tmp_path: Path) -> None:
         run = record(tmp_path / "run", Image(), loader, validation=False, precision="32-true")
     run.add_query("val", [(images[:8], labels[:8])])
     assert run.audit().ok
-    truth = la.score(run, "loo", ray_address=None, dtype="float64", save=False).values
-    estimate = la.score(run, "acc-sgd-ie", ray_address=None, dtype="float64", save=False).values
+    truth = la.score(run, "loo", ray_address=None, dtype="float64", save=False, check=0).values
+    estimate = la.score(run, "acc-sgd-ie", ray_address=None, dtype="float64", save=False, check=0).values
     assert abs(truth - estimate).max() < 0.1 * abs(truth).max()
 
 
@@ -360,7 +360,9 @@ def test_every_kth_snapshot_fits_the_budget_and_the_others_are_computed_again(tm
     for t in range(41):
         assert torch.equal(sparse.parameters(t), everything.parameters(t))
     assert sparse.audit().max_abs_error == 0
-    scores = [la.score(run, "acc-sgd-ie", ray_address=None, save=False).values.tolist() for run in (everything, sparse)]
+    scores = [
+        la.score(run, "acc-sgd-ie", ray_address=None, save=False, check=0).values.tolist() for run in (everything, sparse)
+    ]
     assert scores[0] == scores[1]
 
 
@@ -399,7 +401,7 @@ def test_augmentation_keeps_the_content_of_each_visit_and_equal_contents_once(tm
     assert max(int(step.contents.max()) for step in run.steps) == 3 * N - 1
     plain = record(tmp_path / "plain", make(hidden=4), DataLoader(data(), 6, shuffle=True))
     assert max(int(step.contents.max()) for step in plain.steps) == N - 1
-    assert la.score(run, "loo", [3], ray_address=None).values[0] != 0
+    assert la.score(run, "loo", [3], ray_address=None, check=0).values[0] != 0
 
 
 @pytest.mark.parametrize("format", ["torch", "numpy", None])
@@ -443,7 +445,7 @@ def test_only_trained_parameters_count(tmp_path: Path) -> None:
     run = record(tmp_path / "run", Adapted().double())
     assert run.n_parameters == 2 * FEATURES + 2 * 6
     assert run.audit().max_abs_error == 0
-    truth, estimate = (la.score(run, method, ray_address=None).values for method in ("loo", "acc-sgd-ie"))
+    truth, estimate = (la.score(run, method, ray_address=None, check=0).values for method in ("loo", "acc-sgd-ie"))
     assert abs(truth - estimate).max() < 0.2 * abs(truth).max()
 
 
@@ -479,10 +481,10 @@ def test_recurrent_networks_and_operations_without_a_second_derivative(tmp_path:
         loader = DataLoader(words(), 6, shuffle=True)
         trainer(la.TrajectoryRecorder(path), limit_val_batches=0).fit(module, loader, loader)
         assert la.Run(path).audit().ok
-        truth = la.score(path, "loo", None, query, ray_address=None).values
+        truth = la.score(path, "loo", None, query, ray_address=None, check=0).values
         if bag:
             with pytest.raises(la.RequestError, match=r"acc-sgd-ie differentiates the loss twice.*use method='loo'"):
-                la.score(path, "acc-sgd-ie", None, query, ray_address=None)
+                la.score(path, "acc-sgd-ie", None, query, ray_address=None, check=0)
         else:
-            estimate = la.score(path, "acc-sgd-ie", None, query, ray_address=None).values
+            estimate = la.score(path, "acc-sgd-ie", None, query, ray_address=None, check=0).values
             assert abs(truth - estimate).max() < 0.1 * abs(truth).max()

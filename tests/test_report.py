@@ -200,7 +200,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
     trainer(la.TrajectoryRecorder(path)).fit(make(hidden=4), datamodule=Described())
     run = la.Run(path)
     for method in ("loo", "acc-sgd-ie", "sgd-ie"):
-        la.score(run, method, ray_address=None)
+        la.score(run, method, ray_address=None, check=0)
     cleaning.write(run, removal_curves())
     return run
 
@@ -392,7 +392,7 @@ def test_removal_curves_show_means_intervals_and_controls(browser: Browser) -> N
 
 def test_a_run_of_which_little_is_known_has_a_page(started: Browser, tmp_path: Path) -> None:
     run = record(tmp_path / "plain", make(loss="squared"))
-    la.score(run, "sgd-ie", removals=range(5), ray_address=None)
+    la.score(run, "sgd-ie", removals=range(5), ray_address=None, check=0)
     page = Path(report.write_report(run))
     shown = "[...document.querySelectorAll('section:not([hidden])')].map(section => section.id)"
     started.complaints.clear()
@@ -450,7 +450,7 @@ def test_a_ranking_is_written_as_csv(run: la.Run, tmp_path: Path) -> None:
     assert found == {i: (score, truth[i]) for i, score in by_sample(run, "acc-sgd-ie").items()}
     assert {row["label"] for row in rows} == set(Described().labels)
     assert all((row["corrupted"] == "True") == (row["true_label"] == "class 7") for row in rows)
-    groups = la.score(run, "sgd-ie", removals=[[1, 2], [3]], ray_address=None, save=False)
+    groups = la.score(run, "sgd-ie", removals=[[1, 2], [3]], ray_address=None, save=False, check=0)
     exports.write_ranking_csv(run, groups, tmp_path / "groups.csv")
     with open(tmp_path / "groups.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -97,7 +97,7 @@ def test_the_counterfactual_of_a_resumed_run_is_the_resumed_training(tmp_path: P
         train(tmp_path, net, Stop(8, "error"), gradient_clip_val=None)
     train(tmp_path, net, ckpt_path=checkpoint(tmp_path, 6), gradient_clip_val=None)
     run = la.Run(tmp_path / "run")
-    shifts = la.score(run, "loo", [3, 20], keep_shifts=True, ray_address=None).shifts
+    shifts = la.score(run, "loo", [3, 20], keep_shifts=True, ray_address=None, check=0).shifts
     assert shifts is not None
     whole = replay_by_hand(run, net, {})
     for sample, shift in zip((3, 20), shifts, strict=True):

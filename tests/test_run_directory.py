@@ -77,7 +77,7 @@ def test_damage_is_named_with_its_file_and_the_remedy(path: Path, damage: str) -
     do, message = DAMAGES[damage]
     do(path)
     with pytest.raises(la.RunError, match=message) as error:
-        la.score(path, "acc-sgd-ie", [0], ray_address=None)
+        la.score(path, "acc-sgd-ie", [0], ray_address=None, check=0)
     assert "\n" not in str(error.value)
     assert not (path / "scores").exists()
 
@@ -122,7 +122,7 @@ def test_what_does_not_exist_is_named(path: Path) -> None:
     }
     for message, arguments in cases.items():
         with pytest.raises(la.RequestError, match=message):
-            la.score(path, **{"ray_address": None, **arguments})  # type: ignore[arg-type]
+            la.score(path, **{"ray_address": None, **arguments}, check=0)  # type: ignore[arg-type]
     assert not (path / "scores").exists()
     with pytest.raises(la.RequestError, match="no scores yet"):
         la.evaluate(path)
@@ -132,8 +132,8 @@ def test_what_does_not_exist_is_named(path: Path) -> None:
 
 def test_scores_keep_their_conditions_and_are_merged_with_older_ones(path: Path) -> None:
     run = la.Run(path)
-    la.score(run, "loo", [3, 1], ray_address=None)
-    la.score(run, "loo", [[2, 5], [1]], ray_address=None)
+    la.score(run, "loo", [3, 1], ray_address=None, check=0)
+    la.score(run, "loo", [[2, 5], [1]], ray_address=None, check=0)
     from lightning_acc.scoring import scores
 
     stored = scores.read(run.store, "loo")
@@ -144,14 +144,14 @@ def test_scores_keep_their_conditions_and_are_merged_with_older_ones(path: Path)
     assert conditions["manifest_hash"] == run.hash
     for key in ("method", "query", "readout", "dtype", "version", "seconds", "peak_memory_gb", "n"):
         assert key in conditions
-    la.score(run, "loo", [3], readout="linear", ray_address=None)
-    la.score(run, "loo", [3], dtype="float32", ray_address=None)
+    la.score(run, "loo", [3], readout="linear", ray_address=None, check=0)
+    la.score(run, "loo", [3], dtype="float32", ray_address=None, check=0)
     assert scores.names(run.store) == ["loo", "loo.float32", "loo.linear"]
     assert len(scores.read(run.store, "loo")) == 3
 
 
 def test_a_table_of_scores_that_is_damaged_is_named(path: Path) -> None:
-    la.score(path, "loo", [0, 1], ray_address=None)
+    la.score(path, "loo", [0, 1], ray_address=None, check=0)
     truncate(path / "scores/loo.parquet")
     with pytest.raises(la.RunError, match=r"scores/loo.parquet is damaged: delete it and score again"):
         la.evaluate(path)
@@ -162,15 +162,15 @@ def test_queries_of_ones_own(path: Path) -> None:
     held_out = [tuple(data(n=10, seed=3).tensors), tuple(data(n=4, seed=4).tensors)]
     run.add_query("held-out", held_out)
     assert run.query_names() == ["held-out", "val"]
-    stored = la.score(run, "loo", [0, 1], "held-out", ray_address=None)
-    given = la.score(run, "loo", [0, 1], la.Query("mine", held_out), ray_address=None)
+    stored = la.score(run, "loo", [0, 1], "held-out", ray_address=None, check=0)
+    given = la.score(run, "loo", [0, 1], la.Query("mine", held_out), ray_address=None, check=0)
     assert stored.values.tolist() == given.values.tolist()
 
     def margin(module: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         logits = module.net(batch[0])  # type: ignore[operator]
         return logits[:, 0] - logits[:, 1]
 
-    custom = la.score(run, "acc-sgd-ie", [0, 1], la.Query("margin", held_out, margin), ray_address=None)
+    custom = la.score(run, "acc-sgd-ie", [0, 1], la.Query("margin", held_out, margin), ray_address=None, check=0)
     assert custom.conditions["query_fingerprint"] != given.conditions["query_fingerprint"]
     assert custom.values.all()
     with pytest.raises(la.RequestError, match="no name for a query"):

@@ -22,11 +22,11 @@ ROUND_OFF = 1e-12
 def found(run: la.Run, followed: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
     followed = entry.most_followed(run) if followed is None else followed
     options = {"ray_address": None, "save": False, **options}
-    return la.score(run, "acc-low-rank", removals, followed=followed, **options)
+    return la.score(run, "acc-low-rank", removals, followed=followed, **options, check=0)
 
 
 def exact(run: la.Run, method: str = "acc-sgd-ie", removals: list[Any] | None = None, **options: Any) -> la.Scores:
-    return la.score(run, method, removals, ray_address=None, save=False, **options)
+    return la.score(run, method, removals, ray_address=None, save=False, **options, check=0)
 
 
 @pytest.mark.parametrize("readout", ["exact", "linear"])
@@ -139,12 +139,12 @@ def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(entry, "TRACKED_WORK", 0.0)
     monkeypatch.setattr(entry, "FOLLOWED_WORK", 0.0)
     assert LowRank().settled(run, keep_shifts=False).form == "screened"
-    scores = la.score(run, "acc-low-rank", ray_address=None)
+    scores = la.score(run, "acc-low-rank", ray_address=None, check=0)
     assert scores.conditions["form"] == "screened"
     assert scores.conditions["readout"] == "exact"
     assert scores.conditions["followed_exactly"] == entry.FEWEST_FOLLOWED
-    assert la.score(run, "acc-low-rank", ray_address=None, keep_shifts=True).conditions["form"] == "tracked"
-    assert la.score(run, "acc-low-rank", ray_address=None, directions=3).conditions["form"] == "tracked"
+    assert la.score(run, "acc-low-rank", ray_address=None, keep_shifts=True, check=0).conditions["form"] == "tracked"
+    assert la.score(run, "acc-low-rank", ray_address=None, directions=3, check=0).conditions["form"] == "tracked"
     with pytest.raises(la.RequestError, match="the shifts of a few removals alone"):
         found(run, keep_shifts=True)
     names = {path.name for path in (tmp_path / "run/scores").iterdir()}
@@ -158,10 +158,13 @@ def test_rough_shifts_are_screened_instead(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(entry, "MOST_DIRECTIONS", 3)
     monkeypatch.setattr(entry, "MOST_FOLLOWED", 3)
     with pytest.warns(UserWarning, match=r"In 3 directions .* the most influential removals were followed instead"):
-        some = la.score(run, "acc-low-rank", ray_address=None, save=False)
+        some = la.score(run, "acc-low-rank", ray_address=None, save=False, check=0)
     assert (some.conditions["fallback"], some.conditions["followed_exactly"]) == ("screened", 3)
     with pytest.warns(UserWarning, match="In 3 directions .* those of sgd-ie"):
-        assert la.score(run, "acc-low-rank", ray_address=None, directions=3, save=False).conditions["fallback"] == "sgd-ie"
+        assert (
+            la.score(run, "acc-low-rank", ray_address=None, directions=3, save=False, check=0).conditions["fallback"]
+            == "sgd-ie"
+        )
     influential = np.argsort(-np.abs(exact(run, "sgd-ie").values), kind="stable")[:3]
     np.testing.assert_allclose(some.values[influential], exact(run).values[influential], rtol=0, atol=ROUND_OFF)
 

@@ -92,7 +92,7 @@ def test_planted_files_are_never_executed(path: Path, tmp_path: Path) -> None:
     (path / "scores/loo.pkl").write_bytes(planted)
     run = la.Run(path)
     assert run.audit().ok
-    la.score(run, "sgd-ie", ray_address=None)
+    la.score(run, "sgd-ie", ray_address=None, check=0)
     assert run.query_names() == ["val"]
     assert not sign.exists()
     pickle.loads(planted)
@@ -109,7 +109,7 @@ def test_a_pickle_in_place_of_a_file_is_not_loaded(path: Path, tmp_path: Path, n
     files[name] = {**files.get(name, {}), "bytes": len(planted), "sha256": digest(planted)}
     run = la.Run(edit(path, files=files))
     with pytest.raises((la.RunError, safetensors.SafetensorError, ValueError)):
-        la.score(run, "sgd-ie", ray_address=None)
+        la.score(run, "sgd-ie", ray_address=None, check=0)
     assert not sign.exists()
 
 
@@ -226,7 +226,7 @@ def test_a_manifest_without_what_it_must_tell_is_damaged(path: Path) -> None:
 def test_no_name_leads_outside(path: Path, name: str) -> None:
     run = la.Run(path)
     before = set(path.parent.rglob("*"))
-    table = la.score(run, "sgd-ie", [0], ray_address=None, save=False)
+    table = la.score(run, "sgd-ie", [0], ray_address=None, save=False, check=0)
     with pytest.raises(la.RequestError, match="no name for a query"):
         run.add_query(name, [])
     with pytest.raises(la.RequestError, match="no query"):
@@ -278,7 +278,7 @@ def test_the_working_url_keeps_its_credentials_and_nothing_shows_them(monkeypatc
     assert run.store.url == url
     again = pickle.loads(pickle.dumps(run))
     assert again.hash == run.hash
-    table = la.score(run, "sgd-ie", ray_address=None)
+    table = la.score(run, "sgd-ie", ray_address=None, check=0)
     shown = [repr(run), run.path, run.name, str(run.store), run.store.locate("x"), la.write_report(run), str(table.conditions)]
     for do in (lambda: run.store.read("nowhere"), lambda: la.evaluate(run), lambda: la.Run(f"{url}2")):
         with pytest.raises(la.InfluenceError) as error:

@@ -91,7 +91,7 @@ def test_audit_and_loo_are_exact(tmp_path: Path, setup: tuple[Any, ...]) -> None
     if accumulate == 1:
         assert report.max_abs_error == 0
     held_out = la.Query("held-out", [(*data(n=8, seed=5).tensors, torch.ones(8, dtype=torch.float64))])
-    scores = la.score(run, "loo", SAMPLES, held_out, keep_shifts=True, ray_address=None)
+    scores = la.score(run, "loo", SAMPLES, held_out, keep_shifts=True, ray_address=None, check=0)
     assert scores.shifts is not None
     for sample, shift in zip(SAMPLES, scores.shifts, strict=True):
         kept = everything.clone()
@@ -101,7 +101,7 @@ def test_audit_and_loo_are_exact(tmp_path: Path, setup: tuple[Any, ...]) -> None
 
 
 def shifts(run: la.Run, method: str, removals: Any = None) -> Tensor:
-    found = la.score(run, method, removals, ray_address=None, keep_shifts=True, save=False).shifts
+    found = la.score(run, method, removals, ray_address=None, keep_shifts=True, save=False, check=0).shifts
     assert found is not None
     return found
 
@@ -143,8 +143,8 @@ def test_sgd_ie_is_the_derivative_in_the_weight_and_forward_equals_reverse(
         eps = 1e-5
         difference = (final(sample, 1 - eps) - final(sample, 1 + eps)) / (2 * eps)
         assert float((shift - difference).norm() / difference.norm()) < 1e-6
-    forward = la.score(run, "sgd-ie", readout="linear", keep_shifts=True, ray_address=None, save=False).values
-    reverse = la.score(run, "sgd-ie", ray_address=None, save=False).values
+    forward = la.score(run, "sgd-ie", readout="linear", keep_shifts=True, ray_address=None, save=False, check=0).values
+    reverse = la.score(run, "sgd-ie", ray_address=None, save=False, check=0).values
     torch.testing.assert_close(torch.tensor(forward), torch.tensor(reverse), rtol=1e-8, atol=1e-13)
 
 
@@ -178,7 +178,7 @@ def test_tangents_are_finite_where_adams_second_moment_is_zero(tmp_path: Path) -
         )
         for method in ("sgd-ie", "acc-sgd-ie", "loo", "tracin"):
             assert bool(torch.isfinite(shifts(run, method)).all()), (kind, method)
-            values = la.score(run, method, ray_address=None, save=False).values
+            values = la.score(run, method, ray_address=None, save=False, check=0).values
             assert bool(torch.isfinite(torch.tensor(values)).all())
 
 
@@ -221,7 +221,7 @@ def test_an_optimizer_can_be_registered_and_a_wrong_rule_is_found_out(tmp_path: 
         la.register_optimizer(Lion, la.OptimizerRule(lion, lambda h: ("mean",), ("lr", "beta")))
         run = record(tmp_path / "run", WithLion(hidden=4).double())
         assert run.audit().max_abs_error == 0
-        assert la.score(run, "acc-sgd-ie", [1, 2], ray_address=None).values.all()
+        assert la.score(run, "acc-sgd-ie", [1, 2], ray_address=None, check=0).values.all()
         wrong = la.OptimizerRule(lambda s, g, h: (s[0] - h["lr"] * g, s[1]), lambda h: ("mean",), ("lr", "beta"))
         la.register_optimizer(Lion, wrong)
         with pytest.raises(RecordingRefused, match="Step 0 moved the parameters otherwise"):
@@ -269,7 +269,9 @@ def test_mixed_precision(tmp_path: Path) -> None:
     assert run.audit().max_abs_error == 0
     held_out = la.Query("held-out", [data(n=8, seed=5, dtype=torch.float32).tensors])
     for method, dtype in (("loo", None), ("loo", "float64"), ("acc-sgd-ie", None)):
-        found = la.score(run, method, SAMPLES, held_out, keep_shifts=True, ray_address=None, save=False, dtype=dtype).shifts
+        found = la.score(
+            run, method, SAMPLES, held_out, keep_shifts=True, ray_address=None, save=False, dtype=dtype, check=0
+        ).shifts
         assert found is not None
         for sample, shift in zip(SAMPLES, found, strict=True):
             kept = everything.clone()

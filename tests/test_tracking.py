@@ -34,7 +34,7 @@ ADAMW = {"class": "AdamW", "lr": 0.05, "weight_decay": 0.01}
 @pytest.mark.parametrize("optimizer", [MOMENTUM, ADAMW], ids=["momentum SGD", "AdamW"])
 def test_what_the_visits_contribute_adds_up_to_the_score(tmp_path: Path, optimizer: dict[str, Any]) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=optimizer, decay_lr=0.9))
-    scores = la.score(run, "sgd-ie", ray_address=None, save=False).by_removal()
+    scores = la.score(run, "sgd-ie", ray_address=None, save=False, check=0).by_removal()
     chosen = [5, 0, 17, 5]
     table = influence_over_time(run, chosen)
     assert table.schema.names == ["sample", "step", "score", "cumulative"]
@@ -158,8 +158,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         trainer(la.TrajectoryRecorder(directory / "run")).fit(make(hidden=4), datamodule=Described())
         run = la.Run(directory / "run")
         for method in METHODS:
-            la.score(run, method, ray_address=None)
-            la.score(run, method, [[3, 11]], ray_address=None)
+            la.score(run, method, ray_address=None, check=0)
+            la.score(run, method, [[3, 11]], ray_address=None, check=0)
         cleaning.write(run, cleaning_table())
         evaluation = la.evaluate(run).to_pylist()
         path = Path(tracking.track(run, evaluation, "somewhere"))
@@ -167,7 +167,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
 
 
 def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> None:
-    scores = la.score(logged.run, "acc-sgd-ie", ray_address=None, save=False).by_removal()
+    scores = la.score(logged.run, "acc-sgd-ie", ray_address=None, save=False, check=0).by_removal()
     rows = logged.rows("ranking/acc-sgd-ie")
     assert [row["rank"] for row in rows] == list(range(1, N + 2))
     assert [row["score"] for row in rows] == sorted(row["score"] for row in rows)
@@ -242,7 +242,7 @@ def test_lines_over_time_end_at_the_scores_of_the_extreme_samples(logged: Logged
         *(f"harmful #{sample}" for sample in ranked[:5]),
         *(f"helpful #{sample}" for sample in ranked[-5:]),
     }
-    scores = la.score(logged.run, "sgd-ie", ray_address=None, save=False).by_removal()
+    scores = la.score(logged.run, "sgd-ie", ray_address=None, save=False, check=0).by_removal()
     for name, points in lines.items():
         assert [t for t, _ in points] == sorted(t for t, _ in points)
         assert points[-1][1] == pytest.approx(scores[(int(name.split("#")[1]),)], rel=1e-9)
@@ -384,7 +384,7 @@ def test_one_live_run_shows_progress_and_receives_the_results(
     import wandb
 
     run = record(tmp_path / "run", make())
-    la.score(run, "sgd-ie", ray_address=None)
+    la.score(run, "sgd-ie", ray_address=None, check=0)
     now = [100.0]
     monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: now[0]))
     mine = wandb.init(project="mine", dir=tmp_path / "wandb-files", settings=wandb.Settings(silent=True, console="off"))
@@ -448,7 +448,7 @@ def test_credentials_are_left_out(given: Any, kept: Any) -> None:
 
 def test_no_credentials_reach_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make())
-    la.score(run, "sgd-ie", ray_address=None)
+    la.score(run, "sgd-ie", ray_address=None, check=0)
     url = "https://me:pass-word@host/folder/run?signature=sig-nature"
     monkeypatch.setattr(type(run), "path", url, raising=False)
     monkeypatch.setattr(sys, "argv", ["lightning-acc", "track", url])
@@ -463,7 +463,7 @@ def test_no_credentials_reach_the_files(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_loss_that_cannot_be_followed_over_time_has_all_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make())
-    la.score(run, "loo", ray_address=None)
+    la.score(run, "loo", ray_address=None, check=0)
 
     def refuse(*_: Any) -> None:
         raise NotImplementedError("no second derivative")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isnan, nan
 from typing import Any, Literal
 
 from lightning_acc.errors import RunError
@@ -74,6 +73,7 @@ def score(
     dtype: Literal["float32", "float64"] | None = None,
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
+    check: str = "auto",
     directions: int | None = None,
     followed: int | None = None,
     confirm: str | None = None,
@@ -94,6 +94,8 @@ def score(
         dtype: precision of the replay; by default as recorded.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
+        check: how many removals to retrain without, so that the scores say how far they hold; auto for as many as the time
+            of the scoring, or a minute, allows; 0 for none.
         directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and can be
             afforded.
         followed: of acc-low-rank: how many of the most influential samples it follows exactly; large runs are done so by
@@ -103,7 +105,7 @@ def score(
     """
     from lightning_acc.run import Run
     from lightning_acc.scoring.score import score as compute
-    from lightning_acc.scoring.selection import in_words, most, select
+    from lightning_acc.scoring.selection import most, select
 
     opened = Run(run)
     scores = compute(
@@ -114,6 +116,7 @@ def score(
         readout,
         dtype,
         ray_address,
+        check=int(check) if check.isdecimal() else check,
         directions=directions,
         followed=followed,
         confirm=most(confirm) if confirm else 0,
@@ -122,13 +125,13 @@ def score(
     c = scores.conditions
     if c["reused"]:
         print(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
-    print(f"{scores}, {c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
-    rows = sorted(zip(scores.table["rank"].to_pylist(), scores.removals, scores.values.tolist(), strict=True))
-    print("most harmful first:" if rows else "no removals")
-    truth = scores.by_removal("loo") if confirm else {}
-    for place, removal, value in rows[:top]:
-        true = f"  ({truth[removal]:+.3e} by retraining)" if not isnan(truth.get(removal, nan)) else ""
-        print(f"{place:6d}  {value:+.3e}  {in_words(opened, removals, removal)}{true}")
+    print(f"{scores}\n{c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
+    table = scores.table
+    rows = zip(*(table[name].to_pylist() for name in ("rank", "score", "source", "estimate")), scores.labels, strict=True)
+    print("most harmful first:" if len(scores) else "no removals")
+    for place, value, source, estimate, label in sorted(rows)[:top]:
+        true = "" if source == "estimate" or method == source else f"  (by retraining; estimated {estimate:+.3e})"
+        print(f"{place:6d}  {value:+.3e}  {label}{true}")
 
 
 def retrain(

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lightning_acc.core.fingerprint import describe
 from lightning_acc.core.objective import LossFunction, Objective, loss_function
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import batches
@@ -54,8 +55,9 @@ class Query:
             leaves, structure = batches.flatten(batch)
             batches.batch_size(leaves)
             self.batches.append(({key: leaf.detach().cpu().clone() for key, leaf in leaves.items()}, structure))
-        if not self.batches:
-            raise RequestError(f"The query {name!r} has no data: its loader gave no batch.")
+        if not self.batches or not self.n_examples:
+            missing = "example" if self.batches else "batch"
+            raise RequestError(f"The query {name!r} has no data: its loader gave no {missing}.")
 
     @property
     def n_examples(self) -> int:
@@ -64,8 +66,8 @@ class Query:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the data and of the name of the function: two scores with the same one asked the same question."""
-        label = "loss" if self.function is None else f"{self.function.__module__}.{self.function.__qualname__}"
+        """Hash of the data and of the function, its code and all it holds: equal ones asked the same question."""
+        label = "loss" if self.function is None else describe(self.function)
         return digest(label.encode() + _encode(self))
 
     def value(self, objective: Objective, theta: Tensor) -> Tensor:
@@ -104,8 +106,21 @@ class Query:
 
     def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function summed over the examples of one batch, at parameters ``theta`` (p,)."""
-        values = objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves))
-        return values.sum() if values.ndim else values * batches.batch_size(leaves)
+        size = batches.batch_size(leaves)
+        values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
+        return values.sum() if values.ndim else values * size
+
+    def _checked(self, values: Any, size: int) -> Tensor:
+        """What the function gave for a batch of ``size`` examples, where it is what a query can be read from."""
+        if isinstance(values, Tensor) and values.is_floating_point() and values.shape in ((size,), ()):
+            return values
+        what = repr(values)[:80]
+        if isinstance(values, Tensor):
+            what = f"a tensor of shape {tuple(values.shape)} and {values.dtype}"
+        raise RequestError(
+            f"The function of the query {self.name!r} returned {what} for a batch of {size} examples: it must return a tensor "
+            f"of floating point of shape ({size},), a value for each example, or one value for them all."
+        )
 
 
 def _loss(module: torch.nn.Module, batch: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,8 +13,24 @@ from lightning_acc.errors import RequestError
 Removal = tuple[int, ...]
 
 
+Wanted = Mapping[str, Iterable[int]] | Iterable[int] | Iterable[Iterable[int]] | None
+"""Removals as users give them: None means every sample by itself, ids mean singletons, lists mean groups; or by name."""
+
+
+def named(removals: Wanted, n_samples: int) -> tuple[list[Removal], dict[Removal, str]]:
+    """Removals as sorted tuples of ids, and the names of those that have one.
+
+    Raises:
+        RequestError: an id does not exist.
+    """
+    if not isinstance(removals, Mapping):
+        return parse(removals, n_samples), {}
+    parsed = parse(removals.values(), n_samples)
+    return parsed, {removal: str(name) for removal, name in zip(parsed, removals, strict=True)}
+
+
 def parse(removals: Iterable[int] | Iterable[Iterable[int]] | None, n_samples: int) -> list[Removal]:
-    """Removals as sorted tuples of ids: None means every sample by itself, ids mean singletons, lists mean groups.
+    """Removals as sorted tuples of ids.
 
     Raises:
         RequestError: an id does not exist.

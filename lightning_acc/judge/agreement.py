@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_acc.errors import RequestError
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring import scores
-from lightning_acc.scoring.figures import agreement
+from lightning_acc.scoring.figures import shown
 from lightning_acc.scoring.scores import Scores
 
 
@@ -24,8 +25,9 @@ def stored_scores(run: Record) -> dict[str, Scores]:
 
 
 def truth_for(tables: dict[str, Scores], estimate: Scores) -> Scores | None:
-    """The ``loo`` table that answers the same question: same query and convention, the same dtype where there is one."""
-    same = ("query_fingerprint", "convention")
+    """The ``loo`` table that answers the same question: same query, by name and content, and convention; the same
+    dtype where there is one."""
+    same = ("query", "query_fingerprint", "convention")
     found = [
         table
         for table in tables.values()
@@ -45,8 +47,9 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
 
     Returns:
         One row per table of scores and kind of removals: method, query, readout, dtype, removals (``samples``: single ones;
-        ``groups``), rmse, rmse_sd (in standard deviations of the truth), kendall, spearman, jaccard_10 to jaccard_70, n
-        (removals compared), seconds (of all workers together) and peak_memory_gb. The truth is among them, for its cost.
+        ``groups``), rmse, rmse_sd (in standard deviations of the truth), kendall, spearman (null over fewer than 20
+        removals), jaccard_10 to jaccard_70, n (removals compared), n_diverged (those whose score is not finite), seconds (of
+        all workers together), peak_memory_gb and the word of the table's verdict. The truth is among them, for its cost.
 
     Raises:
         RequestError: there are no scores, or none of ``loo`` to compare with.
@@ -61,20 +64,22 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
         truth = truth_for(tables, estimate)
         if truth is None:
             continue
-        expected, found = truth.by_removal(), estimate.by_removal()
-        c = estimate.conditions
+        expected, said = truth.by_removal(), estimate.by_removal("estimate")
+        c, verdict = estimate.conditions, estimate.verdict
+        # Extremes that were picked to be checked would flatter the figures where not all removals were retrained without.
+        picked = set() if set(said) <= set(expected) else set(verdict.extremes) - set(verdict.random)
         # Groups move the query much more than single samples: together, one kind would hide the other.
         for kind, is_kind in (("samples", lambda removal: len(removal) == 1), ("groups", lambda removal: len(removal) != 1)):
-            common = [removal for removal in found if removal in expected and is_kind(removal)]
+            common = [removal for removal in said if removal in expected and is_kind(removal) and removal not in picked]
             if common:
                 rows.append(
                     {
                         **{key: c[key] for key in ("method", "query", "readout", "dtype")},
                         "removals": kind,
-                        **agreement(np.array([found[r] for r in common]), np.array([expected[r] for r in common])),
-                        "n": len(common),
+                        **shown(np.array([said[r] for r in common]), np.array([expected[r] for r in common])),
                         "seconds": c["seconds"],
                         "peak_memory_gb": c["peak_memory_gb"],
+                        "verdict": "truth" if registry.is_truth(c["method"]) else verdict.word,
                     }
                 )
     if not rows:
@@ -83,14 +88,19 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
             "query and some of the same removals."
         )
     if save:
-        content: dict[str, Any] = {"manifest_hash": run.hash, "rows": rows}
-        run.store.write("evaluation.json", json.dumps(content, indent=1).encode())
+        content: dict[str, Any] = {"manifest_hash": run.hash, "rows": [_without_nan(row) for row in rows]}
+        run.store.write("evaluation.json", json.dumps(content, indent=1, allow_nan=False).encode())
     return pa.Table.from_pylist(rows)
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def as_text(table: pa.Table) -> str:
     """The table of ``evaluate`` for a terminal."""
-    columns = ["method", "readout", "removals", "rmse", "rmse_sd", "kendall", "spearman", "jaccard_10", "n", "seconds"]
+    columns = ["method", "readout", "removals", "rmse", "rmse_sd", "kendall", "spearman", "n", "seconds", "verdict"]
     frame = table.select(columns).to_pandas()
     text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
     return text

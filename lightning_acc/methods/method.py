@@ -57,6 +57,7 @@ class Method(ABC):
         name: what users call it.
         readout: the readout it has unless asked otherwise.
         is_truth: whether it is what the others estimate.
+        is_relative: whether a score depends on the removals that are asked about with it.
         is_baseline: whether it is there to be compared with, and never recommended.
         details: names of what it tells of how it was done, beside the scores.
     """
@@ -65,6 +66,7 @@ class Method(ABC):
     readout: str
     is_truth: bool = False
     is_baseline: bool = False
+    is_relative: bool = False
     details: ClassVar[tuple[str, ...]] = ()
 
     def configured(self, **options: Any) -> Method:

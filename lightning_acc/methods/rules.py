@@ -26,7 +26,14 @@ RunAndShifts = tuple[State, State]
 
 
 class ForwardRule(ABC, Generic[Carry]):
-    """Carries the shifts of ``removals`` from the first step to the last."""
+    """Carries the shifts of ``removals`` from the first step to the last.
+
+    Attributes:
+        bend: of a rule that linearises: the most that each shift has changed the gradient by, ``|dG/dtheta D|``, as a share
+            of the largest gradient so far, (n,).
+    """
+
+    bend: Tensor | None = None
 
     @abstractmethod
     def init(self, state: State, removals: Removals) -> Carry:
@@ -61,6 +68,16 @@ class LeaveOneOut(ForwardRule[State]):
 class LinearisedRule(ForwardRule[RunAndShifts]):
     """Carries the recorded run itself, and the shifts of the removals as its steps, linearised there, move them."""
 
+    def __init__(self) -> None:
+        self.steepest = 0.0
+        """Norm of the largest gradient of the run so far."""
+
+    def watch(self, point: Point, change: Tensor) -> None:
+        """Note how far a linearised ``change`` (n, p) of the gradient reaches, beside the gradient itself."""
+        self.steepest = max(self.steepest, float(point.gradient.norm()))
+        bend = change.norm(dim=1) / max(self.steepest, torch.finfo(change.dtype).tiny)
+        self.bend = bend if self.bend is None else torch.maximum(self.bend, bend)
+
     def init(self, state: State, removals: Removals) -> RunAndShifts:
         return state, tuple(part.new_zeros(len(removals), part.shape[-1]) for part in state)
 
@@ -91,7 +108,9 @@ class AccSgdIe(LinearisedRule):
         shift = shifts[0] - point.state[0]
         removed = point.removed(removals, curved=True)
         own = removed.hessian_product(shift[removed.removals])
-        change = without_the_removed(point.hessian_product(shift), removed.removals, removed.gradients, own)
+        product = point.hessian_product(shift)
+        self.watch(point, product)
+        change = without_the_removed(product, removed.removals, removed.gradients, own)
         return point.step.update(shifts, point.gradient + change)
 
     def finish(self, carry: RunAndShifts) -> tuple[Tensor, Tensor]:
@@ -119,6 +138,7 @@ class SgdIe(LinearisedRule):
 
     def move(self, point: Point, shifts: State, removals: Removals) -> State:
         change = point.hessian_product(shifts[0])
+        self.watch(point, change)
         removed = point.removed(removals)
         change[removed.removals] -= removed.gradients
         return _update_tangent(point, shifts, change)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,25 @@ Progress = Callable[[float], None]
 """Told the fraction of the work done, from 0 to 1, now and then."""
 
 
+class Shifted(NamedTuple):
+    """Where a forward sweep ends.
+
+    Attributes:
+        theta: final parameters of the run, (p,).
+        shifts: of the parameters under n removals, (n, p).
+        bend: the most that each shift changed the gradient by on the way, as a share of the largest gradient so far, (n,);
+            0 where the rule linearises nothing.
+    """
+
+    theta: Tensor
+    shifts: Tensor
+    bend: Tensor
+
+
 def forward(
     replay: Replay, rule: ForwardRule[Any], removals: Sequence[Removal], progress: Progress = lambda _: None
-) -> tuple[Tensor, Tensor]:
-    """Final parameters of the run (p,) and their shifts (n, p) under n removals."""
+) -> Shifted:
+    """Take n removals forward through the run."""
     visited = _visited(replay, removals)
     chunk = Removals([removals[i] for i in visited])
     if not visited:
@@ -36,7 +51,10 @@ def forward(
     # A removal that no step saw changes nothing: its shift is 0 by definition, not up to round-off.
     shifts = theta.new_zeros(len(removals), len(theta))
     shifts[visited] = moved
-    return theta, shifts
+    bend = theta.new_zeros(len(removals))
+    if rule.bend is not None:
+        bend[visited] = rule.bend
+    return Shifted(theta, shifts, bend)
 
 
 def reverse(replay: Replay, rule: AdjointSgdIe, query: Query, memory: int, progress: Progress = lambda _: None) -> Tensor:

@@ -14,6 +14,9 @@ from lightning_acc.methods.memory import Copies
 from lightning_acc.methods.method import Answer, Method, Question
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule
 
+FURTHEST = 1.0
+"""A shift that changes the gradient by more than its own size has left the region where a line can be true."""
+
 
 class Swept(Method):
     """A method of two rules.
@@ -55,12 +58,13 @@ class Swept(Method):
         if back is not None:
             per_sample = sweeps.reverse(replay, back(), query, question.memory, progress)
             return Answer(torch.stack([per_sample[list(removal)].sum() for removal in removals]))
-        theta, shifts = sweeps.forward(replay, self.forward(), removals, lambda done: progress(0.95 * done))
+        theta, shifts, bend = sweeps.forward(replay, self.forward(), removals, lambda done: progress(0.95 * done))
         if question.readout == "linear":
             scores = shifts @ query.gradient(replay.objective, theta)
         else:
             scores = query.changes(replay.objective, theta, shifts, memory.query_rows(replay, query, question.memory))
-        return Answer(scores, shifts if question.keep_shifts else None)
+        more = {} if self.is_truth else {"diverged": ~((bend <= FURTHEST) & scores.isfinite())}
+        return Answer(scores, shifts if question.keep_shifts else None, more=more)
 
     def _back(self, question: Question) -> type[AdjointSgdIe] | None:
         return self.reverse if question.readout == "linear" and not question.keep_shifts else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ class Resources:
 
 def plan(
     run: Record | str | os.PathLike[str],
-    removals: Iterable[int] | Iterable[Iterable[int]] | None = None,
+    removals: removal_sets.Wanted = None,
     query: str | Query = "val",
     dtype: str | None = None,
     ray_address: str | None = "local",
@@ -155,7 +155,7 @@ def plan(
     if ray_address not in (None, "local") and workers is None:
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
     run = opened(run)
-    distinct = list(dict.fromkeys(removal_sets.parse(removals, run.n_samples)))
+    distinct = list(dict.fromkeys(removal_sets.named(removals, run.n_samples)[0]))
     query = queries.find(run, query)
     n, memory = len(distinct), int(memory_gb * 2**30)
     costs: dict[str, Cost] = {}

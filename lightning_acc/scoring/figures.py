@@ -6,6 +6,8 @@ import numpy as np
 from scipy import stats
 
 EXTREMES = (10, 30, 50, 70)
+FEWEST_CORRELATED = 20
+"""A correlation over fewer removals says nothing without its interval, and is left out."""
 
 
 def rmse(estimate: np.ndarray, truth: np.ndarray) -> float:
@@ -27,12 +29,13 @@ def jaccard(estimate: np.ndarray, truth: np.ndarray, percent: float) -> float:
     """Jaccard index of the two sets of extreme samples: ``percent`` % of n, half of them from each end of the ranking."""
     count = max(1, round(len(truth) * percent / 200))
 
-    def extremes(values: np.ndarray) -> set[int]:
-        order = np.argsort(values, kind="stable")
-        return {*order[:count].tolist(), *order[-count:].tolist()}
+    def extremes(values: np.ndarray) -> np.ndarray:
+        # Of equal values at the border all belong to the extremes: which of them came first means nothing.
+        ordered = np.sort(values)
+        return np.asarray((values <= ordered[count - 1]) | (values >= ordered[-count]))
 
     ours, theirs = extremes(estimate), extremes(truth)
-    return len(ours & theirs) / len(ours | theirs)
+    return float((ours & theirs).sum() / (ours | theirs).sum())
 
 
 def agreement(estimate: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -49,3 +52,17 @@ def agreement(estimate: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         **ranks,
         **{f"jaccard_{percent}": jaccard(estimate, truth, percent) for percent in EXTREMES},
     }
+
+
+def shown(estimate: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """The figures that may be shown by themselves: of finite pairs, without correlations where these are few.
+
+    ``n`` tells how many they are, ``n_diverged`` how many are not finite.
+    """
+    finite = np.isfinite(estimate) & np.isfinite(truth)
+    n = int(finite.sum())
+    figures = agreement(estimate[finite], truth[finite]) if n else {}
+    if n < FEWEST_CORRELATED:
+        figures.update(kendall=float("nan"), spearman=float("nan"))
+    names = ("rmse", "rmse_sd", "kendall", "spearman", *(f"jaccard_{percent}" for percent in EXTREMES))
+    return {**{name: figures.get(name, float("nan")) for name in names}, "n": n, "n_diverged": len(finite) - n}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial, reduce
 from typing import Any
@@ -25,7 +26,10 @@ from lightning_acc.methods.method import Question
 from lightning_acc.progress import Progress
 from lightning_acc.record.manifest import CONVENTION
 from lightning_acc.record.record import Record, opened
+from lightning_acc.record.store import digest
+from lightning_acc.scoring import check as checks
 from lightning_acc.scoring import cluster, shards
+from lightning_acc.scoring.check import Check
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.work import Job, Result, compute
 
@@ -36,12 +40,13 @@ DEFAULT_MEMORY_GB = 2.0
 def score(
     run: Record | str | os.PathLike[str],
     method: str = "acc-sgd-ie",
-    removals: Iterable[int] | Iterable[Iterable[int]] | None = None,
+    removals: removal_sets.Wanted = None,
     query: str | Query = "val",
     readout: str | None = None,
     dtype: str | None = None,
     ray_address: str | None = "local",
     *,
+    check: Check = "auto",
     directions: int | None = None,
     followed: int | None = None,
     confirm: int = 0,
@@ -58,7 +63,8 @@ def score(
     Args:
         run: a recorded run, or its path.
         method: ``"loo"`` (the truth), ``"acc-sgd-ie"``, ``"acc-low-rank"``, ``"sgd-ie"`` or ``"tracin"``.
-        removals: None for every sample by itself; a list of sample ids; or a list of lists of ids, each removed together.
+        removals: None for every sample by itself; a list of sample ids; a list of lists of ids, each removed together; or
+            such lists by their names, which then stand in the table.
         query: name of a query recorded with the run, or a ``Query``.
         readout: ``"exact"`` evaluates the query at the shifted parameters; ``"linear"`` takes the shift's product with its
             gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
@@ -71,8 +77,11 @@ def score(
             ``followed`` either, chooses by the size of the run; see ``lightning_acc.methods.low_rank.entry``.
         followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; a few hundred
             more are corrected by what these tell, the rest keep SGD-IE's scores.
-        confirm: so many of the most harmful removals are also retrained without (``loo``); the column ``loo`` has their true
-            scores. Estimates screen, the truth confirms.
+        check: how many removals to retrain without (``loo``), so that the scores can say how far they are to be trusted: two
+            thirds of them at random, for the verdict, one third the most extreme. Their true scores stand in the table.
+            ``"auto"`` is 48, or 18, as the time of the scoring itself or a minute allows; 0 leaves the scores unchecked.
+            Groups too large for an estimate (2 % of the samples or more) are all retrained without, unless it is 0.
+        confirm: so many of the most harmful removals are also retrained without. Estimates screen, the truth confirms.
         keep_shifts: also return the shifts of the final parameters, (n_removals, p).
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
@@ -84,7 +93,8 @@ def score(
 
     Raises:
         RunError: the run directory cannot be read.
-        RequestError: there is no such method, query, sample, readout or dtype.
+        RequestError: there is no such method, query, sample, readout or dtype; or groups too large for an estimate take more
+            than an hour to be retrained without.
     """
     run = opened(run)
     if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 0:
@@ -93,29 +103,31 @@ def score(
     readout = chosen.default_readout(keep_shifts) if readout is None else readout
     if readout not in READOUTS:
         raise RequestError(f"There is no readout {readout!r}; choose one of {', '.join(READOUTS)}.")
-    wanted = removal_sets.parse(removals, run.n_samples)
+    check = checks.parse(check)
+    wanted, names = removal_sets.named(removals, run.n_samples)
     question = Question(queries.find(run, query), readout, keep_shifts, int(memory_gb * 2**30))
     job = Job(rebuild.portable(run), chosen, question, dtype)
     replay = Replay(run, dtype)  # refuses what cannot be replayed before any worker starts
-    pieces = chosen.pieces(replay, list(dict.fromkeys(wanted)), question)
+    distinct = list(dict.fromkeys(wanted))
+    pieces = chosen.pieces(replay, distinct, question)
+    if check and not chosen.is_truth:
+        checks.refuse_too_dear(replay, question.memory, distinct)
 
     started = time.perf_counter()
-    conditions = _conditions(run, job)
+    conditions = _conditions(run, job, distinct)
     name = table_name(conditions, run)
-    # What a function of one's own computes may change under the same name, so its scores are not taken from the store.
+    # What a function computes may depend on more than its code and data.
     reusable = save and not keep_shifts and question.query.function is None
     stored = shards.stored(run, conditions, name) if reusable else None
     left = shards.missing(pieces, stored)
     finished = _compute_all(replay, job, left, conditions, ray_address, save, progress)
-    if save and wanted:
-        shards.gather(run, conditions, name)
 
     parts = [Scores.build(piece, result.scores, {"seconds": 0.0}, more=result.more) for piece, result in finished]
     parts += [stored] if stored is not None else []
     whole = reduce(Scores.merged, parts) if parts else Scores.build([], np.zeros(0), {})
     conditions.update(
-        n=len(set(wanted)),
-        reused=len(set(wanted)) - sum(map(len, left)),
+        n=len(distinct),
+        reused=len(distinct) - sum(map(len, left)),
         seconds=sum(result.seconds for _, result in finished),
         wall_seconds=time.perf_counter() - started,
         peak_memory_gb=max((result.peak_memory_gb for _, result in finished), default=0.0),
@@ -123,19 +135,27 @@ def score(
     told: list[dict[str, Any]] = [result.details for _, result in finished]
     earlier = {} if stored is None else stored.conditions
     conditions.update(told[0] if told else {key: earlier[key] for key in chosen.details if key in earlier})
-    scores = whole.picked(wanted, conditions, _shifts(run, wanted, finished) if keep_shifts else None)
+    scores = whole.picked(distinct, conditions).named(names)
+    if not chosen.is_truth:
+
+        def retrain(some: list[Removal]) -> Scores:
+            return score(
+                run, registry.TRUTH, some, query, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb, save=save,
+                progress=progress,
+            )  # fmt: skip
+
+        seconds = scores.conditions["wall_seconds"]
+        scores = checks.check_scores(scores, replay, question.memory, check, seconds, retrain, confirm)
+    if save and wanted:
+        shards.gather(run, conditions, name, scores)
+    shifts = _shifts(run, wanted, finished) if keep_shifts else None
+    scores = scores.picked(wanted, scores.conditions, shifts)
     for text in [*_without_a_score(scores), *chosen.warnings(told)]:
         warnings.warn(text, UserWarning, stacklevel=2)
-    if not confirm:
-        return scores
-    truth = score(
-        run, registry.TRUTH, scores.most_harmful(confirm), query, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb,
-        save=save, progress=progress,
-    )  # fmt: skip
-    return scores.confirmed_by(truth)
+    return scores
 
 
-def _conditions(run: Record, job: Job) -> dict[str, Any]:
+def _conditions(run: Record, job: Job, distinct: list[Removal]) -> dict[str, Any]:
     """What is known of the scores before they are computed."""
     query = job.question.query
     return {
@@ -145,6 +165,8 @@ def _conditions(run: Record, job: Job) -> dict[str, Any]:
         "readout": job.question.readout,
         **job.method.options,
         "label": job.method.label,
+        # Some scores depend on what else was asked: they are never mixed with those of other removals.
+        **({"among": digest(json.dumps(distinct).encode())[:16]} if job.method.is_relative else {}),
         "dtype": job.dtype or run.dtype,
         "convention": CONVENTION,
         "manifest_hash": run.hash,
@@ -193,7 +215,7 @@ def _compute_all(
                 shards.write(replay.run, Scores.build(piece, result.scores, {**conditions, **cost}, more=result.more))
     if failures:
         if save:
-            shards.gather(replay.run, conditions, table_name(conditions, replay.run))
+            shards.gather(replay.run, conditions, table_name(conditions, replay.run), None)
         lost = [removal for piece, _ in failures for removal in piece]
         kept = "stored; score again to compute what is missing" if save else "lost, as save=False"
         raise RunError(f"{len(lost)} of {amount} removals failed ({_few(lost)}): {failures[0][1]}. The others are {kept}.")

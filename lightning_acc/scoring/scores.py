@@ -13,14 +13,17 @@ import pyarrow.parquet
 
 from lightning_acc.core.removals import Removal
 from lightning_acc.errors import RunError
+from lightning_acc.methods.registry import TRUTH
 from lightning_acc.record import tables
 from lightning_acc.record.store import Store
+from lightning_acc.scoring.verdict import FAITHFUL, Verdict, unchecked
 
 if TYPE_CHECKING:
     import pandas
     from torch import Tensor
 
 SIGN = "query(without) - query(with): positive helps, negative harms; rank 1 is the most harmful"
+COLUMNS = ("removal", "score", "rank", "source", "estimate")
 _NUMBERS = ("n", "seconds", "wall_seconds", "peak_memory_gb")
 """Conditions that are numbers; all others are strings."""
 
@@ -31,9 +34,10 @@ class Scores:
 
     Attributes:
         table: columns ``removal`` (list of sample ids), ``score`` (float64; positive: the removal would raise the query,
-            the samples help) and ``rank`` (1 is the most harmful), in the order of the removals asked for. ``acc-low-rank``
-            adds ``uncertainty`` (float64), a figure for how far the score may be off; confirmed scores add ``loo``, the truth
-            where it was computed, else NaN.
+            the samples help), ``rank`` (1 is the most harmful), ``source`` (``"estimate"``, or ``"loo"`` where the removal was
+            retrained without and the score is the truth) and ``estimate`` (float64, what the method said), in the order of
+            the removals asked for. Methods may add ``uncertainty`` (float64), a figure for how far the estimate may be off,
+            and ``diverged`` (bool), where it left the region in which a linearisation can be true; groups have ``name``.
         conditions: method, query, readout, dtype, convention, manifest hash, version, seconds, peak memory and so on;
             also in the table's Arrow metadata.
         shifts: final parameter shifts (n_removals, p), where they were asked for.
@@ -47,25 +51,46 @@ class Scores:
     def build(
         cls,
         removals: list[Removal],
-        scores: np.ndarray,
+        estimates: np.ndarray,
         conditions: dict[str, Any],
         shifts: Tensor | None = None,
         more: Mapping[str, np.ndarray] | None = None,
+        truths: Mapping[Removal, float] | None = None,
     ) -> Scores:
-        """Rank the scores and join them with ``more`` columns and their conditions."""
-        scores = np.asarray(scores, dtype=np.float64)
+        """Rank the scores and join them with ``more`` columns and their conditions.
+
+        Args:
+            removals: n removals.
+            estimates: what the method says of each, (n,).
+            conditions: of the table.
+            shifts: (n, p).
+            more: further columns, (n,) each.
+            truths: scores by retraining, of some of the removals; they stand in the estimates' places.
+        """
+        estimates = np.asarray(estimates, dtype=np.float64)
+        truths = truths or {}
+        scores = np.array([truths.get(r, e) for r, e in zip(removals, estimates.tolist(), strict=True)], dtype=np.float64)
+        retrained = [conditions.get("method") == TRUTH or removal in truths for removal in removals]
         ranks = np.empty(len(scores), dtype=np.int64)
         ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
         conditions = {**conditions, "sign": SIGN}
         table = pa.table(
-            {"removal": pa.array(removals, pa.list_(pa.int64())), "score": scores, "rank": ranks, **(more or {})},
+            {
+                "removal": pa.array(removals, pa.list_(pa.int64())),
+                "score": scores,
+                "rank": ranks,
+                "source": pa.array([TRUTH if one else "estimate" for one in retrained], pa.string()),
+                "estimate": estimates,
+                **{name: pa.array(column) for name, column in (more or {}).items()},
+            },
             metadata={key: str(value) for key, value in conditions.items()},
         )
         return cls(table, conditions, shifts)
 
     def __repr__(self) -> str:
         c = self.conditions
-        return f"Scores({c['method']}: {len(self)} removals, query {c['query']}, {c['readout']} readout, {c['dtype']})"
+        what = f"Scores({c['method']}: {len(self)} removals, query {c['query']}, {c['readout']} readout, {c['dtype']})"
+        return what if c["method"] == TRUTH else f"{what}\n{self.verdict}"
 
     def __len__(self) -> int:
         return len(self.table)
@@ -76,9 +101,22 @@ class Scores:
         return frame
 
     @property
+    def verdict(self) -> Verdict:
+        """How far these scores can be trusted."""
+        if self.conditions["method"] == TRUTH:
+            return Verdict(FAITHFUL, reason="these are true scores: each removal was retrained without")
+        text = self.conditions.get("verdict")
+        return unchecked("nothing was retrained without: check was 0") if text is None else Verdict.from_json(text)
+
+    @property
     def values(self) -> np.ndarray:
         """The scores, shape (n_removals,), float64."""
         return np.asarray(self.table["score"].to_numpy())
+
+    @property
+    def estimates(self) -> np.ndarray:
+        """What the method said of each removal, those that were retrained without among them; (n_removals,), float64."""
+        return np.asarray(self.table["estimate"].to_numpy())
 
     @property
     def removals(self) -> list[Removal]:
@@ -87,48 +125,86 @@ class Scores:
 
     @property
     def more(self) -> dict[str, np.ndarray]:
-        """The columns beside removal, score and rank, each (n_removals,)."""
-        return {name: self.table[name].to_numpy() for name in self.table.column_names[3:]}
+        """The columns beside removal, score, rank, source and estimate, each (n_removals,)."""
+        return {name: self.table[name].to_numpy() for name in self.table.column_names[len(COLUMNS) :]}
 
-    def by_removal(self, column: str = "score") -> dict[Removal, float]:
-        """Score of each removal, or another figure."""
+    @property
+    def truths(self) -> dict[Removal, float]:
+        """True scores, of the removals that were retrained without."""
+        rows = zip(self.removals, self.table["source"].to_pylist(), self.values.tolist(), strict=True)
+        return {removal: score for removal, source, score in rows if source == TRUTH}
+
+    def by_removal(self, column: str = "score") -> dict[Removal, Any]:
+        """Score of each removal, or what else is in a column."""
         return dict(zip(self.removals, self.table[column].to_pylist(), strict=True))
 
     def picked(self, removals: list[Removal], conditions: dict[str, Any], shifts: Tensor | None = None) -> Scores:
         """The scores of some of the removals, in another order, under other conditions."""
         row = {removal: i for i, removal in enumerate(self.removals)}
         rows = np.array([row[removal] for removal in removals], dtype=np.int64)
-        more = {name: values[rows] for name, values in self.more.items()}
-        return Scores.build(removals, self.values[rows], conditions, shifts, more)
+        more = {name: column[rows] for name, column in self.more.items()}
+        return Scores.build(removals, self.estimates[rows], conditions, shifts, more, self.truths)
 
     def most_harmful(self, count: int) -> list[Removal]:
-        """The removals with the lowest scores, the most harmful first."""
-        removals = self.removals
-        return [removals[i] for i in np.argsort(self.values, kind="stable")[:count]]
+        """The removals with the lowest scores, the most harmful first; those without a finite score are none of them."""
+        removals, values = self.removals, self.values
+        return [removals[i] for i in np.argsort(values, kind="stable")[:count] if np.isfinite(values[i])]
 
-    def confirmed_by(self, truth: Scores) -> Scores:
-        """These scores with a column ``loo``: those of ``truth``, NaN for removals it does not have."""
-        known = truth.by_removal()
-        column = np.array([known.get(removal, np.nan) for removal in self.removals])
-        return Scores.build(self.removals, self.values, self.conditions, self.shifts, {**self.more, "loo": column})
+    def checked(self, truths: Mapping[Removal, float], verdict: Verdict) -> Scores:
+        """These scores with true ones in the places of some, and with a verdict."""
+        conditions = {**self.conditions, "verdict": verdict.to_json()}
+        return Scores.build(self.removals, self.estimates, conditions, self.shifts, self.more, {**self.truths, **truths})
+
+    def named(self, names: Mapping[Removal, str]) -> Scores:
+        """These scores with a column ``name``, where any of the removals has one."""
+        mine = [names.get(removal) for removal in self.removals]
+        if not any(mine):
+            return self
+        more = {**self.more, "name": np.array(mine, dtype=object)}
+        return Scores.build(self.removals, self.estimates, self.conditions, self.shifts, more, self.truths)
+
+    @property
+    def names(self) -> dict[Removal, str]:
+        """The names of those removals that have one."""
+        named = zip(self.removals, self.more.get("name", [None] * len(self)), strict=True)
+        return {removal: name for removal, name in named if name}
+
+    @property
+    def labels(self) -> list[str]:
+        """The removals for a reader: their name, else their ids; of many samples the number."""
+        return [
+            name or in_words(removal)
+            for name, removal in zip(self.more.get("name", [None] * len(self)), self.removals, strict=True)
+        ]
 
     def merged(self, older: Scores) -> Scores:
-        """These scores with those of ``older`` for removals that are not in here; the seconds add up."""
+        """These scores with those of ``older`` for removals that are not in here; the seconds add up, no verdict is left."""
         mine = set(self.removals)
         rest = [i for i, removal in enumerate(older.removals) if removal not in mine]
         share = len(rest) / max(1, len(older))
         seconds = self.conditions["seconds"] + share * older.conditions["seconds"]
         conditions = {**self.conditions, "seconds": seconds, "n": len(mine) + len(rest)}
+        conditions.pop("verdict", None)
         names = dict.fromkeys([*self.more, *older.more])
-        columns = {"score": (self.values, older.values)}
-        columns |= {name: (_column(self, name), _column(older, name)) for name in names}
+        columns = {"estimate": (self.estimates, older.estimates)}
+        columns |= {name: (_column(self, name, older), _column(older, name, self)) for name in names}
         both = {name: np.concatenate([ours, theirs[rest]]) for name, (ours, theirs) in columns.items()}
         removals = [*self.removals, *(older.removals[i] for i in rest)]
-        return Scores.build(removals, both.pop("score"), conditions, None, both)
+        return Scores.build(removals, both.pop("estimate"), conditions, None, both, {**older.truths, **self.truths})
 
 
-def _column(scores: Scores, name: str) -> np.ndarray:
-    return scores.more.get(name, np.full(len(scores), np.nan))
+def _column(scores: Scores, name: str, other: Scores) -> np.ndarray:
+    """A further column, filled up where only the other table has it."""
+    if name in scores.more:
+        return scores.more[name]
+    kind = other.more[name].dtype
+    return np.zeros(len(scores), dtype=bool) if kind.kind == "b" else np.full(len(scores), np.nan if kind.kind == "f" else None)
+
+
+def in_words(removal: Removal) -> str:
+    """The ids of a removal; of many the first and their number."""
+    few = " ".join(map(str, removal[:10]))
+    return few if len(removal) <= 10 else f"{few} ... ({len(removal)} samples)"
 
 
 def write(store: Store, name: str, scores: Scores, folder: str = "scores") -> None:
@@ -149,8 +225,14 @@ def read(store: Store, name: str, folder: str = "scores") -> Scores:
         table = tables.read(store.read(file))
         conditions = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         numbers = {key: float(conditions[key]) for key in _NUMBERS}
+        if table.column_names[: len(COLUMNS)] != list(COLUMNS):
+            raise ValueError("its columns are others")
+        if "verdict" in conditions:
+            Verdict.from_json(conditions["verdict"])
     except (pa.ArrowException, AttributeError, KeyError, ValueError) as error:
-        raise RunError(f"{store.locate(file)} is damaged: delete it and score again.") from error
+        raise RunError(
+            f"{store.locate(file)} is damaged, or was written by an older version: delete it and score again."
+        ) from error
     return Scores(table, {**conditions, **numbers})
 
 

@@ -12,7 +12,7 @@ from lightning_acc.record.record import Record
 from lightning_acc.scoring import scores
 
 
-def select(run: Record, words: str) -> list[Removal] | None:
+def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None:
     """The removals ``words`` names.
 
     ``all``: every sample by itself. ``random:64``: 64 samples drawn at random, the same ones every time. ``top:50@sgd-ie``:
@@ -38,10 +38,11 @@ def select(run: Record, words: str) -> list[Removal] | None:
                 f"{words} needs the scores of {match[2]}, but this run has none of them: {has}. Score them first."
             )
         table = scores.read(run.store, match[2])
-        order = sorted(zip(table.values.tolist(), table.removals, strict=True))
-        return [removal for _, removal in order[: int(match[1])]]
+        if table.conditions["manifest_hash"] != run.hash:
+            raise RequestError(f"The scores of {match[2]} belong to a run that was here before: score this one first.")
+        return table.most_harmful(int(match[1]))
     if match := re.fullmatch(r"group:(.+)", words):
-        return list(groups(run, match[1]).values())
+        return {f"{match[1]} {value}": samples for value, samples in groups(run, match[1]).items()}
     if not os.path.isfile(words):
         raise RequestError(
             f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, group:COLUMN, or a file with a removal "
@@ -70,15 +71,6 @@ def groups(run: Record, column: str) -> dict[str, Removal]:
     for sample, value in enumerate(info[column].to_pylist() if info is not None else []):
         found.setdefault(str(value), []).append(sample)
     return {value: tuple(samples) for value, samples in sorted(found.items())}
-
-
-def in_words(run: Record, words: str, removal: Removal) -> str:
-    """A removal that ``words`` selected, for a reader: its ids, or its group; of many samples their number."""
-    if match := re.fullmatch(r"group:(.+)", words):
-        value = next(value for value, samples in groups(run, match[1]).items() if samples == removal)
-        return f"{match[1]} {value} ({len(removal)} samples)"
-    few = " ".join(map(str, removal[:10]))
-    return few if len(removal) <= 10 else f"{few} ... ({len(removal)} samples)"
 
 
 def most(words: str) -> int:

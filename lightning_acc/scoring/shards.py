@@ -10,6 +10,7 @@ Figures that are no scores, such as what a training of ``clean`` ended with, are
 from __future__ import annotations
 
 import json
+from functools import reduce
 from typing import Any
 
 from lightning_acc.core.removals import Removal
@@ -47,28 +48,47 @@ def write(run: Record, shard: Scores) -> None:
 
 
 def stored(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
-    """Everything there is under these conditions: the shards, and the table ``name`` where it is of the same kind."""
-    found = [scores.read(run.store, part, FOLDER) for part in _parts(run, conditions)]
-    if name in scores.names(run.store):
-        table = scores.read(run.store, name)
-        if all(table.conditions.get(one) == conditions.get(one) for one in SAME):
-            found.insert(0, table)
-    together = found[0] if found else None
-    for more in found[1:]:
-        assert together is not None
-        together = together.merged(more)
-    return together
+    """Everything there is under these conditions: the table ``name`` where it is of the same kind, and the shards."""
+    table = _table(run, conditions, name)
+    parts = [scores.read(run.store, part, FOLDER) for part in _parts(run, conditions)]
+    tables = [*([] if table is None else [table]), *parts]
+    return reduce(Scores.merged, tables) if tables else None
 
 
-def gather(run: Record, conditions: dict[str, Any], name: str) -> None:
-    """Write the table ``name`` from everything there is under these conditions."""
+def gather(run: Record, conditions: dict[str, Any], name: str, newest: Scores | None) -> None:
+    """Write the table ``name`` from everything there is under these conditions, the newest scores before all others.
+
+    Args:
+        run: the run.
+        conditions: of the scores.
+        name: of the table.
+        newest: what was scored just now, checked; its verdict stands unless an older one is on more removals. None where
+            that failed in part.
+    """
+    older = _table(run, conditions, name)
     seen: set[str] = set()
     # Whoever writes last has seen the other's shards: they are written before any table is.
-    while (parts := set(_parts(run, conditions))) != seen:
+    while (parts := set(_parts(run, conditions))) != seen or newest is not None:
         seen = parts
         table = stored(run, conditions, name)
+        if newest is not None:
+            table = newest if table is None else newest.merged(table)
         if table is not None:
-            scores.write(run.store, name, table.picked(sorted(set(table.removals)), table.conditions))
+            names = {**(older.names if older else {}), **(newest.names if newest else {})}
+            checked = [one for one in (newest, older) if one is not None and "verdict" in one.conditions]
+            if checked:
+                table = table.checked({}, max(checked, key=len).verdict)
+            whole = table.picked(sorted(set(table.removals)), table.conditions).named(names)
+            scores.write(run.store, name, whole)
+        newest = None
+
+
+def _table(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
+    """The table ``name``, where it holds scores under these conditions."""
+    if name not in scores.names(run.store):
+        return None
+    table = scores.read(run.store, name)
+    return table if all(str(table.conditions.get(one)) == str(conditions.get(one)) for one in SAME) else None
 
 
 def write_figures(run: Record, kind: str, figures: dict[str, list[float]]) -> None:

@@ -68,8 +68,12 @@ def compute(job: Job, removals: list[Removal], progress: Callable[[float], None]
         seconds=time.perf_counter() - started,
         peak_memory_gb=peak_memory_gb(),
         details=answer.details,
-        more={name: figures.double().numpy() for name, figures in answer.more.items()},
+        more={name: _plain(figures) for name, figures in answer.more.items()},
     )
+
+
+def _plain(figures: torch.Tensor) -> np.ndarray:
+    return np.asarray((figures.double() if figures.is_floating_point() else figures).numpy())
 
 
 @contextmanager

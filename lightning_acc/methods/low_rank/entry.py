@@ -87,6 +87,11 @@ class LowRank(Method):
         return LowRank(self.directions, self.followed, form, unusual=form != usual and not asked)
 
     @property
+    def is_relative(self) -> bool:  # type: ignore[override]
+        """Screened scores are: the most influential of those asked about are followed, the others modelled on them."""
+        return self.form == SCREENED
+
+    @property
     def options(self) -> dict[str, str]:
         """The form, and how many directions and how many followed were asked for."""
         given = (("directions", self.directions), ("followed", self.followed))

@@ -1,0 +1,202 @@
+"""The check: some removals of every table of estimates are retrained without, before anyone acts on it.
+
+Which ones, how many can be afforded, and what becomes of removals that no line can follow.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from lightning_acc.core.process import as_scored
+from lightning_acc.core.removals import Removal, Removals
+from lightning_acc.core.replay import Replay
+from lightning_acc.errors import RequestError
+from lightning_acc.methods.memory import TRAINING, chunk_size
+from lightning_acc.methods.registry import TRUTH
+from lightning_acc.methods.rules import LeaveOneOut
+from lightning_acc.planning.plan import duration
+from lightning_acc.scoring.scores import Scores
+from lightning_acc.scoring.verdict import FAITHFUL, FEWEST, judge, unchecked
+
+Check = str | int
+"""``"auto"``, or how many removals to retrain without."""
+Retrain = Callable[[list[Removal]], Scores]
+"""Retrains without each of these removals."""
+SIZES = ((32, 16), (12, 6))
+"""Random and extreme removals that are checked: where that is affordable, and at least."""
+LEAST_SECONDS = 60.0
+"""The check may take as long as the scoring itself, or so long, whichever is more."""
+LARGE, SEVERAL = 0.02, 4
+"""Groups of more than this share of the samples, and of at least so many, are too large for a line: the estimate of a whole
+class is 10 to 1000 times off."""
+PATIENCE = 3600.0
+"""Seconds that retraining without large groups may take; what takes longer is asked for."""
+KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardswish, nn.MaxPool1d, nn.MaxPool2d)
+"""Layers whose kinks no linearisation sees."""
+
+
+def parse(check: object) -> Check:
+    """``check`` as the user gave it, where it is one.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if check == "auto" or (isinstance(check, int) and not isinstance(check, bool) and check >= 0):
+        return check
+    raise RequestError(f'check={check!r} is no number of removals to retrain without: give "auto", or 0 or more.')
+
+
+@dataclass(frozen=True)
+class Price:
+    """What retraining costs here, from a few timed steps.
+
+    Attributes:
+        chunk: seconds of one chunk of retrainings.
+        size: how many these are.
+    """
+
+    chunk: float
+    size: int
+
+    def seconds(self, n: int) -> float:
+        """Seconds of n retrainings."""
+        return self.chunk * math.ceil(n / self.size) if n > self.size else self.chunk * (0.3 + 0.7 * n / self.size)
+
+
+def price(replay: Replay, memory: int, n: int) -> Price:
+    """The price of n retrainings in this process, from the largest step and one in the middle, timed once each."""
+    size = max(1, min(n, sum(SIZES[0]), chunk_size(replay, TRUTH, TRAINING, memory)))
+    total, rule, chunk = len(replay), LeaveOneOut(), Removals([(i % replay.run.n_samples,) for i in range(size)])
+    sizes = [len(step.sample_ids) for step in replay.run.steps]
+    with as_scored():
+        carry = rule.init(replay.initial, chunk)
+        steps = [replay.step(t) for t in {int(np.argmax(sizes)), total // 2}]
+        rule.advance(steps[0], carry, chunk)  # warms up
+        started = time.perf_counter()
+        for step in steps:
+            rule.advance(step, carry, chunk)
+        each = (time.perf_counter() - started) / sum(len(step.sample_ids) for step in steps)
+    return Price(each * sum(sizes), size)
+
+
+def large(removals: Sequence[Removal], n_samples: int) -> list[Removal]:
+    """Those of the removals that are too large for a line."""
+    return [removal for removal in removals if len(removal) >= max(SEVERAL, LARGE * n_samples)]
+
+
+def refuse_too_dear(replay: Replay, memory: int, removals: Sequence[Removal]) -> None:
+    """Refuse large groups whose estimates would be wrong, and whose truth takes too long to be computed unasked.
+
+    Raises:
+        RequestError: gives the price, and the way past.
+    """
+    groups = large(removals, replay.run.n_samples)
+    if not groups:
+        return
+    seconds = price(replay, memory, len(groups)).seconds(len(groups))
+    if seconds > PATIENCE:
+        raise RequestError(
+            f"{len(groups)} of the {len(removals)} removals are groups of {min(map(len, groups))} samples or more, too large "
+            f"for an estimate, which may be 10 to 1000 times off; to retrain without them takes about {duration(seconds)}: "
+            f"ask for it with method={TRUTH!r}, or take the estimates as they are with check=0."
+        )
+
+
+def draw(scores: Scores, count: tuple[int, int], seed: int = 0) -> tuple[list[Removal], list[Removal]]:
+    """Removals at random, and those of the most extreme estimates that are not among them, from both ends in turn."""
+    removals, estimates = scores.removals, scores.estimates
+    n_random, n_extreme = count
+    chosen = np.random.default_rng(seed).permutation(len(removals))[:n_random].tolist()
+    random = [removals[i] for i in sorted(chosen)]
+    finite = np.flatnonzero(np.isfinite(estimates))
+    order = finite[np.argsort(estimates[finite], kind="stable")].tolist()
+    taken, ends = set(chosen), [order[i // 2] if i % 2 == 0 else order[-1 - i // 2] for i in range(len(order))]
+    extremes = [removals[i] for i in dict.fromkeys(ends) if i not in taken][:n_extreme]
+    return random, extremes
+
+
+def check_scores(
+    scores: Scores, replay: Replay, memory: int, check: Check, seconds: float, retrain: Retrain, confirm: int = 0
+) -> Scores:
+    """The same table, checked: retrained removals have their true scores, and there is a verdict.
+
+    Args:
+        scores: estimates of distinct removals.
+        replay: of the run.
+        memory: bytes to compute with.
+        check: as for ``score``.
+        seconds: that the scoring took.
+        retrain: retrains without removals.
+        confirm: so many of the most harmful are retrained without besides.
+    """
+    removals, n = scores.removals, len(scores)
+    most_harmful = scores.most_harmful(confirm)
+    if check == 0 or not n:
+        verdict = unchecked("nothing was retrained without, as check=0" if n else "there are no removals")
+        return scores.checked(retrain(most_harmful).by_removal() if most_harmful else {}, verdict)
+    groups = large(removals, replay.run.n_samples)
+    cost = price(replay, memory, n)
+    budget = max(LEAST_SECONDS, seconds)
+    few = check == "auto" and n < FEWEST
+    count = (0, 0) if few else _affordable(check, n, cost, budget)
+    random, extremes = draw(scores, count)
+    wanted = list(dict.fromkeys([*random, *extremes, *groups, *most_harmful]))
+    left = int((budget - cost.seconds(len(wanted))) / max(cost.chunk / cost.size, 1e-9))
+    diverged = _diverged(scores)
+    wanted += [removal for removal in diverged if removal not in set(wanted)][: max(0, left)]
+    truths = retrain(wanted).by_removal() if wanted else {}
+    estimates = scores.by_removal("estimate")
+    if few and len(truths) == n:
+        verdict = Verdict(FAITHFUL, reason=f"all {n} removals were retrained without: these are true scores")
+    elif few:
+        verdict = unchecked(f"{n} removals are too few for a verdict: method={TRUTH!r} has the truth of them all")
+    elif count == (0, 0):
+        least = sum(SIZES[-1])
+        why = (
+            f"to retrain without {least} removals takes about {duration(cost.seconds(least))}, longer than the scoring; ask "
+            f"for it with check={least}"
+        )
+        verdict = unchecked(why)
+    else:
+        verdict = judge(estimates, truths, random, extremes)
+    verdict = replace(verdict, n_diverged=len(diverged))
+    if verdict.spearman is not None and verdict.word != FAITHFUL:
+        verdict = verdict.because(_what_would_help(replay, n, cost))
+    return scores.checked(truths, verdict)
+
+
+def _affordable(check: Check, n: int, cost: Price, budget: float) -> tuple[int, int]:
+    """How many random and how many extreme removals are checked."""
+    if isinstance(check, int):
+        n_random = min(n, math.ceil(2 * check / 3))
+        return n_random, min(check - math.ceil(2 * check / 3), n - n_random)
+    for n_random, n_extreme in SIZES:
+        count = min(n, n_random), min(n_extreme, max(0, n - n_random))
+        if cost.seconds(sum(count)) <= budget:
+            return count
+    return 0, 0
+
+
+def _diverged(scores: Scores) -> list[Removal]:
+    """Removals whose estimate is not finite, or left the region in which a line can be true."""
+    marked = scores.more.get("diverged", np.zeros(len(scores), dtype=bool))
+    bad = ~np.isfinite(scores.estimates) | (marked == True)  # noqa: E712 (the column may hold None)
+    return [removal for removal, one in zip(scores.removals, bad.tolist(), strict=True) if one]
+
+
+def _what_would_help(replay: Replay, n: int, cost: Price) -> str:
+    """What to do about estimates that are not faithful."""
+    advice = [
+        f"what would help: method={TRUTH!r} for all {n} removals, about {duration(cost.seconds(n))}, or for the top alone "
+        f"(--removals top:50@METHOD --method {TRUTH})"
+    ]
+    kinks = sorted({type(part).__name__ for part in replay.objective.submodule("").modules() if isinstance(part, KINKED)})
+    if kinks:
+        advice.append(f"a smooth activation (GELU, tanh) in place of {', '.join(kinks)}, whose kinks no line follows")
+    return "; ".join(advice)

@@ -1,0 +1,195 @@
+"""``Verdict``: how far scores can be trusted, from some removals that were retrained without.
+
+Of the removals that are checked two thirds are drawn at random: how well the estimates rank is read off these alone, as
+extremes, whose ranks are easy, would flatter it. The other third are the most extreme estimates: what people act on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+from scipy import stats
+
+from lightning_acc.core.removals import Removal
+from lightning_acc.scoring.figures import kendall, rmse, spearman
+
+FAITHFUL, ROUGH, UNRELIABLE, UNCHECKED = "faithful", "rough", "unreliable", "unchecked"
+SURE, DOUBTFUL, BAD = 0.8, 0.7, 0.5
+"""Spearman correlations: the interval's lower end from which scores are faithful; its upper end below which, or the middle
+below which, they are unreliable."""
+FEWEST = 12
+"""With fewer random removals retrained without, nothing is said."""
+SHARE_OF_RANDOM = 0.9
+"""A checked extreme is confirmed where its truth lies beyond this share of the random ones, on the side that was said."""
+DRAWS, LEVEL = 2000, 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a table of estimates can be trusted.
+
+    Attributes:
+        word: ``faithful`` (the interval lies above 0.8), ``unreliable`` (it lies below 0.7, or the correlation below 0.5),
+            ``rough`` (between), or ``unchecked``.
+        n: random removals that were retrained without, which the correlations and the error are over.
+        spearman: rank correlation of estimates and truths; None where unchecked.
+        spearman_low: lower end of its 95 % interval.
+        spearman_high: upper end.
+        kendall: Kendall's tau-b.
+        rmse_sd: root mean squared error, in standard deviations of the truth.
+        top_confirmed: of the most extreme estimates, the share whose truth has the same sign and lies beyond nine tenths of
+            the random ones; None where no extremes were checked.
+        n_extreme: how many these were.
+        n_diverged: estimates that left the region where a linearisation can be true; they are none of the above.
+        reason: why it is unchecked; else what would help where the word is not ``faithful``.
+        random: the random removals that were retrained without.
+        extremes: the extreme ones.
+    """
+
+    word: str
+    n: int = 0
+    spearman: float | None = None
+    spearman_low: float | None = None
+    spearman_high: float | None = None
+    kendall: float | None = None
+    rmse_sd: float | None = None
+    top_confirmed: float | None = None
+    n_extreme: int = 0
+    n_diverged: int = 0
+    reason: str = ""
+    random: list[Removal] = field(default_factory=list, repr=False)
+    extremes: list[Removal] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        if self.spearman is None:
+            return f"{self.word}: {self.reason}" if self.reason else self.word
+        figures = (
+            f"Spearman {self.spearman:.2f} ({self.spearman_low:.2f} to {self.spearman_high:.2f}) over {self.n} random "
+            f"removals retrained without, error {self.rmse_sd:.2g} sd"
+        )
+        if self.top_confirmed is not None:
+            figures += f", {self.top_confirmed:.0%} of {self.n_extreme} extremes confirmed"
+        if self.n_diverged:
+            figures += f", {self.n_diverged} diverged"
+        return f"{self.word}: {figures}" + (f". {self.reason}" if self.reason else "")
+
+    def because(self, reason: str) -> Verdict:
+        """The same with a reason, or with what would help."""
+        return replace(self, reason=reason)
+
+    def to_json(self) -> str:
+        """As text, for the conditions of a table."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Verdict:
+        """What ``to_json`` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            values = json.loads(text)
+            for name in ("random", "extremes"):
+                values[name] = [tuple(removal) for removal in values[name]]
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"no verdict: {error}") from error
+
+
+def unchecked(reason: str) -> Verdict:
+    """That nothing was checked, and why."""
+    return Verdict(UNCHECKED, reason=reason)
+
+
+def judge(
+    estimates: dict[Removal, float],
+    truths: dict[Removal, float],
+    random: Sequence[Removal],
+    extremes: Sequence[Removal],
+    seed: int = 0,
+) -> Verdict:
+    """The verdict on estimates, given the truths of some removals.
+
+    Args:
+        estimates: by removal.
+        truths: by removal; at least of those that follow.
+        random: removals drawn at random.
+        extremes: removals of the most extreme estimates; some may be among the random ones.
+        seed: of the bootstrap.
+    """
+    finite = [r for r in random if math.isfinite(estimates[r]) and math.isfinite(truths[r])]
+    diverged = sum(not math.isfinite(value) for value in estimates.values())
+    if len(finite) < FEWEST:
+        return replace(
+            unchecked(f"{len(finite)} random removals with finite scores are too few: {FEWEST} are needed"), n_diverged=diverged
+        )
+    estimate, truth = (np.array([values[r] for r in finite]) for values in (estimates, truths))
+    if np.ptp(truth) == 0 or np.ptp(estimate) == 0:
+        return replace(unchecked(f"all {len(finite)} random removals have one and the same score"), n_diverged=diverged)
+    rho = spearman(estimate, truth)
+    low, high = interval(estimate, truth, seed)
+    # A removal whose estimate is no number is the worst of errors: were it drawn, the ranking of the rest would not excuse it.
+    lost = 1 - len(finite) / len(random)
+    if low >= SURE and lost <= 0.05:
+        word = FAITHFUL
+    elif high < DOUBTFUL or rho < BAD:
+        word = UNRELIABLE
+    else:
+        word = ROUGH
+    return Verdict(
+        word,
+        len(finite),
+        rho,
+        low,
+        high,
+        kendall(estimate, truth),
+        rmse(estimate, truth) / float(np.std(truth)),
+        confirmed(estimates, truths, extremes, truth),
+        len(extremes),
+        diverged,
+        random=list(random),
+        extremes=list(extremes),
+    )
+
+
+def interval(estimate: np.ndarray, truth: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """A 95 % interval of the Spearman correlation over all removals, from a random sample of them, (n,) each.
+
+    The bootstrap's percentiles (Efron 1979), and the interval by Fisher's transformation with the standard error of Bonett
+    and Wright (2000, doi 10.1007/BF02294183); of the two the outer ends, as the bootstrap alone is too narrow for few.
+    """
+    n = len(truth)
+    draws = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
+    found = np.array([_spearman_of_ranks(stats.rankdata(estimate[d]), stats.rankdata(truth[d])) for d in draws])
+    found = found[np.isfinite(found)]
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(found, [tail, 1 - tail]) if len(found) else (-1.0, 1.0)
+    rho = min(max(spearman(estimate, truth), -1 + 1e-9), 1 - 1e-9)
+    reach = stats.norm.ppf(1 - tail) * math.sqrt((1 + rho**2 / 2) / max(1, n - 3))
+    z = math.atanh(rho)
+    return float(min(low, math.tanh(z - reach))), float(max(high, math.tanh(z + reach)))
+
+
+def _spearman_of_ranks(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def confirmed(
+    estimates: dict[Removal, float], truths: dict[Removal, float], extremes: Sequence[Removal], random: np.ndarray
+) -> float | None:
+    """The share of the extremes whose truth has the estimate's sign and lies beyond nine tenths of the ``random`` truths."""
+    if not extremes:
+        return None
+    low, high = np.quantile(random, [1 - SHARE_OF_RANDOM, SHARE_OF_RANDOM])
+    right = 0
+    for removal in extremes:
+        estimate, truth = estimates[removal], truths[removal]
+        right += bool(truth > 0 and truth >= high) if estimate > 0 else bool(estimate < 0 and truth < 0 and truth <= low)
+    return right / len(extremes)
