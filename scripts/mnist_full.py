@@ -3,10 +3,10 @@
     lightning-acc fit --config configs/mnist-full.yaml
     python scripts/mnist_full.py
 
-Ranks all samples by acc-low-rank, in two states, SGD-IE and TracIn, beside the cost of a bare replay of the training; retrains
+Ranks all samples by acc-low-rank, SGD-IE and TracIn, beside the cost of a bare replay of the training; retrains
 without some at random and some of the most harmful, in double precision (two minutes of one core for 16 of them, and again
 for exact ACC-SGD-IE, so that 512 take more than an hour on two; what is done is kept, and stopping loses nothing); and looks
-for the wrong labels. Writes scripts/study/mnist-full.md and its tables into the README.
+for the wrong labels. Writes scripts/study/mnist-full.md and its tables into scripts/study/README.md.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ from lightning_acc.judge.agreement import agreement, stored_scores, truth_for
 from lightning_acc.scoring.work import FACTS
 
 OUT = Path(__file__).parent / "study" / "mnist-full.md"
-RANKINGS = {
-    "acc-low-rank": ("acc-low-rank", None),
-    "acc-low-rank.outputs.linear": ("acc-low-rank", "outputs"),
-    "sgd-ie": ("sgd-ie", None),
-    "tracin": ("tracin", None),
-}
+RANKINGS = ("acc-low-rank", "sgd-ie", "tracin")
 AT_ONCE = 16
 """Removals retrained without together: more leave the processor's caches."""
 
@@ -72,27 +67,27 @@ def bare_replay(run: la.Run) -> float:
     return time.process_time() - started
 
 
-def ranked(path: str, method: str, state: str | None) -> dict[str, float] | None:
+def ranked(path: str, method: str) -> dict[str, float] | None:
     """Rank all samples; what it cost: bare replays, and GB. None where the ranking was there already."""
     warnings.simplefilter("ignore")
     run = la.Run(path)
     before = bare_replay(run)
     started = time.process_time()
-    scores = la.score(run, method, state=state, ray_address=None)
+    scores = la.score(run, method, ray_address=None)
     work = time.process_time() - started
     if scores.conditions["reused"]:
         return None
     facts = {key: scores.conditions[key] for key in FACTS if key in scores.conditions}
-    print(method, state or "", facts, flush=True)
+    print(method, facts, flush=True)
     return {"replays": work / np.mean([before, bare_replay(run)]), "peak": scores.conditions["peak_memory_gb"]}
 
 
 def cost(path: str) -> dict[str, str]:
     """What each ranking costs, in a process of its own, as cells of a table."""
     cells = {}
-    for name, arguments in RANKINGS.items():
+    for name in RANKINGS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found = pool.submit(ranked, path, *arguments).result()
+            found = pool.submit(ranked, path, name).result()
         cells[name] = "" if found is None else f"{found['replays']:.1f} | {found['peak']:.1f}"
         print(name, cells[name], flush=True)
     return cells
@@ -151,8 +146,7 @@ def detection(run: la.Run) -> list[str]:
     info = run.sample_info()
     assert info is not None
     wrong = info["corrupted"].to_numpy(zero_copy_only=False).astype(bool)
-    methods = ("acc-low-rank", "sgd-ie", "tracin")
-    orders: dict[str, np.ndarray] = {method: np.argsort(values_of(run, method), kind="stable") for method in methods}
+    orders: dict[str, np.ndarray] = {method: np.argsort(values_of(run, method), kind="stable") for method in RANKINGS}
     orders |= controls.rankings(run, ["loss", "cleanlab"], 2 * 2**30)
     first = round(0.1 * len(wrong))
     lines = ["| wrong labels found by | precision at 10 % | recall at 10 % | AUC |", "| --- | --- | --- | --- |"]

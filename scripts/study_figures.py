@@ -1,4 +1,4 @@
-"""The study's table and figures, as they stand in scripts/study and in the README.
+"""The studies' tables and figures, as they stand in scripts/study and in its README.
 
     lightning-acc study --config configs/study/paper.yaml
     lightning-acc study --config configs/study/low-rank.yaml
@@ -71,15 +71,15 @@ def main() -> None:
 
 
 def into_readme(mark: str, lines: list[str]) -> None:
-    """Replace what stands between two marks of the README."""
-    readme = HERE.parent.parent / "README.md"
+    """Replace what stands between two marks of the README beside the figures."""
+    readme = HERE / "README.md"
     text, count = re.subn(
         rf"(<!-- {mark}: .* -->\n).*(<!-- end of {mark} -->)",
         lambda found: found[1] + "\n".join(lines).strip() + "\n" + found[2],
         readme.read_text(),
         flags=re.DOTALL,
     )
-    assert count == 1, f"README.md has lost its marks of {mark}"
+    assert count == 1, f"{readme} has lost its marks of {mark}"
     readme.write_text(text)
 
 

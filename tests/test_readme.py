@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,61 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_the_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the first shows what it promises: a model that learned, wrong labels that are found, a cleaning that gains."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "readme"}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    names: dict[str, Any] = {"__name__": "readme"}
+    first, *others = blocks("python")
+    exec(compile(first, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert "audit passed" in printed
-    assert "Scores(sgd-ie: 100 removals, query margin" in printed
-    assert re.search(r"num_rows: 9\d", printed)  # at most a tenth was dropped
+    accuracy = figures(r"^accuracy ([\d.]+)%", printed)
+    assert accuracy[0] > 90
+    assert accuracy == pytest.approx(figures(r"# accuracy ([\d.]+)%", first), abs=1.5)  # elsewhere numbers round otherwise
+    assert re.search(r"# (audit passed: .*)", first)[1] in printed  # type: ignore[index]
+    found = figures(r"^wrong labels among the most harmful fifth: (\d+)%", printed)
+    assert found == pytest.approx(figures(r"fifth: .*# (\d+)%", first), abs=5)
+    assert names["data"].corrupted.sum() == len(names["harmful"]) == 159
+    gain = figures(r"^\d +sgd-ie +[\d.]+ +([\d.-]+) +([\d.-]+) +([\d.-]+)$", printed)
+    assert gain[0] > 0
+    assert gain[1] > figures(r"^\d +random +[\d.]+ +([\d.-]+)", printed)[0]  # the whole interval beside dropping at random
+    assert gain == pytest.approx(figures(r"# sgd-ie gains ([\d.]+) \(([\d.]+) to ([\d.]+)\)", first), abs=0.015)
+    assert figures(r"^\d +sgd-ie +64 +[\d.]+ +([\d.]+)", printed)[0] > 0.9  # Kendall's tau against retraining
+    tables = printed[printed.index(" method") :]
+    assert max(map(len, tables.splitlines()[:-1])) <= 100  # all but the path of the page
     assert (tmp_path / "runs/mine/report/index.html").exists()
-    described: Any = names["Digits"]
-    data = described(n_train=100)
-    data.setup("fit")
-    assert {len(column) for column in data.describe_samples().values()} == {100}
+    kept = names["run"].cleaned_dataset(names["harmful"])
+    assert len(kept) == 797 - len(names["harmful"])
+    for block in others:
+        exec(compile(block, "README.md", "exec"), names)
+    assert "Scores(sgd-ie: 797 removals, query margin" in capsys.readouterr().out
+
+
+def figures(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text, re.MULTILINE)
+    assert found is not None, f"{pattern} is not in\n{text}"
+    return [float(group) for group in found.groups()]
+
+
+def test_it_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 150
+    for page in (ROOT / "README.md", ROOT / "scripts/study/README.md"):
+        for link in re.findall(r"\]\((?!https:)([^)]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), link
+
+
+def test_the_wheel_of_the_install_section_holds_the_whole_package(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", "77")  # else pip fetches it, which this test does not
+    assert "\npip wheel --no-deps . " in README
+    source = tmp_path / "checkout"
+    shutil.copytree(ROOT / "lightning_acc", source / "lightning_acc", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    done = subprocess.run(words, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = source.glob("*.whl")
+    assert f"pip install {wheel.name}" in README
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lightning_acc/")}
+    assert packed == {path.relative_to(source).as_posix() for path in (source / "lightning_acc").rglob("*") if path.is_file()}
 
 
 @pytest.mark.timeout(900)  # all of them, one after the other
@@ -43,7 +87,9 @@ def test_the_commands_work_and_the_demo_keeps_its_promises(tmp_path: Path) -> No
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = [line.partition("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
     verbs = [words for words in commands if words[0] == "lightning-acc"]
-    assert len(verbs) == 15
+    assert len(verbs) == 14
+    assert "# estimates for every sample; or --removals group:label, whole groups" in README
+    verbs.append(["lightning-acc", "score", "runs/digits", "--method", "acc-sgd-ie", "--removals", "group:label"])
     assert "lightning-acc run --config configs/digits.yaml" in (ROOT / "scripts/demo").read_text()
     for words in verbs:
         done = subprocess.run(
