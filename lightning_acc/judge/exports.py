@@ -31,9 +31,10 @@ _DESCRIBED = ("label", "true_label", "corrupted")
 def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str]) -> None:
     """Write a table of scores as CSV, the most harmful removal first.
 
-    Columns: ``rank``, ``sample`` (the id; the ids of a group with blanks between them), ``score``, ``loo`` (the score by
-    leave-one-out retraining, where the run has it stored for the same query; else without this column), ``label``,
-    ``true_label`` and ``corrupted`` of single samples, empty where they are not known.
+    The first line, after a ``#``, says how far the ranking can be trusted. Columns: ``rank``, ``sample`` (the id; the ids of a
+    group with blanks between them), ``name`` (where there are groups that have one), ``score``, ``source`` (``estimate``, or
+    ``loo`` where that is the truth), ``loo`` (the score by leave-one-out retraining, where the run has it stored for the same
+    query; else without this column), ``label``, ``true_label`` and ``corrupted`` of single samples, empty where not known.
 
     Args:
         run: the run the scores belong to.
@@ -53,13 +54,16 @@ def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str])
     expected = None if truth is None else truth.by_removal()
     views = SampleViews(run)
     buffer = io.StringIO(newline="")
+    buffer.write(f"# {scores.conditions['method']}, {scores.verdict}\n")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["rank", SAMPLE, "score", *(["loo"] if expected is not None else []), *_DESCRIBED])
-    ranks, values = scores.table["rank"].to_pylist(), scores.values.tolist()
-    for rank, removal, score in sorted(zip(ranks, scores.removals, values, strict=True)):
-        known = [] if expected is None else [expected.get(removal)]
-        seen = [getattr(views[removal[0]], name) for name in _DESCRIBED] if len(removal) == 1 else [None] * len(_DESCRIBED)
-        writer.writerow([rank, " ".join(map(str, removal)), score, *known, *seen])
+    names, truths = scores.names, [] if expected is None else [registry.TRUTH]
+    writer.writerow(["rank", SAMPLE, *(["name"] if names else []), "score", "source", *truths, *_DESCRIBED])
+    ranks, sources = scores.table["rank"].to_pylist(), scores.table["source"].to_pylist()
+    for rank, removal, score, source in sorted(zip(ranks, scores.removals, scores.values.tolist(), sources, strict=True)):
+        name = [names.get(removal)] if names else []
+        true = [] if expected is None else [expected.get(removal)]
+        seen = [getattr(views[removal[0]], key) for key in _DESCRIBED] if len(removal) == 1 else [None] * len(_DESCRIBED)
+        writer.writerow([rank, " ".join(map(str, removal)), *name, score, source, *true, *seen])
     _write(path, buffer.getvalue())
 
 

@@ -21,7 +21,7 @@ from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews, detection_precision
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
-from lightning_acc.scoring.figures import agreement
+from lightning_acc.scoring.figures import shown
 from lightning_acc.scoring.scores import Scores
 
 SHOWN = 24
@@ -87,7 +87,10 @@ def collect(run: Record) -> dict[str, Any]:
         raise RequestError(f"{run.path} has no scores to report: compute some with score(run, method=...) first.")
     views = SampleViews(run)
     corrupted = views.corrupted
-    methods = [_method(name, tables, corrupted) for name in sorted(tables, key=lambda name: _prominence(tables[name]))]
+    # The fullest ranking comes first: that of a few removals, such as those retrained for a check, is no ranking of the data.
+    fullest = max(map(len, map(_single, tables.values())))
+    order = sorted(tables, key=lambda name: (len(_single(tables[name])) < fullest, *_prominence(tables[name])))
+    methods = [_method(name, tables, corrupted) for name in order]
     needed = {sample for method in methods for sample in method["ranking"]["samples"]}
     needed.update(point[0] for method in methods for point in method.get("points", ()))
     return {
@@ -95,6 +98,7 @@ def collect(run: Record) -> dict[str, Any]:
         "samples": {sample: _sample(views, sample) for sample in sorted(needed)},
         "corrupted_share": None if corrupted is None else float(corrupted.mean()),
         "n_corrupted": None if corrupted is None else int(corrupted.sum()),
+        "groups": [found for name in order if (found := _groups(name, tables[name]))],
         "cleaning": _cleaning(run),
         "shown": SHOWN,
     }
@@ -114,30 +118,58 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
         "conditions": {key: table.conditions[key] for key in ("method", "query", "readout", "dtype")},
         "seconds": table.conditions["seconds"],
         "memory": table.conditions["peak_memory_gb"],
+        "verdict": _verdict(table),
         "ranking": {
             "total": len(order),
             "ranks": (ranks if whole else np.r_[ranks[:ENDS], ranks[-ENDS:]]).tolist(),
             "samples": ends,
             "scores": [_plain(scores[sample]) for sample in ends],
+            "retrained": [] if table.conditions["method"] == registry.TRUTH else [s for s in ends if (s,) in table.truths],
         },
     }
     truth = truth_for(tables, table)
     if truth is not None and not registry.is_truth(table.conditions["method"]):
         expected = _single(truth)
         entry["ranking"]["truth"] = [_plain(expected.get(sample)) for sample in ends]
+        said = table.by_removal("estimate")
         common = [sample for sample in scores if sample in expected]
         if len(common) > 1:
-            pairs = np.array([[expected[sample], scores[sample]] for sample in common])
-            figures = agreement(pairs[:, 1], pairs[:, 0])
+            # As for evaluate: extremes that were picked to be checked would flatter the figures.
+            verdict, partial = table.verdict, len(common) < len(scores)
+            picked = {r[0] for r in set(verdict.extremes) - set(verdict.random)} if partial else set()
+            compared = [sample for sample in common if sample not in picked]
+            figures = shown(np.array([said[(s,)] for s in compared]), np.array([expected[s] for s in compared]))
             entry["agreement"] = {key: _plain(value) for key, value in figures.items()}
             drawn = _drawn(common, set(ends))
-            entry["points"] = [[sample, _plain(expected[sample]), _plain(scores[sample])] for sample in drawn]
-            entry["n_compared"] = len(common)
+            entry["points"] = [
+                [sample, _plain(expected[sample]), _plain(said[(sample,)])]
+                for sample in drawn
+                if _plain(expected[sample]) is not None and _plain(said[(sample,)]) is not None
+            ]
+            entry["n_compared"] = figures["n"]
     if corrupted is not None:
         precision = detection_precision(values, corrupted[samples])
         at = np.unique(np.linspace(1, len(precision), min(CURVE_POINTS, len(precision))).round().astype(int))
         entry["precision"] = [[int(k), float(precision[k - 1])] for k in at]
     return entry
+
+
+def _verdict(table: Scores) -> dict[str, str]:
+    word, _, rest = str(table.verdict).partition(": ")
+    return {"word": word, "text": rest}
+
+
+def _groups(name: str, table: Scores) -> dict[str, Any] | None:
+    """Removals of several samples, by name; None where there are none."""
+    columns = ("score", "source", "estimate")
+    rows = zip(table.labels, table.removals, *(table.table[column].to_pylist() for column in columns), strict=True)
+    found = [
+        {"name": label, "samples": len(removal), "score": _plain(score), "source": source, "estimate": _plain(estimate)}
+        for label, removal, score, source, estimate in rows
+        if len(removal) > 1
+    ]
+    found.sort(key=lambda group: (group["score"] is None, group["score"]))
+    return {"name": name, "conditions": {"method": table.conditions["method"]}, "rows": found} if found else None
 
 
 def _drawn(common: list[int], extremes: set[int]) -> list[int]:

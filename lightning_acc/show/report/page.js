@@ -224,7 +224,8 @@ const cells = {
     const most = Math.max(...rows.map(r => Math.abs(r.score || 0))) || 1, share = Math.abs(row.score || 0) / most * 50;
     bar.style.width = `${share}%`;
     bar.style.left = `${row.score < 0 ? 50 - share : 50}%`;
-    return [meter, make("span", {class: "value"}, show(row.score))];
+    return [meter, make("span", {class: "value"}, show(row.score)),
+      ...row.retrained ? [make("span", {class: "retrained", title: "retrained without: the true score"}, "✓")] : []];
   },
   truth: row => [show(row.truth)],
 };
@@ -261,7 +262,8 @@ for (const column of columns) {
 }
 const rank = () => {
   const method = chosen(), r = method.ranking;
-  rows = r.samples.map((id, i) => ({id, rank: r.ranks[i], score: r.scores[i], truth: r.truth && r.truth[i],
+  const retrained = new Set(r.retrained);
+  rows = r.samples.map((id, i) => ({id, retrained: retrained.has(id), rank: r.ranks[i], score: r.scores[i], truth: r.truth && r.truth[i],
     label: data.samples[id].label, corrupted: data.samples[id].corrupted}));
   const part = r.samples.length < r.total;
   $("#extent").textContent = `${count(r.total)} removals of a single sample, ranked by ${labelOf(method)}; rank 1 is the most harmful. `
@@ -275,6 +277,9 @@ const rank = () => {
   $("#label").value = labels.includes(before.slice(1)) ? before : "";
   if (state.sort === "truth" && !r.truth) Object.assign(state, {sort: "rank", down: false});
   state.page = 0;
+  $("#verdict").dataset.word = method.verdict.word;
+  $("#verdict b").textContent = method.verdict.word;
+  $("#verdict span").textContent = method.verdict.text;
   gallery();
   table();
 };
@@ -285,6 +290,17 @@ for (const filter of ["#label", "#corrupted", "#harmful"]) $(filter).addEventLis
 $("#previous").addEventListener("click", () => { state.page -= 1; table(); });
 $("#next").addEventListener("click", () => { state.page += 1; table(); });
 rank();
+
+// --- Groups. ---
+
+if (data.groups.length) {
+  const section = $("#groups");
+  section.hidden = false;
+  section.querySelector("thead").append(make("tr", {}, ...["method", "group", "samples", "score", "source", "estimate"].map(name => make("th", {scope: "col"}, name))));
+  section.querySelector("tbody").append(...data.groups.flatMap(table => table.rows.map(row => make("tr", {}, make("td", {}, table.conditions.method),
+    make("td", {class: "left"}, row.name), make("td", {}, count(row.samples)), make("td", {}, show(row.score)),
+    make("td", {}, row.source === "estimate" ? "estimate" : "retrained"), make("td", {}, show(row.estimate))))));
+}
 
 // --- Line charts: finding the corrupted, and cleaning. ---
 

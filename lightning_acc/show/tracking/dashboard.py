@@ -62,6 +62,7 @@ def track(
         pictures = panels.Pictures(views)
         for name, table in tables.items():
             tracked.log({f"ranking/{name}": panels.ranking(table, truth_for(tables, table), pictures)})
+            tracked.summary.update(panels.verdict(name, table))
             gallery = panels.gallery(table, views)
             if gallery:
                 tracked.log({f"most harmful/{name}": gallery})

@@ -58,13 +58,25 @@ def ranking(table: Scores, truth: Scores | None, pictures: Pictures) -> Any:
     import wandb
 
     expected = truth.by_removal() if truth is not None else {}
-    rows = sorted(zip(table.table["rank"].to_pylist(), table.removals, table.values.tolist(), strict=True))
+    places, sources = table.table["rank"].to_pylist(), table.table["source"].to_pylist()
+    names = {removal: label for removal, label in zip(table.removals, table.labels, strict=True) if len(removal) > 1}
+    rows = sorted(zip(places, table.removals, table.values.tolist(), sources, table.estimates.tolist(), strict=True))
     columns: list[str | int] = ["rank", "sample", "score", "loo", "label", "true label", "corrupted", "picture", "text"]
+    columns += ["source", "estimate"]
     data = []
-    for rank, removal, score in rows if len(rows) <= 2 * SHOWN else rows[:SHOWN] + rows[-SHOWN:]:
+    for rank, removal, score, source, estimate in rows if len(rows) <= 2 * SHOWN else rows[:SHOWN] + rows[-SHOWN:]:
         seen = pictures.cells(removal[0] if len(removal) == 1 else None)
-        data.append([rank, _name(removal), score, expected.get(removal), *seen])
+        true = expected.get(removal, score if source != "estimate" else None)
+        data.append([rank, names.get(removal, _name(removal)), score, true, *seen, source, estimate])
     return wandb.Table(columns=columns, data=data)
+
+
+def verdict(name: str, table: Scores) -> dict[str, Any]:
+    """How far a table can be trusted: its word, its figures and the whole sentence, by ``verdict/<table>/<figure>``."""
+    said = table.verdict
+    names = ("word", "n", "spearman", "spearman_low", "spearman_high", "kendall", "rmse_sd", "top_confirmed", "n_diverged")
+    figures = {figure: getattr(said, figure) for figure in names if getattr(said, figure) is not None}
+    return {f"verdict/{name}/{figure}": value for figure, value in {**figures, "sentence": str(said)}.items()}
 
 
 def gallery(table: Scores, views: SampleViews) -> list[Any]:
@@ -83,7 +95,7 @@ def scatter(name: str, table: Scores, truth: Scores, views: SampleViews) -> Any:
     """Estimated against true scores; the table behind it names the samples of each point."""
     import wandb
 
-    expected, found = truth.by_removal(), table.by_removal()
+    expected, found = truth.by_removal(), table.by_removal("estimate")
     data = []
     for removal in found:
         if removal in expected:
