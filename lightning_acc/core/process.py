@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,18 @@ def as_scored() -> Iterator[None]:
     """
     with threads(1), torch.enable_grad():
         yield
+
+
+_NO_MEMORY = re.compile(r"out of memory|not enough memory|can.?t allocate memory|cannot allocate memory", re.I)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory was short: Python's, torch's on the CPU or on a GPU, or Ray's."""
+    if error is None:
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and bool(_NO_MEMORY.search(str(error)))
 
 
 def peak_memory_gb() -> float:

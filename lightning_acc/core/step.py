@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_acc.core.objective import LossFunction, Objective, Parameters, quiet, traceable
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
+from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.removals import Removals
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
@@ -260,6 +261,6 @@ def _products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
         with quiet():
             return pull(cotangents, True)
     except RuntimeError as error:
-        if "memory" in str(error):
+        if is_out_of_memory(error):
             raise
         return torch.stack([pull(row, False) for row in cotangents])

@@ -112,6 +112,11 @@ class Method(ABC):
     ) -> Answer:
         """The scores of one piece; ``progress`` is told the fraction done."""
 
+    def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
+        """A piece that ran out of memory in two; by itself where that would not help."""
+        middle = len(piece) // 2
+        return [piece[:middle], piece[middle:]] if middle else [piece]
+
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """What a reader of the scores must know, given the details of all pieces."""
         return []

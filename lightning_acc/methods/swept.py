@@ -66,5 +66,9 @@ class Swept(Method):
         more = {} if self.is_truth else {"diverged": ~((bend <= FURTHEST) & scores.isfinite())}
         return Answer(scores, shifts if question.keep_shifts else None, more=more)
 
+    def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
+        """A reverse sweep is no smaller for fewer removals."""
+        return [piece] if self._back(question) is not None else super().smaller(piece, question)
+
     def _back(self, question: Question) -> type[AdjointSgdIe] | None:
         return self.reverse if question.readout == "linear" and not question.keep_shifts else None

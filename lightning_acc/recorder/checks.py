@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.optimizers import State
+from lightning_acc.core.roundoff import RoundOff
 from lightning_acc.core.step import Step
 from lightning_acc.recorder import decomposition
 from lightning_acc.recorder.refusals import RecordingRefused, batch_norms
@@ -50,6 +51,7 @@ class Checks:
         """The step whose effect is to be compared, once it is there."""
         self._before = state[0]
         self._replayed = state
+        self._roundoff = RoundOff(state)
 
     def due(self, number: int, size: int, epoch: int, last: bool) -> bool:
         """Whether the gradient of step ``number``, on ``size`` samples of this process, is to be compared.
@@ -86,7 +88,8 @@ class Checks:
                     "it belongs to into evaluation mode."
                 )
         moved = theta - self._before
-        difference = decomposition.relative_difference(self._replayed[0] - self._before, moved)
+        error = (self._replayed[0] - theta).abs() - self._roundoff.allowed
+        difference = float(error.clamp_min(0).norm() / moved.norm().clamp_min(torch.finfo(theta.dtype).tiny))
         rounding = 8 * torch.finfo(theta.dtype).eps * float(theta.norm() / moved.norm().clamp_min(1e-30))
         if not difference <= self._tolerance + rounding:
             raise RecordingRefused(
@@ -95,6 +98,7 @@ class Checks:
                 "or gradients (a hook, another callback): leave it out."
             )
         self._replayed = (theta, *self._replayed[1:])
+        self._roundoff.restart(theta)
 
     def gradient(self, number: int, state: State, step: Step, gradient: Tensor) -> None:
         """Compare the training's gradient (p,) in step ``number`` with that of the weighted per-sample losses.
@@ -113,7 +117,11 @@ class Checks:
         self.followed = number
         self._before = theta
         # At first F goes all the way by itself; later it starts from the optimizer's slots and the training's gradient.
-        self._replayed = step(self._replayed) if self._early(number) else step.update(state, gradient)
+        if not self._early(number):
+            self._replayed, self._roundoff = state, RoundOff(state)
+        followed = step.gradient(self._replayed[0]) if self._early(number) else gradient
+        self._roundoff.advance(step, self._replayed, followed)
+        self._replayed = step.update(self._replayed, followed)
 
     def _early(self, number: int) -> bool:
         return number < self._start + CHECKED_STEPS

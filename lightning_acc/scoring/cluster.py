@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import InfluenceError, RequestError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_REPORTS = 0.3
 TRIES = 4
 """How often a piece is given out before it counts as failed."""
+MOST_HALVINGS = 6
+"""How often a piece that ran out of memory is made smaller: where a 64th of it does not fit, less will not."""
 SECONDS_TO_MAKE_ROOM = 2.0
 """Pause before a piece whose result found the object store full is given out again; twice as long every time."""
 SECONDS_UNTIL_HUNG = 600.0
@@ -68,11 +71,30 @@ def each(
     """
     if address is None:
         for i, piece in enumerate(pieces):
-            yield piece, work(job, piece, bar.of(i))
+            yield from _here(work, job, piece, bar.of(i), split)
     elif pieces:
         bar.note(f"connecting to Ray ({address})")
         with connect(address) as ray:
             yield from _Farm(ray, work, job, bar, split).run(pieces)
+
+
+def _here(
+    work: Work, job: Any, piece: Any, progress: Callable[[float], None], split: Split, halvings: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """One piece, in this process; in smaller ones where memory was short."""
+    try:
+        result = work(job, piece, progress)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = split(piece) if halvings < MOST_HALVINGS else [piece]
+        if len(smaller) == 1:
+            result = Failure(_out_of_memory(error))
+        else:
+            for part in smaller:
+                yield from _here(work, job, part, progress, split, halvings + 1)
+            return
+    yield piece, result
 
 
 @dataclass
@@ -85,6 +107,7 @@ class _Task:
         tries: how often it has been given out.
         messages: Ray's stream of what the worker says; by ``ray://`` only the last, the result.
         number: names it at the desk.
+        halvings: how often it has been made smaller.
         heard: when it last said something; None before it begins.
         done: the fraction of it that is done.
     """
@@ -94,6 +117,7 @@ class _Task:
     tries: int
     messages: Any
     number: int
+    halvings: int = 0
     heard: float | None = None
     done: float = 0.0
 
@@ -135,14 +159,17 @@ class _Farm:
                         yield task.piece, outcome.result
                     elif isinstance(outcome, Exception):
                         self._running.remove(task)
-                        smaller = self._split(task.piece) if _out_of_memory(outcome) else [task.piece]
+                        short = is_out_of_memory(outcome)
+                        smaller = self._split(task.piece) if short and task.halvings < MOST_HALVINGS else [task.piece]
                         if len(smaller) == 1 and task.tries >= TRIES:
                             finished[task.part] += 1
-                            yield task.piece, Failure(_reason(outcome))
+                            yield task.piece, Failure(_out_of_memory(outcome) if short else _reason(outcome))
                         else:
                             shares[task.part] += len(smaller) - 1
                             pause = SECONDS_TO_MAKE_ROOM * 2 ** (task.tries - 1) if self._no_room(outcome) else 0.0
-                            self._running += [self._start(task.part, piece, task.tries + 1, pause) for piece in smaller]
+                            halvings = task.halvings + (len(smaller) > 1)
+                            tries = 1 if len(smaller) > 1 else task.tries + 1
+                            self._running += [self._start(task.part, piece, tries, pause, halvings) for piece in smaller]
                 self._read_desk()
                 for task in self._running:
                     if task.heard is not None and time.monotonic() - task.heard > SECONDS_UNTIL_HUNG:
@@ -154,10 +181,11 @@ class _Farm:
             for task in self._running:
                 self._ray.cancel(task.messages, force=False)
 
-    def _start(self, part: int, piece: Any, tries: int, pause: float = 0.0) -> _Task:
+    def _start(self, part: int, piece: Any, tries: int, pause: float = 0.0, halvings: int = 0) -> _Task:
         self._started += 1
         desk = () if self._desk is None else (self._desk, self._started)
-        return _Task(part, piece, tries, self._remote.remote(self._shared, piece, sys.path, pause, *desk), self._started)
+        messages = self._remote.remote(self._shared, piece, sys.path, pause, *desk)
+        return _Task(part, piece, tries, messages, self._started, halvings)
 
     def _read_desk(self) -> None:
         if self._desk is not None:
@@ -185,7 +213,7 @@ class _Farm:
             if isinstance(cause, InfluenceError):
                 raise cause from None
             # What Ray itself failed at, such as bringing over what the workers share, may go better elsewhere.
-            if isinstance(cause, (MemoryError, exceptions.RayError)):
+            if is_out_of_memory(cause) or isinstance(cause, exceptions.RayError):
                 return cause
             raise
         except exceptions.TaskCancelledError:
@@ -210,11 +238,11 @@ class _Done:
     result: Any
 
 
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def _out_of_memory(error: BaseException) -> str:
+    return f"it ran out of memory ({_reason(error)}): give a smaller memory_gb, or a machine with more"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 

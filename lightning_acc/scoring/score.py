@@ -205,7 +205,7 @@ def _compute_all(
         # A single piece gains nothing from workers that would have to be started first.
         alone = ray_address is None or (ray_address == "local" and len(pieces) < 2)
         work = partial(_compute_here, replay) if alone else compute
-        for piece, result in cluster.each(work, job, pieces, None if alone else ray_address, bar, _halves):
+        for piece, result in cluster.each(work, job, pieces, None if alone else ray_address, bar, partial(_smaller, job)):
             if isinstance(result, cluster.Failure):
                 failures.append((piece, result.reason))
                 continue
@@ -226,9 +226,8 @@ def _compute_here(replay: Replay, job: Job, removals: list[Removal], progress: C
     return compute(job, removals, progress, replay)
 
 
-def _halves(piece: list[Removal]) -> list[list[Removal]]:
-    middle = len(piece) // 2
-    return [piece[:middle], piece[middle:]] if middle else [piece]
+def _smaller(job: Job, piece: list[Removal]) -> list[list[Removal]]:
+    return job.method.smaller(piece, job.question)
 
 
 def _shifts(run: Record, wanted: list[Removal], finished: list[tuple[list[Removal], Result]]) -> torch.Tensor:

@@ -113,6 +113,10 @@ class LowRank(Method):
             return even_pieces(removals, max(1, len(removals)))
         return even_pieces(removals, removals_at_once(replay, question.memory))
 
+    def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
+        """Screened removals are screened together."""
+        return [piece] if self.form == SCREENED else super().smaller(piece, question)
+
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:

@@ -1,0 +1,105 @@
+"""The audit tells round-off from what is wrong, number by number and in all numbers together."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from problems import make, record, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_acc as la
+from lightning_acc.record.record import Steps
+
+WORDS, LENGTH = 60, 12
+
+
+class Decoder(pl.LightningModule):
+    """A small language model with tied embeddings; its training_step averages otherwise than per_sample_loss and mean do."""
+
+    def __init__(self, weight_decay: float = 0.01, lr: float = 3e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.words, self.places = nn.Embedding(WORDS, 32), nn.Embedding(LENGTH, 32)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.last = nn.LayerNorm(32)
+
+    def logits(self, words: Tensor) -> Tensor:
+        n = words.shape[1]
+        x = self.words(words) + self.places.weight[:n]
+        mask = nn.Transformer.generate_square_subsequent_mask(n, dtype=x.dtype)
+        return self.last(self.body(x, mask=mask, is_causal=True)) @ self.words.weight.T
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        words = batch[0]
+        losses = nn.functional.cross_entropy(self.logits(words[:, :-1]).transpose(1, 2), words[:, 1:], reduction="none")
+        return losses.mean(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        words = batch[0]
+        return nn.functional.cross_entropy(self.logits(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.per_sample_loss(batch).mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr, weight_decay=self.hparams.weight_decay)
+
+
+def decoder(path: Path, seed: int = 0, **options: Any) -> la.Run:
+    pl.seed_everything(seed)
+    # Most words are rare: the gradients of their embeddings are near 0 in most steps.
+    words = (torch.rand(64, LENGTH).square() * WORDS).long().clamp_max(WORDS - 1)
+    loader, val = DataLoader(TensorDataset(words), 8, shuffle=True), DataLoader(TensorDataset(words[:16]), 16)
+    quiet = trainer(la.TrajectoryRecorder(path), precision="32-true", gradient_clip_val=1.0, max_epochs=4)
+    quiet.fit(Decoder(**options), loader, val)
+    return la.Run(path)
+
+
+def told(monkeypatch: pytest.MonkeyPatch, **changes: float) -> None:
+    """From here on every record says other hyper-parameters than were used: times so much."""
+    honest = Steps.__getitem__
+
+    def lie(self: Steps, index: Any) -> Any:
+        step = honest(self, index)
+        groups = [{**g, **{key: g[key] * by for key, by in changes.items()}} for g in step.groups]
+        return dataclasses.replace(step, groups=groups)
+
+    monkeypatch.setattr(Steps, "__getitem__", lie)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adam_on_gradients_near_zero_passes(tmp_path: Path, seed: int) -> None:
+    report = decoder(tmp_path / "run", seed).audit()
+    assert report.ok, report
+    assert report.max_abs_error > 1e-6  # what a tolerance relative to the parameters would condemn
+
+
+@pytest.mark.parametrize("what", ["weight_decay", "lr"])
+@pytest.mark.parametrize("decay", [0.01, 0.1])
+def test_a_thousandth_of_weight_decay_or_learning_rate_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, decay: float
+) -> None:
+    run = decoder(tmp_path / "run", weight_decay=decay)
+    assert run.audit().ok
+    told(monkeypatch, **{what: 1.001})
+    report = run.audit()
+    assert not report.ok
+    assert "all errors together" in str(report) or report.max_abs_error > report.tolerance
+
+
+@pytest.mark.parametrize("optimizer", [{"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}, {"class": "AdamW", "lr": 0.01}])
+@pytest.mark.parametrize("what", ["weight_decay", "lr"])
+def test_it_is_found_in_small_runs_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], what: str
+) -> None:
+    run = record(tmp_path / "run", make(hidden=8, optimizer=optimizer))
+    assert run.audit().max_abs_error == 0
+    told(monkeypatch, **{what: 1.001})
+    assert not run.audit().ok
