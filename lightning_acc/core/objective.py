@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_acc.core.checkpointing import kept_activations
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
@@ -112,7 +113,8 @@ class Objective:
         """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names."""
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
-        with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
+        narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
+        with narrower, kept_activations():
             values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
         return values
 
@@ -149,7 +151,8 @@ class Objective:
                 self._vmap = False
         results = []
         for i, theta in enumerate(thetas):
-            with torch.random.fork_rng(devices=[], enabled=i < len(thetas) - 1):  # the same random numbers for each
+            again = torch.random.fork_rng(devices=[], enabled=i < len(thetas) - 1)  # the same random numbers for each
+            with again, traceable():  # these too may be differentiated twice
                 results.append(function(theta, batches.rows(leaves, torch.tensor(i)) if own_rows else leaves))
         return torch.stack(results)
 

@@ -72,15 +72,23 @@ class Replay:
         Training may amplify round-off, so that a difference alone condemns nothing; a step that is not reproduced does.
 
         Raises:
-            RunError: the record does not reproduce the training.
+            RunError: the record does not reproduce the training, or the replay ends in parameters that are not finite.
         """
         if len(self) not in self.run.snapshots:  # interrupted within its last step
             return
         first, last = (self.run.parameters(t).to(self.dtype) for t in (0, len(self)))
-        if float((theta - last).norm()) > DOUBT * float((last - first).norm()):
-            report = self.run.audit()
-            if not report.ok:
-                raise RunError(f"{self.run.store}: {report}.")
+        if float((theta - last).norm()) <= DOUBT * float((last - first).norm()):  # which NaN is not
+            return
+        report = self.run.audit()
+        if not report.ok:
+            raise RunError(f"{self.run.store}: {report}.")
+        lost = int((~torch.isfinite(theta)).sum())
+        if lost:
+            raise RunError(
+                f"{self.run.store}: the replay ends in parameters that are not finite ({lost} of {theta.numel()}), though each "
+                "recorded step by itself is reproduced: the training amplifies round-off beyond all bounds, so no score of this "
+                "run can be trusted. Record it at a lower learning rate, or replay it in dtype='float64'."
+            )
 
     @cached_property
     def activation_bytes(self) -> int:

@@ -87,8 +87,9 @@ def _gradient(step: Step, theta: Tensor) -> Tensor:
     except RunError as error:
         raise RecordingRefused(str(error)) from error
     except Exception as error:
+        words = " ".join(str(error).split())[:300]
         raise RecordingRefused(
-            f"The loss of single samples cannot be computed ({type(error).__name__}: {error}). {REMEDY}"
+            f"The loss of single samples cannot be computed ({type(error).__name__}: {words}). {REMEDY}"
         ) from error
 
 
