@@ -86,8 +86,8 @@ class Replay:
         if lost:
             raise RunError(
                 f"{self.run.store}: the replay ends in parameters that are not finite ({lost} of {theta.numel()}), though each "
-                "recorded step by itself is reproduced: the training amplifies round-off beyond all bounds, so no score of this "
-                "run can be trusted. Record it at a lower learning rate, or replay it in dtype='float64'."
+                "recorded step by itself is reproduced: the training amplifies round-off beyond all bounds, so no score of "
+                "this run can be trusted. Record it at a lower learning rate, or replay it in dtype='float64'."
             )
 
     @cached_property
