@@ -193,12 +193,13 @@ def losses_of_training_step(module: nn.Module, batch: Any) -> Tensor:
         single = {name: leaf.unsqueeze(0) for name, leaf in row.items()}
         return whole_loss_of_training_step(module, batches.unflatten(structure, single))
 
-    if not module.__dict__.get("_rows_resist_vmap"):
-        try:
-            return torch.vmap(alone, randomness="different")(leaves)
-        except RuntimeError:
-            module.__dict__["_rows_resist_vmap"] = True
-    return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])
+    with traceable():
+        if not module.__dict__.get("_rows_resist_vmap"):
+            try:
+                return torch.vmap(alone, randomness="different")(leaves)
+            except RuntimeError:
+                module.__dict__["_rows_resist_vmap"] = True
+        return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])
 
 
 def whole_loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
