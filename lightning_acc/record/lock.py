@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import uuid
 import warnings
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from lightning_acc.errors import RunError
 from lightning_acc.record.store import Store
 
 NAME = "lock"
+UNKNOWN = "a training that cannot be told from it"
 _held: set[str] = set()
 """Tokens of the locks this process holds."""
 
@@ -46,7 +48,7 @@ class Holder:
 
     def gone(self) -> bool:
         """Whether its process is known to have ended: only on this machine can that be seen."""
-        if self.host != socket.gethostname():
+        if self.host != socket.gethostname() or sys.platform == "win32":  # where asking would end it
             return False
         if self.pid == os.getpid() and self.started == _started(self.pid):
             return self.token not in _held
@@ -129,9 +131,10 @@ class Lock:
         if not self.store.exists(NAME):
             return None
         try:
-            return Holder(**json.loads(self.store.read(NAME)))
+            holder = Holder(**json.loads(self.store.read(NAME)))
+            return holder if isinstance(holder.pid, int) and holder.pid > 0 else UNKNOWN
         except (ValueError, TypeError):
-            return "a training that cannot be told from it"
+            return UNKNOWN
         except RunError:
             return None
 
