@@ -172,6 +172,12 @@ def scaled(x: Tensor, y: Tensor) -> Any:
     return [x * torch.empty(len(x), 1, dtype=x.dtype).uniform_(0.5, 1.5), y]
 
 
+def counting_words(samples: list[Any]) -> Any:
+    """Tells each row how many words its batch has."""
+    lengths = torch.tensor([len(sample["ids"]) for sample in samples])
+    return [*Padding()(samples), lengths.sum().expand(len(lengths))]
+
+
 def one_hot(x: Tensor, y: Tensor) -> Any:
     return [x, nn.functional.one_hot(y, CLASSES).to(x.dtype), torch.arange(len(x))][:2]
 
@@ -179,6 +185,11 @@ def one_hot(x: Tensor, y: Tensor) -> Any:
 def numbered(x: Tensor, y: Tensor) -> Any:
     """Each row knows its place."""
     return [x, y, torch.ones(len(x), dtype=x.dtype)]
+
+
+class Counting(Tokens):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(*batch[:2])
 
 
 class Counted:
@@ -197,6 +208,7 @@ PASSING: dict[str, tuple[Any, Any]] = {
     "masked words": (Tokens, lambda: DataLoader(Sentences(), 6, shuffle=True, collate_fn=Padding(mask=0.3))),
     "masked words in workers": (Tokens, lambda: DataLoader(Sentences(), 6, num_workers=2, collate_fn=Padding(mask=0.3))),
     "pairs of sentences": (Tokens, lambda: DataLoader(Sentences(), 2, collate_fn=Padding(mask=0.3))),
+    "words counted in pairs": (Counting, lambda: DataLoader(Sentences(), 2, shuffle=True, collate_fn=counting_words)),
     "augmentation": (Net, lambda: DataLoader(Noisy(), 6, shuffle=True)),
     "augmentation in the collate function": (Net, lambda: DataLoader(data(), 6, collate_fn=Collate(scaled))),
     "one-hot labels": (Mixable, lambda: DataLoader(data(), 6, collate_fn=Collate(one_hot))),

@@ -13,6 +13,7 @@ import torch
 from problems import CLASSES, FEATURES, N, Net, Normalised, StepOnly, data, fit, flat
 from pytorch_lightning.callbacks import ModelCheckpoint
 from test_refusals import LATE, REFUSED
+from test_rows import MIXED
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -218,9 +219,12 @@ def test_after_a_refusal_training_without_is_what_it_would_have_been(tmp_path: P
     assert state == state_after
 
 
-@pytest.mark.parametrize("case", [*REFUSED, *LATE])
+@pytest.mark.parametrize("case", [*REFUSED, *LATE, *MIXED])
 def test_a_refusal_draws_no_random_numbers(tmp_path: Path, case: str) -> None:
-    if case in REFUSED:
+    if case in MIXED:
+        make_module, make_loader, _ = MIXED[case]
+        options, callbacks = {"train": make_loader() if make_loader else None}, ()
+    elif case in REFUSED:
         make_module, options, _ = REFUSED[case]
         callbacks = options.get("callbacks", ())
     else:

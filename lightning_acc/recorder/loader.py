@@ -83,7 +83,7 @@ class SampleTap:
         attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
         recording = _RecordingSampler(getattr(loader, attribute))
         collate = CheckedCollate(loader.collate_fn, whole=loader.batch_sampler is None)
-        collate.done = not self._check_rows
+        collate.done = collate.done or not self._check_rows
         tap = self
 
         class Tapped(type(loader)):  # type: ignore[misc]

@@ -99,7 +99,7 @@ def without_samples(made: Made) -> list[Any]:
         if made.operation in SUMS:
             nodes += [operand.node for operand in made.operands if isinstance(operand, Apart) and operand.node is not None]
             todo += [part for part in inside if part.size == 1]
-        elif made.operation in LINEAR and len(inside) == 1:
+        elif made.operation in LINEAR and len(inside) == 1 and (made.operation != "div" or made.operands[0] is inside[0]):
             todo += [part for part in inside if part.size == 1]
         elif made.operation in REDUCTIONS and len(inside) == 1 and inside[0].operation in ("stack", "cat"):
             todo += inside if all(part.size == 1 for part in inside[0].operands) else []

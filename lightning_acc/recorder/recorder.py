@@ -99,10 +99,8 @@ class TrajectoryRecorder(Callback):
         refuse_if(refusals.trainer_refusal(trainer, pl_module, self.allow_untested))
         self._writers = Writers(self.directory, trainer)
         self._begun = False
-        self._place: Place | None = None
-        """Where the record goes on, in a training that is resumed."""
-        self._left_open = False
-        """Whether that record is unfinished and nothing has been added to it yet."""
+        self._place: Place | None = None  # where the record goes on, in a training that is resumed
+        self._left_open = False  # whether that record is unfinished and nothing has been added to it yet
         self._pending: dict[str, Any] | None = None
         self._seen: list[SeenBatch] = []
         self._structure: batches.Structure = {}
@@ -286,8 +284,9 @@ class TrajectoryRecorder(Callback):
         if not self._begun:
             seen = (self._structure, theta, groups, everyone, number, self.batch_norm)
             self._assembly, header = understand(trainer, pl_module, self._optimizer, *seen)
-            header["loss"]["mixed_rows"] = self.mixed_rows if self.mixed_rows == rows.AS_THEY_ARE else None
             header["n_samples"] = self._tap.n_samples
+            if self.mixed_rows == rows.AS_THEY_ARE:
+                header["loss"]["mixed_rows"] = self.mixed_rows
             self._write.begin(trainer, pl_module, header, self._place, self.overwrite)
             self._begun, self._left_open = True, False
         step = self._assembly.step(groups, everyone)
