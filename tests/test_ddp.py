@@ -20,7 +20,11 @@ import lightning_acc as la
 
 N = 23  # odd: the sampler pads with a repetition
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*sync_dist", "ignore:.*validation_step", "ignore:Training has no validation data", "ignore:.*fork"
+    "ignore:.*sync_dist",
+    "ignore:.*validation_step",
+    "ignore:Training has no validation data",
+    "ignore:.*fork",
+    "ignore:.*is gone without an end",
 )
 DDP = {"strategy": "ddp_fork", "devices": 2}
 

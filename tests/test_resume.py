@@ -110,7 +110,8 @@ def test_killed_outright_and_resumed(tmp_path: Path) -> None:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    final = train(tmp_path, module(), ckpt_path=checkpoint(tmp_path, 6))
+    with pytest.warns(UserWarning, match="is gone without an end"):
+        final = train(tmp_path, module(), ckpt_path=checkpoint(tmp_path, 6))
     run = la.Run(tmp_path / "run")
     assert run.audit().max_abs_error == 0
     assert torch.equal(run.parameters(run.n_steps), final)

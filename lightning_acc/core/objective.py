@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_acc.contract import HasPerSampleLoss
+from lightning_acc.core.checkpointing import kept_activations
+from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
@@ -113,7 +115,8 @@ class Objective:
         """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names."""
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
-        with torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False):
+        narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
+        with narrower, kept_activations():
             values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
         return values
 
@@ -145,12 +148,13 @@ class Objective:
                 with traceable():
                     return torch.vmap(function, in_dims=(0, 0 if own_rows else None), randomness="same")(thetas, leaves)
             except RuntimeError as error:
-                if "not enough memory" in str(error) or "out of memory" in str(error):
+                if is_out_of_memory(error):
                     raise
                 self._vmap = False
         results = []
         for i, theta in enumerate(thetas):
-            with torch.random.fork_rng(devices=[], enabled=i < len(thetas) - 1):  # the same random numbers for each
+            again = torch.random.fork_rng(devices=[], enabled=i < len(thetas) - 1)  # the same random numbers for each
+            with again, traceable():  # these too may be differentiated twice
                 results.append(function(theta, batches.rows(leaves, torch.tensor(i)) if own_rows else leaves))
         return torch.stack(results)
 
@@ -196,12 +200,13 @@ def losses_of_training_step(module: nn.Module, batch: Any) -> Tensor:
         single = {name: leaf.unsqueeze(0) for name, leaf in row.items()}
         return whole_loss_of_training_step(module, batches.unflatten(structure, single))
 
-    if not module.__dict__.get("_rows_resist_vmap"):
-        try:
-            return torch.vmap(alone, randomness="different")(leaves)
-        except RuntimeError:
-            module.__dict__["_rows_resist_vmap"] = True
-    return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])
+    with traceable():
+        if not module.__dict__.get("_rows_resist_vmap"):
+            try:
+                return torch.vmap(alone, randomness="different")(leaves)
+            except RuntimeError:
+                module.__dict__["_rows_resist_vmap"] = True
+        return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])
 
 
 def whole_loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:

@@ -75,14 +75,15 @@ class Query:
         return self.values(objective, theta[None])[0]
 
     def values(self, objective: Objective, thetas: Tensor) -> Tensor:
-        """The query at each of ``thetas`` (n, p); returns (n,)."""
+        """The query at each of ``thetas`` (n, p); returns (n,), which nothing differentiates any more."""
         total = thetas.new_zeros(len(thetas))
         with objective.evaluating():
             for leaves, structure in self.batches:
                 leaves = batches.cast(leaves, objective.dtype)
-                total += objective.each(
+                values = objective.each(
                     lambda theta, batch, s=structure: self.batch_sum(objective, theta, batch, s), thetas, leaves
                 )
+                total += values.detach()  # a step that takes gradients itself hands out tensors with a graph
         return total / self.n_examples
 
     def changes(self, objective: Objective, theta: Tensor, shifts: Tensor, rows: int) -> Tensor:

@@ -67,6 +67,10 @@ class RunWriter:
     def _write_manifest(self) -> None:
         manifests.write(self.store, {**self.header, "status": "recording", "files": self.files})
 
+    def wait(self) -> None:
+        """Wait until what is being written is there; raises what stopped that."""
+        self._background.wait()
+
     def checkpoint(self) -> None:
         """Write everything collected so far, so that ``resume`` can go on from here."""
         self.flush()

@@ -5,12 +5,10 @@ Compared are numbers of the training itself (its gradient, its parameters one st
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lightning_acc.core.objective import Objective, whole_loss_of_training_step
+from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
@@ -87,8 +85,9 @@ def _gradient(step: Step, theta: Tensor) -> Tensor:
     except RunError as error:
         raise RecordingRefused(str(error)) from error
     except Exception as error:
+        words = " ".join(str(error).split())[:300]
         raise RecordingRefused(
-            f"The loss of single samples cannot be computed ({type(error).__name__}: {error}). {REMEDY}"
+            f"The loss of single samples cannot be computed ({type(error).__name__}: {words}). {REMEDY}"
         ) from error
 
 
@@ -100,63 +99,6 @@ def can_be_vectorised(step: Step, theta: Tensor) -> bool:
     """
     together = step.gradients(theta[None], step.weights[None])[0]
     return relative_difference(together, step.gradient(theta)) <= _tolerance(step.objective)
-
-
-PASSED_THROUGH = ("ViewBackward0", "ReshapeAliasBackward0", "MulBackward0", "DivBackward0", "NegBackward0", "CloneBackward0")
-"""Nodes of the autograd graph between a loss and the sum it is a multiple of."""
-
-
-def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves) -> None:
-    """Refuse a ``training_step`` that adds a term which no sample is in, such as a penalty on the weights.
-
-    On batches of one sample it would be taken for a part of every sample's loss, and vanish with it. The term is found in
-    the autograd graph: a summand of the loss from which no input can be reached. Needs an input of floating point.
-
-    Raises:
-        RecordingRefused: there is such a term.
-    """
-    inputs = {
-        name: leaf.detach().requires_grad_(leaf.is_floating_point())
-        for name, leaf in batches.cast(leaves, objective.dtype).items()
-    }
-    wanted = {id(leaf) for leaf in inputs.values() if leaf.requires_grad}
-    leaf = theta.detach().requires_grad_()
-    loss = objective.call(leaf, whole_loss_of_training_step, batches.unflatten(objective.structure, inputs))
-    terms: list[Any] = [loss.grad_fn]
-    summands: dict[Any, bool] = {}
-    while terms:
-        node = terms.pop()
-        kind, inner = type(node).__name__, [below for below, _ in getattr(node, "next_functions", ()) if below is not None]
-        if kind in ("AddBackward0", "SubBackward0") or (kind in PASSED_THROUGH and len(inner) == 1):
-            terms += inner
-        elif node is not None:
-            summands[node] = _reaches(node, wanted)
-    if not any(summands.values()) or all(summands.values()):
-        return
-    (whole,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-    for node, has_samples in summands.items():
-        if not has_samples:
-            node.register_prehook(lambda gradients: tuple(torch.zeros_like(gradient) for gradient in gradients))
-    (of_samples,) = torch.autograd.grad(loss, leaf)
-    difference = relative_difference(of_samples, whole)
-    if difference > GRADIENT_TOLERANCE[theta.dtype]:
-        raise RecordingRefused(
-            f"training_step adds a term to the loss that no sample is in; it makes {100 * difference:.2g} % of the gradient "
-            f"of the first batch. {REMEDY}"
-        )
-
-
-def _reaches(node: Any, wanted: set[int]) -> bool:
-    todo, seen = [node], set()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        todo += [inner for inner, _ in node.next_functions if inner is not None]
-    return False
 
 
 def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, in_evaluation_mode: bool) -> bool:

@@ -1,4 +1,4 @@
-"""What is recorded beside the steps: frozen tensors, the validation data, what is known about the samples."""
+"""What is recorded beside the steps: where the run comes from, frozen tensors, what is known about the samples."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import importlib.metadata
 import io
 import json
 import platform
-import random
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_acc.core import queries, rebuild
-from lightning_acc.errors import InfluenceError, RunError
-from lightning_acc.record.store import Store
+from lightning_acc.core import rebuild
+from lightning_acc.errors import RunError
 from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.optimizer import TrainedOptimizer
 
@@ -93,63 +87,3 @@ def write_sample_info(writer: RunWriter, trainer: Any) -> None:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     writer.write_file("samples/info.parquet", buffer.getvalue())
-
-
-def write_queries(store: Store, trainer: Any) -> None:
-    """Store the validation batches as the query ``val`` (further loaders as ``val-1``, ``val-2`` ...)."""
-    loaders = _validation_loaders(trainer)
-    if not loaders:
-        warnings.warn(
-            "Training has no validation data, so no query is recorded: scoring will ask for a Query, or add one with "
-            "run.add_query(name, loader).",
-            UserWarning,
-            stacklevel=2,
-        )
-    for i, loader in enumerate(loaders):
-        name = "val" if i == 0 else f"val-{i}"
-        with _random_state_kept(loader):
-            try:
-                queries.write(store, name, (trainer.strategy.batch_to_device(b) for b in _limited(loader, trainer, i)))
-            except InfluenceError as error:
-                warnings.warn(f"The validation data is not recorded as a query: {error}", UserWarning, stacklevel=2)
-
-
-def _validation_loaders(trainer: Any) -> list[Any]:
-    # As the user gave them: under several processes Lightning's own share the data out.
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    if not source.is_defined():
-        return []
-    with _random_state_kept(None):
-        loaders = source.dataloader()
-    if loaders is None:
-        return []
-    if isinstance(loaders, dict):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
-
-
-def _limited(loader: Any, trainer: Any, index: int) -> Iterator[Any]:
-    """The batches Lightning would validate on; all of them where validation is switched off."""
-    limit = trainer.limit_val_batches
-    if isinstance(limit, float):
-        limit = int(limit * len(loader)) if limit < 1.0 and hasattr(loader, "__len__") else 0
-    limit = limit or float("inf")
-    for i, batch in enumerate(loader):
-        if i >= limit:
-            return
-        yield batch
-
-
-@contextmanager
-def _random_state_kept(loader: Any) -> Iterator[None]:
-    """Reading data draws random numbers (torch, NumPy, Python, the loader's own); training must not notice."""
-    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    generators = [g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None]
-    states = [generator.get_state() for generator in generators]
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy_state)
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.rows import CheckedCollate, first_rows
+
+REFUSED_THERE = f"{RecordingRefused.__module__}.{RecordingRefused.__qualname__}: "
+"""What stands before a refusal in the last line of a traceback."""
 
 
 class SampleTap:
@@ -23,13 +28,21 @@ class SampleTap:
     Attributes:
         loaders: how many loaders have been tapped since the last ``reset``.
         n_samples: size of the data set of the newest.
+        dataset: that of the loader whose batches are being delivered.
+
+    Args:
+        check_rows: look at what the loaders' collate functions do to the samples of a batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check_rows: bool = True) -> None:
         self.loaders = 0
         self.n_samples = 0
+        self.dataset: Any = None
+        self._check_rows = check_rows
+        self._looked = False
+        self._first: tuple[Leaves, Structure] | None = None
         self._delivered: deque[list[int]] = deque()
-        self._undo: Callable[[], None] = lambda: None
+        self._strategy: Any = None
 
     def install(self, trainer: Any) -> None:
         """Tap every training loader ``trainer`` processes from now on."""
@@ -41,12 +54,13 @@ class SampleTap:
             return self._tap(loader) if trainer.training else loader
 
         strategy.process_dataloader = process_and_tap
-        self._undo = lambda: strategy.__dict__.pop("process_dataloader", None)
+        self._strategy = strategy
 
     def remove(self) -> None:
         """Undo ``install``."""
-        self._undo()
-        self._undo = lambda: None
+        if self._strategy is not None:
+            vars(self._strategy).pop("process_dataloader", None)
+            self._strategy = None
 
     def next_ids(self) -> list[int]:
         """Ids of the samples in the oldest batch that was delivered and not asked about yet, in order."""
@@ -57,36 +71,56 @@ class SampleTap:
             )
         return self._delivered.popleft()
 
+    def take_first(self) -> tuple[Leaves, Structure] | None:
+        """The first rows of the first batch, as it was delivered; once, and only where they are to be looked at."""
+        first, self._first = self._first, None
+        return first
+
     def _tap(self, loader: Any) -> Any:
         refuse_loader(loader)
         self.loaders += 1
         self.n_samples = len(loader.dataset)
         attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
         recording = _RecordingSampler(getattr(loader, attribute))
+        collate = CheckedCollate(loader.collate_fn, whole=loader.batch_sampler is None)
+        collate.done = collate.done or not self._check_rows
         tap = self
 
         class Tapped(type(loader)):  # type: ignore[misc]
             def __iter__(self) -> Iterator[Any]:
                 # At once, not in a generator: the loader draws its random seed here, and must do so when it always did.
                 batches = super().__iter__()
+                collate.done = collate.done or self.num_workers > 0  # of this loader's workers, the later ones need not look
                 tap._delivered = deque()
-                return _deliver(batches, recording, tap._delivered)
+                tap.dataset = self.dataset
+                return tap._deliver(batches, recording, tap._delivered)
 
         Tapped.__name__ = Tapped.__qualname__ = type(loader).__name__
         tapped = copy.copy(loader)
         object.__setattr__(tapped, attribute, recording)  # DataLoader forbids the plain assignment
+        tapped.collate_fn = collate
         object.__setattr__(tapped, "__class__", Tapped)
         return tapped
 
+    def _deliver(self, batches: Iterator[Any], sampler: _RecordingSampler, delivered: deque[list[int]]) -> Iterator[Any]:
+        pending: deque[list[int]] | None = None
+        for batch in _refusals_in_one_sentence(batches):
+            if pending is None:
+                # Now the sampler has been asked for an iterator, also by a loader whose own __iter__ is a generator.
+                pending = sampler.pending
+            if self._check_rows and not self._looked:
+                self._first = first_rows(batch)
+                self._looked = self._first is not None
+            delivered.append(pending.popleft())
+            yield batch
 
-def _deliver(batches: Iterator[Any], sampler: _RecordingSampler, delivered: deque[list[int]]) -> Iterator[Any]:
-    pending: deque[list[int]] | None = None
-    for batch in batches:
-        if pending is None:
-            # Now the sampler has been asked for an iterator, also by a loader whose own __iter__ is a generator.
-            pending = sampler.pending
-        delivered.append(pending.popleft())
-        yield batch
+
+def _refusals_in_one_sentence(batches: Iterator[Any]) -> Iterator[Any]:
+    """What a worker process refuses comes with its traceback; its last line is the refusal."""
+    try:
+        yield from batches
+    except RecordingRefused as error:
+        raise RecordingRefused(str(error).strip().splitlines()[-1].removeprefix(REFUSED_THERE)) from None
 
 
 class _RecordingSampler:

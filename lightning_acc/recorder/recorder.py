@@ -16,21 +16,21 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
 from lightning_acc.core import rebuild
-from lightning_acc.core.objective import AUTOCAST, Objective
-from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record import manifest as manifests
-from lightning_acc.record.store import Store
-from lightning_acc.record.writer import RunWriter, check_finite
-from lightning_acc.recorder import decomposition, description, ranks, refusals, resume
+from lightning_acc.record.writer import check_finite
+from lightning_acc.recorder import ranks, refusals, resume, rows
+from lightning_acc.recorder.beginning import understand
 from lightning_acc.recorder.checks import Checks
+from lightning_acc.recorder.identity import Identity
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.optimizer import TrainedOptimizer
+from lightning_acc.recorder.randomness import random_state_kept
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.resume import Place
 from lightning_acc.recorder.snapshots import Snapshots
+from lightning_acc.recorder.writers import Writers
 
 
 class TrajectoryRecorder(Callback):
@@ -59,6 +59,9 @@ class TrajectoryRecorder(Callback):
         batch_norm: what to do about batch normalisation in training mode, which couples the samples of a batch.
             ``"keep-batch-statistics"``: a removed sample leaves the loss, but stays in the batches, and so in the statistics
             its batches are normalised with; queries read the running statistics the recorded training ended with.
+        mixed_rows: what to do about rows of a batch that are made of several samples (mixup, cutmix) or are not in the order
+            of its samples. ``"as-they-are"``: a row counts as the sample whose index led to it, and removing that sample
+            takes the whole row out of the loss.
         allow_untested: record under a strategy other than those named above; the first steps are still checked.
 
     Raises:
@@ -74,6 +77,7 @@ class TrajectoryRecorder(Callback):
         budget_gb: float = 4.0,
         batch_norm: Literal["refuse", "keep-batch-statistics"] = "refuse",
         allow_untested: bool = False,
+        mixed_rows: Literal["refuse", "as-they-are"] = "refuse",
     ) -> None:
         self.directory = os.fspath(directory)
         self.overwrite = overwrite
@@ -81,6 +85,10 @@ class TrajectoryRecorder(Callback):
         self.budget_gb = budget_gb
         self.batch_norm = batch_norm
         self.allow_untested = allow_untested
+        self.mixed_rows = mixed_rows
+        self._tap = SampleTap()
+        self._writers: Writers | None = None
+        self._begun = False
 
     # ---- before training
 
@@ -89,50 +97,31 @@ class TrajectoryRecorder(Callback):
         if stage != "fit":
             return
         refuse_if(refusals.trainer_refusal(trainer, pl_module, self.allow_untested))
-        self._processes = trainer.world_size
-        store = Store(self.directory)
-        self._main = RunWriter(store) if trainer.is_global_zero else None
-        """The run as it will be read: parameters, queries and, at last, the steps; rank 0 alone writes it."""
-        if self._processes == 1 and self._main is not None:
-            self._own = self._main
-            """The steps this process takes."""
-        else:
-            self._own = RunWriter(ranks.part_of(store, trainer.global_rank))
+        self._writers = Writers(self.directory, trainer)
         self._begun = False
-        self._place: Place | None = None
-        """Where the record goes on, in a training that is resumed."""
-        self._left_open = False
-        """Whether that record is unfinished and nothing has been added to it yet."""
+        self._place: Place | None = None  # where the record goes on, in a training that is resumed
+        self._left_open = False  # whether that record is unfinished and nothing has been added to it yet
         self._pending: dict[str, Any] | None = None
         self._seen: list[SeenBatch] = []
         self._structure: batches.Structure = {}
-        self._tap = SampleTap()
+        self._tap = SampleTap(check_rows=self.mixed_rows != rows.AS_THEY_ARE)
         self._tap.install(trainer)
+        self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs else None
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """See which record the checkpoint belongs to."""
         self._place = Place.load(checkpoint)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Decide what becomes of a run that is already in the directory."""
-        store = Store(self.directory)
-        if not store.exists(manifests.NAME):
-            if store.exists() and store.names("parameters"):
-                raise RecordingRefused(f"{store} holds files of another kind: choose another directory.")
-            if self._place is not None:
-                refuse_if(f"the checkpoint continues the record {self._place.run_id}, which is not in {store}")
-        elif self._place is not None:
-            self._left_open = resume.take_up(store, self._place, self._main, self._own, self._processes)
-        elif not self.overwrite:
-            raise RecordingRefused(
-                f"{store} already holds a run: choose another directory, delete it, pass overwrite=True, or resume it with "
-                "trainer.fit(..., ckpt_path=...) from a checkpoint written beside it."
-            )
+        """Take the directory; decide what becomes of a run that is already there."""
+        self._left_open = self._write.claim(trainer, self._place, self.overwrite)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the trainer its own methods back."""
-        if stage == "fit" and hasattr(self, "_tap"):
+        """Give the trainer its own methods back, and the directory free."""
+        if stage == "fit":
             self._tap.remove()
+            if self._writers is not None:
+                self._writers.release()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
@@ -150,8 +139,9 @@ class TrajectoryRecorder(Callback):
         self._snapshots = Snapshots(
             self.parameters, self._optimizer.parameter_bytes, trainer.estimated_stepping_batches, self.budget_gb * 2**30
         )
-        refuse_if(self._snapshots.no_room(Store(self.directory)))
-        reason = rebuild.why_not_rebuildable(pl_module)
+        refuse_if(self._snapshots.no_room(self._write.store))
+        with random_state_kept():  # making the module draws its first parameters
+            reason = rebuild.why_not_rebuildable(pl_module)
         if reason:
             warnings.warn(reason, UserWarning, stacklevel=2)
 
@@ -172,14 +162,18 @@ class TrajectoryRecorder(Callback):
             )
         if self._begun and structure != self._structure:
             raise RunError(
-                f"The batch of step {self._own.n_steps} is built otherwise than the first one: "
+                f"The batch of step {self._write.own.n_steps} is built otherwise than the first one: "
                 f"{batches.first_difference(self._structure, structure)}."
             )
+        rows.refuse_transfer(trainer, self._tap.take_first())
         self._structure = structure
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
+        contents = self._write.own.content_ids(leaves)
+        if self._identity is not None:
+            self._identity.check(self._tap.dataset, ids, contents)
         if not self._begun:
             self._foreign = refusals.foreign_random_state()
-        self._seen.append(SeenBatch(ids, self._own.content_ids(leaves), leaves, torch.get_rng_state()))
+        self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
@@ -199,33 +193,13 @@ class TrajectoryRecorder(Callback):
             return
         # A batch whose training_step returned None has no part in the step.
         self._seen = [batch for batch in self._seen if batch.counts]
-        number = self._own.n_steps
+        number = self._write.own.n_steps
         groups = self._optimizer.hyperparameters(number)
-        if not self._begun:
-            self._checks = Checks(pl_module, self._processes, number, self._optimizer.state())
-        size = sum(len(batch.ids) for batch in self._seen)
-        compare = self._checks.due(number, size, trainer.current_epoch, trainer.is_last_batch)
-        taken = self._main is not None and number in self._main.snapshots  # by what this training resumes
-        keep = not taken and (not self._begun or self._snapshots.due(number))
-        if compare or keep or self._checks.followed is not None:
-            started = time.perf_counter()
-            theta = self._optimizer.parameters()
-            self._checks.parameters(number, theta, pl_module)
-            if compare:
-                everyone = ranks.gather(self._seen, self._processes)
-                if not self._begun:
-                    self._begin(trainer, pl_module, theta, groups, everyone)
-                step = self._step(trainer, groups, everyone, self._summed)
-                self._checks.gradient(number, self._optimizer.state(), step, self._optimizer.gradient(number))
-            if keep and self._main is not None:
-                self._main.add_state(number, theta)
-                self._snapshots.taken(time.perf_counter() - started)
-            else:
-                check_finite(theta, number)  # as add_state does, so that all processes stop together
+        self._look(trainer, pl_module, number, groups)
         self._pending = {
             "sample_ids": [sample for batch in self._seen for sample in batch.ids],
             "contents": [number for batch in self._seen for number in batch.contents],
-            "weights": self._weights(trainer, self._seen, self._summed),
+            "weights": self._assembly.weights(self._seen),
             "groups": groups,
             "sizes": [len(batch.ids) for batch in self._seen],
             "rng": [batch.rng if batch.random else None for batch in self._seen],
@@ -234,21 +208,20 @@ class TrajectoryRecorder(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is done."""
         if self._pending is not None:
-            self._own.add_step(**self._pending)
+            self._write.own.add_step(**self._pending)
             self._pending = None
             self._seen = []
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write what is recorded so far, and into the checkpoint where that is."""
-        if self._pending is not None or not self._own.n_steps:  # within a step, or before the first
+        number = self._write.own.n_steps
+        if self._pending is not None or not number:  # within a step, or before the first
             return
         if self._begun:
-            self._own.checkpoint()
-            if self._main is not None and self._main is not self._own:
-                self._main.checkpoint()
-        if self._main is not None:
+            self._write.checkpoint()
+        if self._write.main is not None:
             state = resume.fingerprint(self._optimizer.state())
-            Place(self._main.header["run_id"], self._own.n_steps, state, self._optimizer.with_gradient).save(checkpoint)
+            Place(self._write.main.header["run_id"], number, state, self._optimizer.with_gradient).save(checkpoint)
 
     # ---- after training
 
@@ -266,104 +239,61 @@ class TrajectoryRecorder(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """After Ctrl-C the run of one process is kept up to its last whole step; after an error it stays unfinished."""
-        interrupted = isinstance(exception, KeyboardInterrupt) and getattr(self, "_processes", 0) == 1
-        if interrupted and self._begun and self._own.n_steps:
-            self._finish(trainer, pl_module, stopped="interrupted")
+        self._tap.remove()
+        if self._writers is None:
+            return
+        try:
+            interrupted = isinstance(exception, KeyboardInterrupt) and self._writers.processes == 1
+            if interrupted and self._begun and self._writers.own.n_steps:
+                self._finish(trainer, pl_module, stopped="interrupted")
+        finally:
+            self._writers.release()
 
     # ---- parts of the above
 
-    def _weights(self, trainer: Any, seen: list[SeenBatch], summed: bool) -> list[float]:
-        """Loss weights of the batches' samples.
+    @property
+    def _write(self) -> Writers:
+        assert self._writers is not None
+        return self._writers
 
-        Gradients are averaged over processes and accumulated batches; the last group of an epoch may be incomplete, but is
-        divided all the same.
-        """
-        parts = trainer.accumulate_grad_batches * self._processes
-        return [weight for batch in seen for weight in [1 / parts if summed else 1 / (len(batch.ids) * parts)] * len(batch.ids)]
-
-    def _step(self, trainer: Any, groups: list[dict[str, Any]], seen: list[SeenBatch], summed: bool) -> Step:
-        return Step(
-            self._objective,
-            self._optimizer.update,
-            [Batch(batch.leaves, batch.rng if batch.random else None) for batch in seen],
-            torch.tensor([sample for batch in seen for sample in batch.ids]),
-            torch.tensor(self._weights(trainer, seen, summed), dtype=torch.float64),
-            groups,
-        )
-
-    def _begin(
-        self, trainer: Any, pl_module: Any, theta: Tensor, groups: list[dict[str, Any]], everyone: list[SeenBatch]
-    ) -> None:
-        refuse_if(refusals.module_refusal(pl_module, self.batch_norm))
-        evaluation_modules = [name for name, part in pl_module.named_modules() if name and not part.training]
-        self._objective = Objective(
-            pl_module,
-            self._optimizer.layout,
-            self._structure,
-            evaluation_modules=evaluation_modules,
-            dtype=theta.dtype,
-            autocast=AUTOCAST[str(trainer.precision)],
-        )
-        try:
-            gradient = self._optimizer.gradient(self._own.n_steps)
-            mean, total = (self._step(trainer, groups, everyone, summed) for summed in (False, True))
-            self._summed = decomposition.fits_better(total, mean, theta, gradient)
-            tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype]
-            decomposition.compare_gradients(total if self._summed else mean, theta, gradient, 0, tolerance)
-            vectorised = decomposition.can_be_vectorised(mean, theta)
-            first = everyone[0]
-            if not hasattr(pl_module, "per_sample_loss"):
-                decomposition.refuse_penalty(self._objective, theta, first.leaves)
-            independent = decomposition.rows_are_independent(
-                self._objective, theta, first.leaves, first.random or bool(refusals.batch_norms(pl_module))
-            )
-        except RunError as error:
-            raise RecordingRefused(str(error)) from error
-        header = {
-            **description.header(trainer, pl_module, self._optimizer, theta.dtype),
-            "n_samples": self._tap.n_samples,
-            "evaluation_modules": evaluation_modules,
-            "loss": {
-                "source": "per_sample_loss" if hasattr(pl_module, "per_sample_loss") else "training_step",
-                "reduction": "sum" if self._summed else "mean",
-                "independent_rows": independent,
-                "vectorised": vectorised,
-                "batch_norm": self.batch_norm if refusals.batch_norms(pl_module) else None,
-            },
-            "batch_structure": self._structure,
-        }
-        self._begun = True
-        if self._place is not None:
-            resume.go_on(self._main, self._own, header)
-            self._left_open = False
-            rebuild.LIVE[self._place.run_id] = pl_module
+    def _look(self, trainer: Any, pl_module: Any, number: int, groups: list[dict[str, Any]]) -> None:
+        """Keep and check what is due in step ``number``; the first one begins the record."""
+        main = self._write.main
+        if not self._begun:
+            self._checks = Checks(pl_module, self._write.processes, number, self._optimizer.state())
+        size = sum(len(batch.ids) for batch in self._seen)
+        compare = self._checks.due(number, size, trainer.current_epoch, trainer.is_last_batch)
+        taken = main is not None and number in main.snapshots  # by what this training resumes
+        keep = not taken and (not self._begun or self._snapshots.due(number))
+        if not (compare or keep or self._checks.followed is not None):
             return
-        if self._own is not self._main:
-            self._own.store.remove()
-            self._own.begin({"batch_structure": self._structure})
-        if self._main is None:
-            return
-        if self.overwrite:
-            self._main.store.remove(*manifests.RUN_FILES)
-        self._main.begin(header)
-        rebuild.LIVE[self._main.header["run_id"]] = pl_module
-        description.write_frozen(self._main, pl_module)
-        description.write_sample_info(self._main, trainer)
-        description.write_queries(self._main.store, trainer)
+        started = time.perf_counter()
+        theta = self._optimizer.parameters()
+        self._checks.parameters(number, theta, pl_module)
+        if compare:
+            with random_state_kept():
+                self._compare(trainer, pl_module, number, groups, theta)
+        if keep and main is not None:
+            main.add_state(number, theta)
+            self._snapshots.taken(time.perf_counter() - started)
+        else:
+            check_finite(theta, number)  # as add_state does, so that all processes stop together
+
+    def _compare(self, trainer: Any, pl_module: Any, number: int, groups: list[dict[str, Any]], theta: Tensor) -> None:
+        everyone = ranks.gather(self._seen, self._write.processes)
+        if not self._begun:
+            seen = (self._structure, theta, groups, everyone, number, self.batch_norm)
+            self._assembly, header = understand(trainer, pl_module, self._optimizer, *seen)
+            header["n_samples"] = self._tap.n_samples
+            if self.mixed_rows == rows.AS_THEY_ARE:
+                header["loss"]["mixed_rows"] = self.mixed_rows
+            self._write.begin(trainer, pl_module, header, self._place, self.overwrite)
+            self._begun, self._left_open = True, False
+        step = self._assembly.step(groups, everyone)
+        self._checks.gradient(number, self._optimizer.state(), step, self._optimizer.gradient(number))
 
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None) -> None:
-        last_known = self._begun and self._pending is None
+        # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
+        known = self._begun and self._pending is None and self._write.main is not None
         self._begun = self._left_open = False
-        if self._own is not self._main:
-            self._own.finish()
-            trainer.strategy.barrier("recorded")
-        if self._main is not None:
-            # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-            if last_known and self._own.n_steps not in self._main.snapshots:
-                self._main.add_state(self._own.n_steps, self._optimizer.parameters())
-            description.write_frozen(self._main, pl_module)  # again, for running statistics have moved
-            if self._own is not self._main:
-                ranks.merge(self._main, self._processes)
-            self._main.finish(stopped=stopped)
-        if self._own is not self._main:
-            trainer.strategy.barrier("merged")
+        self._write.finish(trainer, pl_module, self._optimizer.parameters() if known else None, stopped)

@@ -1,0 +1,141 @@
+"""Terms of a loss that no sample is in: penalties on the weights.
+
+Taken one sample at a time, ``training_step`` would give such a term to every sample, and it would vanish with the samples. So
+the first batch is followed through the loss: every tensor made of the batch, integers and all, is known by the operation that
+made it. Where the loss is a sum, one side of which the batch is not in, that side is such a term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_acc.core.objective import Objective, whole_loss_of_training_step
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
+from lightning_acc.recorder.refusals import RecordingRefused
+
+SUMS = ("add", "sub", "rsub", "stack", "cat")
+LINEAR = ("mul", "div", "neg", "view", "_unsafe_view", "squeeze", "unsqueeze", "select", "clone", "_to_copy", "alias", "expand")
+"""What a multiple of a sum, or the same number in another form, is made by."""
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """A tensor that the batch is not in; ``node`` is where it stands in the autograd graph, if there."""
+
+    node: Any
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A tensor that the batch is in: ``operation``, without the underscore of those in place, of these ``operands``."""
+
+    operation: str
+    operands: tuple[Made | Apart, ...]
+    size: int
+
+
+class Followed(TorchDispatchMode):
+    """Follows the tensors of ``batch`` through everything that is computed in here; ``own`` belongs to no batch."""
+
+    def __init__(self, batch: Leaves, own: Tensor) -> None:
+        super().__init__()
+        self._own = _place(own)
+        self._made: dict[int, Made] = {}
+        self._places: set[int] = set()
+        self._kept: list[Any] = [own]
+        """Alive, so that no other tensor gets the address of one of these."""
+        for leaf in batch.values():
+            self._remember(leaf, Made("batch", (), leaf.numel()))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = tuple(self.made_of(part) for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor))
+        results = function(*args, **(kwargs or {}))
+        if any(isinstance(operand, Made) for operand in operands):
+            operation = str(function._schema.name).rpartition("::")[2]
+            operation = operation.rstrip("_") or operation
+            for result in tree_leaves(results):
+                if isinstance(result, Tensor):
+                    self._remember(result, Made(operation, operands, result.numel()))
+        return results
+
+    def made_of(self, tensor: Tensor) -> Made | Apart:
+        """How a tensor was made, as it is now: it may be written to later."""
+        if id(tensor) in self._made:
+            return self._made[id(tensor)]
+        if _place(tensor) in self._places:  # a part of it was written to
+            return Made("written", (), tensor.numel())
+        return Apart(tensor.grad_fn, tensor.numel())
+
+    def _remember(self, tensor: Tensor, made: Made) -> None:
+        self._kept.append(tensor)
+        self._made[id(tensor)] = made
+        if _place(tensor) != self._own:
+            self._places.add(_place(tensor))
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, and other kinds without one
+        return -id(tensor)
+
+
+def without_samples(made: Made) -> list[Any]:
+    """The nodes of the terms of a loss that the batch is not in."""
+    nodes: list[Any] = []
+    todo = [made]
+    while todo:
+        made = todo.pop()
+        inside = [operand for operand in made.operands if isinstance(operand, Made)]
+        if made.operation in SUMS:
+            nodes += [operand.node for operand in made.operands if isinstance(operand, Apart) and operand.node is not None]
+            todo += [part for part in inside if part.size == 1]
+        elif made.operation in LINEAR and len(inside) == 1 and (made.operation != "div" or made.operands[0] is inside[0]):
+            todo += [part for part in inside if part.size == 1]
+        elif made.operation in REDUCTIONS and len(inside) == 1 and inside[0].operation in ("stack", "cat"):
+            todo += inside if all(part.size == 1 for part in inside[0].operands) else []
+    return nodes
+
+
+def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, tolerance: float, remedy: str) -> None:
+    """Refuse a ``training_step`` that adds a term which no sample is in, such as a penalty on the weights.
+
+    Args:
+        objective: the module's losses.
+        theta: parameters (p,).
+        leaves: the first batch.
+        tolerance: largest part of the gradient that counts as none.
+        remedy: what to do about it.
+
+    Raises:
+        RecordingRefused: there is such a term.
+    """
+    inputs = {name: leaf.detach().clone() for name, leaf in batches.cast(leaves, objective.dtype).items()}
+    leaf = theta.detach().clone().requires_grad_()
+    with Followed(inputs, leaf) as followed:
+        loss = objective.call(leaf, whole_loss_of_training_step, batches.unflatten(objective.structure, inputs))
+    made = followed.made_of(loss)
+    if not isinstance(made, Made):  # the batch went through NumPy or Python, and is lost sight of
+        return
+    nodes = without_samples(made)
+    if not nodes:
+        return
+    (whole,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    for node in nodes:
+        node.register_prehook(lambda gradients: tuple(torch.zeros_like(gradient) for gradient in gradients))
+    (of_samples,) = torch.autograd.grad(loss, leaf)
+    share = float((whole - of_samples).norm() / whole.norm().clamp_min(torch.finfo(theta.dtype).tiny))
+    if share > tolerance:
+        raise RecordingRefused(
+            f"training_step adds a term to the loss that no sample is in; it makes {100 * share:.2g} % of the gradient of the "
+            f"first batch. {remedy}"
+        )

@@ -1,0 +1,140 @@
+"""Who writes what: every process the steps it takes, the first one the run as it will be read; one training at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from typing import Any
+
+from torch import Tensor
+
+from lightning_acc.core import rebuild
+from lightning_acc.errors import RunError
+from lightning_acc.record import manifest as manifests
+from lightning_acc.record.lock import Lock
+from lightning_acc.record.store import Store
+from lightning_acc.record.writer import RunWriter
+from lightning_acc.recorder import description, ranks, resume, validation
+from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.resume import Place
+
+
+class Writers:
+    """The writers of this process.
+
+    Args:
+        directory: the run directory.
+        trainer: the Lightning trainer.
+
+    Attributes:
+        main: the run as it will be read: parameters, queries and, at last, the steps; rank 0 alone has it.
+        own: the steps this process takes; the same as ``main`` where there is one process.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], trainer: Any) -> None:
+        self.store = Store(directory)
+        self.processes: int = trainer.world_size
+        self.main = RunWriter(self.store) if trainer.is_global_zero else None
+        alone = self.main if self.processes == 1 else None
+        self.own = alone or RunWriter(ranks.part_of(self.store, trainer.global_rank))
+        self._lock: Lock | None = None
+
+    def claim(self, trainer: Any, place: Place | None, overwrite: bool) -> bool:
+        """Take the directory for this training, and decide what becomes of a run that is already there.
+
+        Args:
+            trainer: the Lightning trainer.
+            place: where in a record a resumed training goes on.
+            overwrite: whether another run there will be replaced.
+
+        Returns:
+            Whether there is a record that this training goes on with and that is unfinished.
+
+        Raises:
+            RecordingRefused: another training writes there, a run is there already, or the one to go on with is not.
+        """
+        reason = None
+        if self.main is not None:
+            try:
+                self._lock = Lock(self.store, place.run_id if place is not None else uuid.uuid4().hex)
+            except RunError as error:
+                reason = str(error)
+        if self.processes > 1:  # all of them stop, or none
+            reason = trainer.strategy.broadcast(reason)
+        if reason:
+            raise RecordingRefused(reason)
+        if not self.store.exists(manifests.NAME):
+            if self.store.exists() and self.store.names("parameters"):
+                raise RecordingRefused(f"{self.store} holds files of another kind: choose another directory.")
+            if place is not None:
+                refuse_if(f"the checkpoint continues the record {place.run_id}, which is not in {self.store}")
+        elif place is not None:
+            return resume.take_up(self.store, place, self.main, self.own, self.processes)
+        elif not overwrite:
+            raise RecordingRefused(
+                f"{self.store} already holds a run: choose another directory, delete it, pass overwrite=True, or resume it "
+                "with trainer.fit(..., ckpt_path=...) from a checkpoint written beside it."
+            )
+        return False
+
+    def release(self) -> None:
+        """Let other trainings have the directory; what is being written is written first."""
+        for writer in (self.own, self.main):
+            if writer is not None:
+                with contextlib.suppress(Exception):  # the training ends anyway, with what it had to say
+                    writer.wait()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def begin(self, trainer: Any, module: Any, header: dict[str, Any], place: Place | None, overwrite: bool) -> None:
+        """Before the first new step: write what is known of the run by now, or go on with the one that is resumed.
+
+        Raises:
+            RecordingRefused: the resumed training differs in what a run cannot change on the way.
+        """
+        if place is not None:
+            resume.go_on(self.main, self.own, header)
+            rebuild.LIVE[place.run_id] = module
+            return
+        if self.own is not self.main:
+            self.own.store.remove()
+            self.own.begin({"batch_structure": header["batch_structure"]})
+        if self.main is None:
+            return
+        if overwrite:
+            self.main.store.remove(*manifests.RUN_FILES)
+        self.main.begin({"run_id": self._lock.run_id, **header} if self._lock else header)
+        rebuild.LIVE[self.main.header["run_id"]] = module
+        description.write_frozen(self.main, module)
+        description.write_sample_info(self.main, trainer)
+        validation.write_queries(self.main.store, trainer)
+
+    def checkpoint(self) -> None:
+        """Write what is recorded so far, so that a resumed training can go on from here."""
+        self.own.checkpoint()
+        if self.main is not None and self.main is not self.own:
+            self.main.checkpoint()
+
+    def finish(self, trainer: Any, module: Any, theta: Tensor | None, stopped: str | None) -> None:
+        """Write the rest, and let the record be a run.
+
+        Args:
+            trainer: the Lightning trainer.
+            module: the LightningModule.
+            theta: the final parameters (p,), where they are known.
+            stopped: why the training ended before its time.
+        """
+        if self.own is not self.main:
+            self.own.finish()
+            trainer.strategy.barrier("recorded")
+        if self.main is not None:
+            if theta is not None and self.own.n_steps not in self.main.snapshots:
+                self.main.add_state(self.own.n_steps, theta)
+            description.write_frozen(self.main, module)  # again, for running statistics have moved
+            if self.own is not self.main:
+                ranks.merge(self.main, self.processes)
+            self.main.finish(stopped=stopped)
+        if self.own is not self.main:
+            trainer.strategy.barrier("merged")
