@@ -9,6 +9,7 @@ import torch
 from rays import local_ray as local_ray
 from rays import no_ray as no_ray
 from s3 import server as server
+from s3 import server_port as server_port
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray reads this once in a process: clusters of all tests must agree, and those of several nodes here have no token to share.

@@ -10,8 +10,8 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Ray of two workers on this machine, started once: what connects to ``local`` uses it.
+def local_ray(tmp_path_factory: pytest.TempPathFactory, server_port: int) -> Iterator[Path]:
+    """A Ray of two workers on this machine, started once: what connects to ``local`` uses it. It knows of the S3 server.
 
     Gives the folder its workers stand in.
     """
