@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,14 +45,15 @@ def leave_ray() -> None:
         sys.modules["ray"].shutdown()
 
 
-def place(item: pytest.Item) -> int:
-    """When to run a test: first those that start Ray with one worker, then those that share one, then others that meet Ray.
+@functools.cache
+def meets_ray(file: Path) -> bool:
+    """Whether tests of the file share a Ray or start their own."""
+    return any(fixture in file.read_text() for fixture in ("local_ray", "no_ray"))
 
-    What has nothing to do with Ray comes last, from 3 on.
-    """
+
+def place(item: pytest.Item) -> int:
+    """When to run a test of such a file: first where Ray has one worker, then where one is shared, then all others."""
     fixtures = getattr(item, "fixturenames", ())
     if "workers" in fixtures:
         return 0
-    if "local_ray" in fixtures:
-        return 1
-    return 2 if item.get_closest_marker("ray") else 3
+    return 1 if "local_ray" in fixtures else 2
