@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rays
@@ -9,6 +10,7 @@ import torch
 from rays import local_ray as local_ray
 from rays import no_ray as no_ray
 from s3 import server as server
+from s3 import server_port as server_port
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray reads this once in a process: clusters of all tests must agree, and those of several nodes here have no token to share.
@@ -21,20 +23,30 @@ LONG = ("test_readme", "test_low_rank", "test_low_rank_outputs", "test_ddp", "te
 """Files that take longest, the longest first."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, each file is done by one, and by one all that meets Ray, in a good order.
+    """What meets Ray is begun first, in a good order, and then what takes long."""
 
-    What takes long is begun first.
-    """
-
-    def place(item: pytest.Item) -> int:
+    def place(item: pytest.Item) -> tuple[int, int]:
+        if rays.meets_ray(item.path):
+            return 0, rays.place(item)
         name = item.path.stem
-        return rays.place(item) + (LONG.index(name) if name in LONG else len(LONG)) * (rays.place(item) == 3)
+        return 1, LONG.index(name) if name in LONG else len(LONG)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if rays.place(item) < 3 else item.path.stem))
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes share the tests, each file is done by one of them, and by one all files that meet Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if rays.meets_ray(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False  # what comes first is begun first
+    return Files(config, log)
 
 
 @pytest.fixture(autouse=True)

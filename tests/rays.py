@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Ray of two workers on this machine, started once: what connects to ``local`` uses it.
+def local_ray(tmp_path_factory: pytest.TempPathFactory, server_port: int) -> Iterator[Path]:
+    """A Ray of two workers on this machine, started once: what connects to ``local`` uses it. It knows of the S3 server.
 
     Gives the folder its workers stand in.
     """
@@ -44,14 +45,15 @@ def leave_ray() -> None:
         sys.modules["ray"].shutdown()
 
 
-def place(item: pytest.Item) -> int:
-    """When to run a test: first those that start Ray with one worker, then those that share one, then others that meet Ray.
+@functools.cache
+def meets_ray(file: Path) -> bool:
+    """Whether tests of the file share a Ray or start their own."""
+    return any(fixture in file.read_text() for fixture in ("local_ray", "no_ray"))
 
-    What has nothing to do with Ray comes last, from 3 on.
-    """
+
+def place(item: pytest.Item) -> int:
+    """When to run a test of such a file: first where Ray has one worker, then where one is shared, then all others."""
     fixtures = getattr(item, "fixturenames", ())
     if "workers" in fixtures:
         return 0
-    if "local_ray" in fixtures:
-        return 1
-    return 2 if item.get_closest_marker("ray") else 3
+    return 1 if "local_ray" in fixtures else 2

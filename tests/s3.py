@@ -22,16 +22,24 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[int]:
-    """The port of an S3 server with the bucket ``bucket``; clients find it through the environment."""
+def server_port() -> Iterator[int]:
+    """The port at which there is an S3 server, or will be; clients find it through the environment."""
     port = free_port()
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with tempfile.TemporaryFile() as said, pytest.MonkeyPatch.context() as patch:
-        process = subprocess.Popen(words, stdout=said, stderr=said)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "the-key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield port
+
+
+@pytest.fixture(scope="session")
+def server(server_port: int) -> Iterator[int]:
+    """The port of an S3 server with the bucket ``bucket``."""
+    port = server_port
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said)
         try:
             for _ in range(1200):  # two minutes: the machine may be busy
                 try:

@@ -93,7 +93,6 @@ main(["retrain", {path!r}, "--ray-address", {address!r}])
 """
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("address", ["null", "local"])
 def test_ctrl_c_while_scoring_leaves_what_was_there(tmp_path: Path, no_ray: None, address: str) -> None:
     """In the midst of a sweep, which is known of by what it notes: in this process, and in workers."""

@@ -189,7 +189,6 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.ray
 def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, nodes: Any) -> None:
     strike(tmp_path, **{f"at{first}": f"hangs on {nodes.second.node_id}" for first in range(0, N, CHUNK)})
     thread = ThreadPoolExecutor(1)
@@ -204,7 +203,6 @@ def test_a_node_that_goes(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, 
     assert np.array_equal(whole_table(run), undisturbed)
 
 
-@pytest.mark.ray
 def test_every_fault_in_one_run(run: la.Run, undisturbed: np.ndarray, tmp_path: Path, nodes: Any) -> None:
     """Each fault strikes once, the driver is killed last, and the next one computes what is missing."""
     import ray

@@ -34,11 +34,11 @@ def test_bench_methods(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench_methods_measures_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    load("bench_methods", BUDGETS=(0.5,)).memory()
+    load("bench_methods", N=200, BUDGETS=(0.25,)).memory()
     printed = capsys.readouterr().out
     peaks = {method: float(peak) for method, peak in re.findall(r"^ +([a-z-]+) +([\d.]+)$", printed, re.MULTILINE)}
     for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
-        assert 0 < peaks[method] < 1.5 * 0.5, printed
+        assert 0 < peaks[method] < 1.5 * 0.25, printed
 
 
 def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +54,6 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.ray
 def test_bench_cluster(no_ray: None) -> None:
     printed = script("bench_cluster.py", "--quick")
     assert float(re.search(r"^2 workers / 1 +([\d.]+)", printed, re.MULTILINE)[1]) > 0  # type: ignore[index]
@@ -72,7 +71,6 @@ def test_bench_scaling() -> None:
             assert all(float(value) > 0 for value in re.findall(r" ~?(\d[\d.e-]*)", row)[:2]), row
 
 
-@pytest.mark.ray
 def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     load("soak", N=60, SECONDS_BETWEEN_KILLS=(1.0, 2.0)).main(minutes=0.05)
     printed = capsys.readouterr().out
@@ -80,7 +78,6 @@ def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rounds equal to the undisturbed run" in printed
 
 
-@pytest.mark.ray
 def test_cluster_demo(no_ray: None) -> None:
     printed = script("cluster_demo.py", "--trainer.max_epochs=5")
     assert re.search(r"dashboard: http://127\.0\.0\.1:\d+", printed)
