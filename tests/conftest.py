@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # the machine m
 os.environ.setdefault("LIGHTNING_ACC_TRUST", "problems")  # for processes that open a run without importing its module
 torch.set_num_threads(1)  # small products on several threads wait for each other
 
-LONG = ("test_readme", "test_low_rank", "test_low_rank_outputs", "test_ddp", "test_forecast", "test_report", "test_tracking")
+LONG = ("test_readme", "test_low_rank", "test_ddp", "test_plan", "test_report", "test_tracking")
 """Files that take longest, the longest first."""
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
+from lightning_acc.core.audit import confirm
 from lightning_acc.core.replay import Replay
 
 LENGTH, WIDTH, HEADS = 6, 8, 2

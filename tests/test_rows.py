@@ -123,7 +123,7 @@ def test_mixed_rows_can_be_taken_as_they_are(tmp_path: Path, case: str) -> None:
     assert run.audit().max_abs_error == 0
     assert run.manifest["loss"]["mixed_rows"] == "as-they-are"
     query = la.Query("held-out", [data(n=8, seed=5)[:]])
-    found = la.score(run, "loo", [3, 17], query, keep_shifts=True, ray_address=None, save=False).shifts
+    found = la.score(run, "loo", [3, 17], query, keep_shifts=True, ray_address=None, save=False, check=0).shifts
     assert found is not None
     for sample, shift in zip((3, 17), found, strict=True):
         kept = everything.clone()
