@@ -24,8 +24,8 @@ from lightning_acc.core.process import threads
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError, RunError
-from lightning_acc.judge.controls import NotAClassifier, correct, rankings, stored_values
-from lightning_acc.judge.fresh_training import Retraining, retrain
+from lightning_acc.judge.controls import NotAClassifier, correct, rankings
+from lightning_acc.judge.fresh_training import Retraining, retrain, visited_samples
 from lightning_acc.methods import registry
 from lightning_acc.progress import Progress
 from lightning_acc.record import batches, tables
@@ -108,30 +108,40 @@ def clean(
         raise RequestError(f"seeds={seeds} gives no interval: choose at least 2.")
     job = _Job(rebuild.portable(run), _test_query(run, test), int(memory_gb * 2**30))
     orders = {name: _ranking(run, name, ray_address, memory_gb, progress) for name in methods}
-    orders.update(rankings(run, [name for name in controls if name not in ("none", "random", *methods)], job.memory))
-    counts = {fraction: max(1, round(fraction * run.n_samples)) for fraction in sorted(fractions)}
-    plans = [_plan(run, seed, orders, counts, random="random" in controls) for seed in range(seeds)]
+    missing: dict[str, str] = {}
+    orders.update(rankings(run, [name for name in controls if name not in ("none", "random", *methods)], job.memory, missing))
+    # What the training never saw can neither be dropped nor kept.
+    visited = visited_samples(run).numpy()
+    orders = {name: order[np.isin(order, visited)] for name, order in orders.items()}
+    counts = {fraction: max(1, round(fraction * len(visited))) for fraction in sorted(fractions)}
+    plans = [_plan(visited, seed, orders, counts, random="random" in controls) for seed in range(seeds)]
     keys = list(plans[0])
     trained = _train_all(job, [[plan[key] for key in keys] for plan in plans], ray_address, save, progress)
     losses, accuracies = np.moveaxis(trained, -1, 0)
     shown = {key: i for i, key in enumerate(keys) if key[0] != "none" or "none" in controls}
-    table = pa.Table.from_pylist(
-        [
-            _row(key, len(plans[0][key]), losses[i], accuracies[i], losses[0], accuracies[0], job.test.name)
-            for key, i in shown.items()
-        ],
-        schema=SCHEMA,
-    )
-    table = table.replace_schema_metadata({"manifest_hash": run.hash, "test": job.test.name})
+    rows = [
+        _row(key, len(plans[0][key]), losses[i], accuracies[i], losses[0], accuracies[0], job.test.name)
+        for key, i in shown.items()
+    ]
+    for row in rows:
+        row["against"] = [_difference(row, other) for other in rows if _comparable(row, other)]
+    about = {"manifest_hash": run.hash, "test": job.test.name, "missing": json.dumps(missing), "intervals": INTERVALS}
+    table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(about)
     if save:
         write(run, table)
     return table
 
 
+DIFFERENCE = ("difference", "difference_low", "difference_high")
+INTERVALS = (
+    "95 %, by Student's t over the seeds of new initial parameters and orders, the same ones for all methods; another draw of "
+    "the data is not in them"
+)
 SCHEMA = pa.schema(
     [("method", pa.string()), ("fraction", pa.float64()), ("n_removed", pa.int64()), ("seeds", pa.int64())]
     + [(f"{what}{end}", pa.float64()) for what in ("accuracy", "loss", "gain") for end in ("", "_low", "_high")]
     + [("accuracies", pa.list_(pa.float64())), ("losses", pa.list_(pa.float64())), ("test", pa.string())]
+    + [("against", pa.list_(pa.struct([("method", pa.string()), *((end, pa.float64()) for end in DIFFERENCE)])))]
 )
 
 
@@ -162,7 +172,25 @@ def as_text(table: pa.Table) -> str:
         scale, unit = (1, "") if row["accuracy"] is None else (100, " points")
         gain = f"{scale * row['gain']:+.2f} ({scale * row['gain_low']:+.2f} to {scale * row['gain_high']:+.2f}){unit}"
         lines.append(f"{row['method']:12} {100 * row['fraction']:6.1f} % {accuracy:>9} {row['loss']:8.4f}   {gain}")
-    return "\n".join(lines)
+    about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    lines += _differences(table)
+    lines += [f"{name} is left out: {why}." for name, why in json.loads(about.get("missing", "{}")).items()]
+    return "\n".join([*lines, f"Intervals: {about['intervals']}."] if "intervals" in about else lines)
+
+
+def _differences(table: pa.Table) -> list[str]:
+    """Each estimate's ranking against each control's and estimate's, at the same share dropped: points gained more."""
+    lines = []
+    for row in table.to_pylist():
+        scale = 1 if row["accuracy"] is None else 100
+        parts = [
+            f"{other['method']} {scale * other['difference']:+.2f} ({scale * other['difference_low']:+.2f} to "
+            f"{scale * other['difference_high']:+.2f})"
+            for other in row["against"] or ()
+        ]
+        if parts and row["method"] in registry.METHODS:
+            lines.append(f"  {row['method']} at {100 * row['fraction']:g} % against " + ", ".join(parts))
+    return ["paired differences in gain:", *lines] if lines else []
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -186,8 +214,24 @@ def _row(
     gains = accuracies - accuracies_before if known else losses_before - losses
     for what, values in (("accuracy", accuracies if known else None), ("loss", losses), ("gain", gains)):
         if values is not None:
-            row.update(zip((what, f"{what}_low", f"{what}_high"), interval(values), strict=True))
+            ends = interval(values)
+            if what == "accuracy":
+                ends = (ends[0], max(0.0, ends[1]), min(1.0, ends[2]))
+            row.update(zip((what, f"{what}_low", f"{what}_high"), ends, strict=True))
     return {**row, "accuracies": accuracies.tolist() if known else None, "losses": losses.tolist()}
+
+
+def _comparable(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows answer the same question by other methods."""
+    return row["method"] not in ("none", other["method"]) and row["fraction"] == other["fraction"]
+
+
+def _difference(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """By how much a method gains more than another, paired over the seeds: both trained from the same ones."""
+    known = row["accuracies"] is not None and other["accuracies"] is not None
+    ours, theirs = (np.array(one["accuracies"] if known else one["losses"]) for one in (row, other))
+    better = ours - theirs if known else theirs - ours
+    return {"method": other["method"], **dict(zip(DIFFERENCE, interval(better), strict=True))}
 
 
 def _test_query(run: Record, test: str | Query | None) -> Query:
@@ -205,21 +249,19 @@ def _test_query(run: Record, test: str | Query | None) -> Query:
 
 
 def _ranking(run: Record, method: str, ray_address: str | None, memory_gb: float, progress: bool | None) -> np.ndarray:
-    """All samples, the most harmful first."""
-    values = stored_values(run, method)
-    if values is None:
-        values = score(run, method, ray_address=ray_address, memory_gb=memory_gb, progress=progress).values
-    return np.argsort(values, kind="stable")
+    """All samples, the most harmful first; scored as by default, where that is not stored."""
+    scores = score(run, method, ray_address=ray_address, memory_gb=memory_gb, progress=progress, check=0)
+    return np.argsort(scores.estimates, kind="stable")
 
 
 def _plan(
-    run: Record, seed: int, orders: dict[str, np.ndarray], counts: dict[float, int], random: bool
+    visited: np.ndarray, seed: int, orders: dict[str, np.ndarray], counts: dict[float, int], random: bool
 ) -> dict[tuple[str, float], frozenset[int]]:
     """The samples to drop from one seed, by method and fraction; first of all nothing."""
     plan: dict[tuple[str, float], frozenset[int]] = {("none", 0.0): frozenset()}
     orders = dict(orders)
     if random:
-        orders["random"] = np.random.default_rng(seed).permutation(run.n_samples)
+        orders["random"] = np.random.default_rng(seed).permutation(visited)
     for name, order in orders.items():
         for fraction, count in counts.items():
             plan[name, fraction] = frozenset(order[:count].tolist())

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_acc.contract import HasPerSampleAccuracy
+from lightning_acc.core import queries
 from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.judge.agreement import stored_scores
-from lightning_acc.judge.fresh_training import Retraining, contents, retrain
+from lightning_acc.judge.fresh_training import Retraining, contents, retrain, visited_samples
+from lightning_acc.methods.registry import METHODS, TRUTH
 from lightning_acc.record import batches
 from lightning_acc.record.record import Record
 
@@ -19,40 +21,55 @@ FOLDS = 5
 """Of the cross-validation that predicts every sample by a model that has not seen it."""
 
 
-def rankings(run: Record, names: list[str], memory: int) -> dict[str, np.ndarray]:
+def rankings(run: Record, names: list[str], memory: int, missing: dict[str, str] | None = None) -> dict[str, np.ndarray]:
     """The samples in the order each of the controls would drop them, as far as what it needs is there.
 
     Args:
         run: a recorded run.
         names: of loss, cleanlab, loo and oracle.
         memory: bytes to compute with.
+        missing: gets, for each that cannot be had, why.
     """
+    missing = {} if missing is None else missing
     orders = {}
     if "loss" in names:
-        replay = Replay(run)
-        orders["loss"] = np.argsort(-_final_losses(replay), kind="stable")
+        orders["loss"] = np.argsort(-_final_losses(Replay(run)), kind="stable")
     if "cleanlab" in names:
-        quality = _label_quality(run, memory)
-        if quality is not None:
-            orders["cleanlab"] = np.argsort(quality, kind="stable")
-    if "loo" in names:
-        values = stored_values(run, "loo")
+        try:
+            orders["cleanlab"] = np.argsort(_label_quality(run, memory), kind="stable")
+        except ModuleNotFoundError:
+            missing["cleanlab"] = "the package cleanlab is not installed (pip install cleanlab)"
+        except NotAClassifier as error:
+            missing["cleanlab"] = f"it needs class probabilities, and {error}"
+    if TRUTH in names:
+        values = stored_values(run, TRUTH)
         if values is not None:
-            orders["loo"] = np.argsort(values, kind="stable")
+            orders[TRUTH] = np.argsort(values, kind="stable")
+        else:
+            missing[TRUTH] = "not all samples were retrained without (score with method='loo' first)"
     info = run.sample_info()
-    if "oracle" in names and info is not None and "corrupted" in info.column_names:
-        orders["oracle"] = np.flatnonzero(info["corrupted"].to_numpy(zero_copy_only=False))
+    if "oracle" in names:
+        if info is not None and "corrupted" in info.column_names:
+            orders["oracle"] = np.flatnonzero(info["corrupted"].to_numpy(zero_copy_only=False))
+        else:
+            missing["oracle"] = "it is not known which samples are corrupted (describe_samples has no column 'corrupted')"
     return orders
 
 
 def stored_values(run: Record, method: str) -> np.ndarray | None:
-    """Stored scores (n_samples,) of every single sample under the query ``val``; None where they are not complete."""
-    for table in stored_scores(run).values():
-        if table.conditions["method"] == method and table.conditions["query"] == "val":
-            single = {removal[0]: value for removal, value in table.by_removal().items() if len(removal) == 1}
-            if len(single) == run.n_samples:
-                return np.array([single[i] for i in range(run.n_samples)])
-    return None
+    """Stored scores (n_samples,) of every single sample under the recorded query ``val``; None where they are not complete.
+
+    Of a method's tables this is the one with the usual readout and options, in the dtype of the run.
+    """
+    table = stored_scores(run).get(method)
+    if table is None or "val" not in run.query_names():
+        return None
+    usual = {"method": method, "readout": METHODS[method].readout, "dtype": run.dtype, "query": "val"}
+    usual["query_fingerprint"] = queries.find(run, "val").fingerprint
+    single = {removal[0]: value for removal, value in table.by_removal().items() if len(removal) == 1}
+    if any(table.conditions[key] != value for key, value in usual.items()) or len(single) < run.n_samples:
+        return None
+    return np.array([single[i] for i in range(run.n_samples)])
 
 
 class NotAClassifier(Exception):
@@ -66,14 +83,14 @@ def logits_of(module: torch.nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         NotAClassifier: the batch is not of that kind, or ``module(inputs)`` gives something else.
     """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-        raise NotAClassifier
+        raise NotAClassifier("its batches are no pairs (inputs, labels)")
     inputs, labels = batch
     try:
         logits = module(inputs)
     except NotImplementedError:  # Lightning's own forward
-        raise NotAClassifier from None
+        raise NotAClassifier("the module has no forward") from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
-        raise NotAClassifier
+        raise NotAClassifier("module(inputs) gives no logits (B, classes) for labels (B,)")
     return logits, labels
 
 
@@ -98,14 +115,18 @@ def _final_losses(replay: Replay) -> np.ndarray:
     return found
 
 
-def _label_quality(run: Record, memory: int) -> np.ndarray | None:
-    """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; None where that cannot be had."""
-    try:
-        from cleanlab.rank import get_label_quality_scores  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        return None
-    fold_of = np.random.default_rng(0).permutation(run.n_samples) % FOLDS
-    folds = [frozenset(np.flatnonzero(fold_of == fold).tolist()) for fold in range(FOLDS)]
+def _label_quality(run: Record, memory: int) -> np.ndarray:
+    """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; 1 for samples never trained on.
+
+    Raises:
+        ModuleNotFoundError: cleanlab is not installed.
+        NotAClassifier: there are no class probabilities to be had.
+    """
+    from cleanlab.rank import get_label_quality_scores  # type: ignore[import-untyped]
+
+    visited = visited_samples(run).numpy()
+    fold_of = np.random.default_rng(0).permutation(len(visited)) % FOLDS
+    folds = [frozenset(visited[fold_of == fold].tolist()) for fold in range(FOLDS)]
     thetas = retrain(run, Retraining(0, folds), memory)
     replay = Replay(run)
     samples = contents(run)
@@ -113,16 +134,14 @@ def _label_quality(run: Record, memory: int) -> np.ndarray | None:
     for theta, fold in zip(thetas, folds, strict=True):
         rows = sorted(fold)
         batch = batches.unflatten(run.structure(), batches.cast(batches.rows(samples, torch.tensor(rows)), replay.dtype))
-        try:
-            with torch.no_grad(), replay.objective.evaluating():
-                logits = replay.objective.call(theta, lambda module, batch: logits_of(module, batch)[0], batch)
-        except NotAClassifier:
-            return None
+        with torch.no_grad(), replay.objective.evaluating():
+            logits = replay.objective.call(theta, lambda module, batch: logits_of(module, batch)[0], batch)
         if probabilities is None:
             probabilities = np.zeros((run.n_samples, logits.shape[1]))
             labels = np.zeros(run.n_samples, dtype=int)
         probabilities[rows] = logits.double().softmax(-1).numpy()
         labels[rows] = batch[1].numpy()
     assert probabilities is not None
-    quality: np.ndarray = get_label_quality_scores(labels, probabilities)
+    quality = np.ones(run.n_samples)
+    quality[visited] = get_label_quality_scores(labels[visited], probabilities[visited])
     return quality

@@ -54,6 +54,7 @@ def retrain(run: Record, job: Retraining, memory: int, progress: Callable[[float
     """
     replay = Replay(run)
     start = fresh_parameters(run, replay, job.seed)
+    visited = visited_samples(run)
     samples = contents(run)
     size = chunk_size(replay, "training anew", TRAINING, memory)
     finals = []
@@ -63,7 +64,7 @@ def retrain(run: Record, job: Retraining, memory: int, progress: Callable[[float
         def report(done: float, first: int = first, n: int = len(part)) -> None:
             progress((first + done * n) / len(job.dropped))
 
-        finals.append(_train(replay, start, samples, part, job.seed, report))
+        finals.append(_train(replay, start, samples, visited, part, job.seed, report))
     return torch.cat(finals)
 
 
@@ -71,13 +72,14 @@ def _train(
     replay: Replay,
     start: Tensor,
     samples: Leaves,
+    visited: Tensor,
     dropped: list[frozenset[int]],
     seed: int,
     progress: Callable[[float], None],
 ) -> Tensor:
     run = replay.run
     sizes = [len(step.sample_ids) for step in run.steps]
-    orders = torch.stack([_order(run.n_samples, without, sum(sizes), seed) for without in dropped])
+    orders = torch.stack([_order(run.n_samples, visited, without, sum(sizes), seed) for without in dropped])
     state = replay.update.initial(start.expand(len(dropped), -1))
     position = 0
     with torch.random.fork_rng(devices=[]):
@@ -95,13 +97,17 @@ def _train(
     return state[0]
 
 
-def _order(n: int, dropped: frozenset[int], length: int, seed: int) -> Tensor:
-    """Sample ids in the order they are visited, (length,): shuffled anew every epoch, those dropped skipped."""
+def _order(n: int, visited: Tensor, dropped: frozenset[int], length: int, seed: int) -> Tensor:
+    """Sample ids in the order they are visited, (length,): shuffled anew every epoch, those dropped skipped.
+
+    Samples that the recorded training never saw (``drop_last``, ``limit_train_batches``, a sampler) have no part in it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.ones(n, dtype=torch.bool)
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[visited] = True
     kept[list(dropped)] = False
     if not kept.any():
-        raise RunError(f"Nothing is left to train on: all {n} samples are dropped.")
+        raise RunError(f"Nothing is left to train on: all {len(visited)} samples the run was trained on are dropped.")
     epochs: list[Tensor] = []
     while sum(map(len, epochs)) < length:
         shuffled = torch.randperm(n, generator=generator)
@@ -119,6 +125,14 @@ def fresh_parameters(run: Record, replay: Replay, seed: int) -> Tensor:
         torch.manual_seed(seed)
         module = rebuild.build(run.manifest["module"])
     return replay.layout.flat(dict(module.named_parameters())).to(replay.dtype)
+
+
+def visited_samples(run: Record) -> Tensor:
+    """Ids of the samples that any step saw, in order, (m,)."""
+    seen = torch.zeros(run.n_samples, dtype=torch.bool)
+    for step in run.steps:
+        seen[step.sample_ids] = True
+    return torch.nonzero(seen)[:, 0]
 
 
 def contents(run: Record) -> Leaves:

@@ -19,6 +19,7 @@ from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.scoring.verdict import UNCHECKED
 
 FOLDER = "shards"
 SAME = (
@@ -77,7 +78,7 @@ def gather(run: Record, conditions: dict[str, Any], name: str, newest: Scores | 
             names = {**(older.names if older else {}), **(newest.names if newest else {})}
             checked = [one for one in (newest, older) if one is not None and "verdict" in one.conditions]
             if checked:
-                table = table.checked({}, max(checked, key=len).verdict)
+                table = table.checked({}, max(checked, key=lambda one: (one.verdict.word != UNCHECKED, len(one))).verdict)
             whole = table.picked(sorted(set(table.removals)), table.conditions).named(names)
             scores.write(run.store, name, whole)
         newest = None
