@@ -171,7 +171,7 @@ def test_what_does_not_pass_ends_in_one_sentence(url: str, monkeypatch: pytest.M
     assert len(calls) == 5
     assert len(no_pauses) == 4
     assert store.read("steps/a") == b"older"
-    with pytest.raises(la.RunError, match=r"manifest.json \(.*could not be written in 5 tries"):
+    with pytest.raises(la.RunError, match=r"lock \(.*could not be written in 5 tries"):
         record(f"{url}2", make())  # type: ignore[arg-type]
     with pytest.raises(la.RunError, match="no run directory"):
         la.Run(f"{url}2")
@@ -212,7 +212,7 @@ def test_answers_of_servers() -> None:
 
 
 def test_a_missing_bucket_is_named(server: int, no_pauses: list[float]) -> None:
-    with pytest.raises(la.RunError, match=r"s3://nowhere/run/manifest.json \(.*bucket does not exist; make the bucket"):
+    with pytest.raises(la.RunError, match=r"s3://nowhere/run/lock \(.*bucket does not exist; make the bucket"):
         record("s3://nowhere/run", make())  # type: ignore[arg-type]
     with pytest.raises(la.RunError, match="no run directory at s3://nowhere/run: check the path"):
         la.Run("s3://nowhere/run")

@@ -113,7 +113,7 @@ class Lock:
             if self.store.exists(NAME):
                 return False
             self.store.write(NAME, data)
-            return True
+            return self._holder() == self._me  # unless another training did the same at the same time
         # Written beside and linked, so that nobody sees half of it; where there are no links, made exclusively.
         path, beside = f"{self.store.path}/{NAME}", f"{self.store.path}/{NAME}.{self._me.token}.part"
         self.store.write(f"{NAME}.{self._me.token}.part", data)

@@ -149,7 +149,7 @@ class CheckedCollate:
 
     def __call__(self, samples: Any) -> Any:
         """The batch of these samples."""
-        if self.done or (not self.whole and len(samples) < 2):
+        if self.done or not (self.whole or (isinstance(samples, list) and len(samples) > 1)):
             return self.collate(samples)
         self.done = True
         few = first_rows(samples) if self.whole else _copied(samples[:ROWS])
