@@ -135,6 +135,7 @@ HERE = {"run_id": "r", "time": "2026-01-01T00:00:00+00:00", "token": "t", "start
         ("{", "a training that cannot be told from it"),
         (json.dumps({**HERE, "pid": -1, "host": socket.gethostname()}), "a training that cannot be told from it"),
     ],
+    ids=["elsewhere", "no JSON", "no process"],
 )
 def test_a_lock_whose_training_may_be_alive_is_respected(tmp_path: Path, content: str, held_by: str) -> None:
     (tmp_path / "run").mkdir()
