@@ -2,8 +2,8 @@
 
     python scripts/study_verdicts.py
 
-The interval a verdict gives is held against the Spearman correlation over all samples, and its word too: ``faithful`` where that
-is below 0.75 is wrong, and so is ``unreliable`` where it is above 0.9. Needs MNIST and Adult, from the Hub or by
+The interval a verdict gives is held against the Spearman correlation over all samples, and its word too: ``faithful`` where
+that is below 0.75 is wrong, and so is ``unreliable`` where it is above 0.9. Needs MNIST and Adult, from the Hub or by
 LIGHTNING_ACC_DATA. Writes its table into scripts/study/README.md; some ten minutes on one core.
 """
 
@@ -151,7 +151,7 @@ def main() -> None:
                 covered, wrong, total = covered + covers, wrong + bad, total + DRAWS
     lines += [
         "",
-        f"Of {total} verdicts {covered} ({covered / total:.0%}) hold the correlation in their interval; {wrong} words are wrong.",
+        f"Of {total} verdicts {covered} ({covered / total:.0%}) hold the correlation in their interval, {wrong} have a wrong word.",
     ]
     print(lines[-1])
     place = Path(__file__).parent / "study" / "README.md"
