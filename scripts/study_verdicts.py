@@ -151,7 +151,7 @@ def main() -> None:
                 covered, wrong, total = covered + covers, wrong + bad, total + DRAWS
     lines += [
         "",
-        f"Of {total} verdicts {covered} ({covered / total:.0%}) hold the correlation in their interval, {wrong} have a wrong word.",
+        f"Of {total} verdicts {covered} ({covered / total:.0%}) hold the correlation in their interval, {wrong} are wrong.",
     ]
     print(lines[-1])
     place = Path(__file__).parent / "study" / "README.md"

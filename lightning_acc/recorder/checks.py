@@ -20,6 +20,8 @@ SMALL = 100_000
 """Parameters up to which a later check costs next to nothing."""
 APART = 100
 """Larger models are checked later at most once in so many steps."""
+DIVERGING = 100.0
+"""A step that moves the parameters by so many times their size has left all that training is about."""
 LATE_TOLERANCE = 1e-2
 """Largest relative difference that counts as round-off in a later step, whose gradient may be a small rest of large ones."""
 
@@ -92,6 +94,12 @@ class Checks:
         difference = float(error.clamp_min(0).norm() / moved.norm().clamp_min(torch.finfo(theta.dtype).tiny))
         rounding = 8 * torch.finfo(theta.dtype).eps * float(theta.norm() / moved.norm().clamp_min(1e-30))
         if not difference <= self._tolerance + rounding:
+            growth = float(moved.norm() / self._before.norm().clamp_min(1e-30))
+            if not growth < DIVERGING:
+                raise RecordingRefused(
+                    f"The training diverges: step {number - 1} moved the parameters by {growth:.1e} times their size, where no "
+                    "replay follows it to the last digits: lower the learning rate, or clip the gradients."
+                )
             raise RecordingRefused(
                 f"Step {number - 1} moved the parameters otherwise than its record says: the recorded step gives a change "
                 f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer changes parameters "
