@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.judge import cleaning
+from lightning_acc.judge import cleaning, cleaning_table
 from lightning_acc.judge.fresh_training import Retraining, fresh_parameters, retrain
 
 
@@ -56,8 +56,8 @@ def test_dropping_the_most_harmful_beats_dropping_at_random(run: la.Run) -> None
     assert rows["acc-sgd-ie", 8]["loss"] < rows["random", 8]["loss"] - 0.05
     assert rows["acc-sgd-ie", 8]["gain"] >= rows["random", 8]["gain"]
     assert {row["test"] for row in rows.values()} == {"test"}
-    assert cleaning.read(run).equals(table)  # type: ignore[union-attr]
-    assert "acc-sgd-ie" in cleaning.as_text(table)
+    assert cleaning_table.read(run).equals(table)  # type: ignore[union-attr]
+    assert "acc-sgd-ie" in cleaning_table.as_text(table)
 
 
 def test_truth_and_oracle_are_shown_where_they_are_known(tmp_path: Path, run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import lightning_acc as la
 from lightning_acc.errors import RequestError
-from lightning_acc.judge import cleaning, exports
+from lightning_acc.judge import cleaning_table, exports
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.selection import select
 from lightning_acc.show import report
@@ -190,7 +190,7 @@ def removal_curves(accuracy: bool = True) -> pa.Table:
             if accuracy or figure != "accuracy":
                 row.update({figure: value, f"{figure}_low": value - 0.015, f"{figure}_high": value + 0.015})
         rows.append({**row, "test": "held out"})
-    return pa.Table.from_pylist(rows, schema=cleaning.SCHEMA)
+    return pa.Table.from_pylist(rows, schema=cleaning_table.SCHEMA)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
     run = la.Run(path)
     for method in ("loo", "acc-sgd-ie", "sgd-ie"):
         la.score(run, method, ray_address=None, check=0)
-    cleaning.write(run, removal_curves())
+    cleaning_table.write(run, removal_curves())
     return run
 
 
@@ -399,7 +399,7 @@ def test_a_run_of_which_little_is_known_has_a_page(started: Browser, tmp_path: P
     started.open(page)
     assert started.see(shown) == ["samples", "ranking", "cost"]
     assert sorted(started.see(ROWS)) == [0, 1, 2, 3, 4]
-    cleaning.write(run, removal_curves(accuracy=False))
+    cleaning_table.write(run, removal_curves(accuracy=False))
     started.open(Path(report.write_report(run)))
     assert started.see("[...document.querySelector('#measure').options].map(option => option.value)") == ["gain", "loss"]
     assert started.complaints == []

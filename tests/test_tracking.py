@@ -20,7 +20,7 @@ from problems import CLASSES, N, data, make, record, trainer
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
-from lightning_acc.judge import cleaning, samples
+from lightning_acc.judge import cleaning_table, samples
 from lightning_acc.methods.registry import METHODS
 from lightning_acc.scoring.over_time import influence_over_time
 from lightning_acc.show import tracking
@@ -100,7 +100,7 @@ def cleaning_table(accuracy: bool = True) -> pa.Table:
             middle = 0.7 + row["gain"]
             row.update({"accuracy": middle, "accuracy_low": middle - 0.02, "accuracy_high": middle + 0.02})
             row["accuracies"] = [middle] * 2
-    return pa.Table.from_pylist(rows, schema=cleaning.SCHEMA)
+    return pa.Table.from_pylist(rows, schema=cleaning_table.SCHEMA)
 
 
 def inspect(path: Path, *words: str) -> str:
@@ -160,7 +160,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         for method in METHODS:
             la.score(run, method, ray_address=None, check=0)
             la.score(run, method, [[3, 11]], ray_address=None, check=0)
-        cleaning.write(run, cleaning_table())
+        cleaning_table.write(run, cleaned())
         evaluation = la.evaluate(run).to_pylist()
         path = Path(tracking.track(run, evaluation, "somewhere"))
     return Logged(run, evaluation, path, directory / "files")
@@ -212,7 +212,7 @@ def test_agreement_names_the_sample_of_every_point(logged: Logged) -> None:
 
 
 def test_cleaning_curves_begin_with_nothing_removed_and_carry_intervals(logged: Logged) -> None:
-    assert logged.rows("cleaning") == cleaning_table().to_pylist()
+    assert logged.rows("cleaning") == cleaned().to_pylist()
     curves = logged.lines("cleaning/gain")
     assert curves == {"random": [(0, 0), (0.1, -0.1), (0.25, -0.25)], "sgd-ie": [(0, 0), (0.1, 0.1), (0.25, 0.25)]}
     assert logged.lines("cleaning/loss")["sgd-ie"] == [(0, 1), (0.1, 0.9), (0.25, 0.75)]

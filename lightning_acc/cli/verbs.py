@@ -187,8 +187,8 @@ def clean(
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
     """
-    from lightning_acc.judge.cleaning import as_text
     from lightning_acc.judge.cleaning import clean as compute
+    from lightning_acc.judge.cleaning_table import as_text
 
     print(as_text(compute(run, method, fractions, seeds, test, ray_address, memory_gb=memory_gb)))
 

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.contract import HasPerSampleLoss
 from lightning_acc.core.objective import AUTOCAST, Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Structure
-from lightning_acc.recorder import decomposition, description, refusals
+from lightning_acc.recorder import description
+from lightning_acc.recorder.checks import decomposition, refusals
+from lightning_acc.recorder.checks.penalty import refuse_penalty
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.optimizer import TrainedOptimizer
-from lightning_acc.recorder.penalty import refuse_penalty
 from lightning_acc.recorder.ranks import SeenBatch
-from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
 
 
 class Assembly:
@@ -110,7 +112,7 @@ def understand(
         decomposition.compare_gradients(assembly.step(groups, everyone), theta, gradient, number, tolerance)
         vectorised = decomposition.can_be_vectorised(mean.step(groups, everyone), theta)
         first = everyone[0]
-        if not hasattr(module, "per_sample_loss"):
+        if not isinstance(module, HasPerSampleLoss):
             refuse_penalty(objective, theta, first.leaves, tolerance, decomposition.REMEDY)
         independent = decomposition.rows_are_independent(objective, theta, first.leaves, first.random or whole_batches)
     except RunError as error:
@@ -119,7 +121,7 @@ def understand(
         **description.header(trainer, module, optimizer, theta.dtype),
         "evaluation_modules": evaluation_modules,
         "loss": {
-            "source": "per_sample_loss" if hasattr(module, "per_sample_loss") else "training_step",
+            "source": "per_sample_loss" if isinstance(module, HasPerSampleLoss) else "training_step",
             "reduction": "sum" if summed else "mean",
             "independent_rows": independent,
             "vectorised": vectorised,

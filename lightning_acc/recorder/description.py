@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lightning_acc.contract import DescribesSamples
 from lightning_acc.core import rebuild
 from lightning_acc.errors import RunError
 from lightning_acc.record.writer import RunWriter
@@ -71,13 +72,12 @@ def write_frozen(writer: RunWriter, module: nn.Module) -> None:
 
 def write_sample_info(writer: RunWriter, trainer: Any) -> None:
     """What ``describe_samples()`` of the data module tells: columns with one value per training sample."""
-    describe = getattr(trainer.datamodule, "describe_samples", None)
-    if describe is None:
+    if not isinstance(trainer.datamodule, DescribesSamples):
         return
     import pyarrow as pa
     import pyarrow.parquet
 
-    columns = describe()
+    columns = trainer.datamodule.describe_samples()
     table = columns if isinstance(columns, pa.Table) else pa.table(columns)
     if len(table) != writer.header["n_samples"]:
         raise RunError(

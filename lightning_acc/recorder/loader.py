@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_acc.record.batches import Leaves, Structure
-from lightning_acc.recorder.refusals import RecordingRefused
-from lightning_acc.recorder.rows import CheckedCollate, first_rows
+from lightning_acc.recorder.checks.refusals import RecordingRefused
+from lightning_acc.recorder.checks.rows import CheckedCollate, first_rows
 
 REFUSED_THERE = f"{RecordingRefused.__module__}.{RecordingRefused.__qualname__}: "
 """What stands before a refusal in the last line of a traceback."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import RULES, State, Update
 from lightning_acc.errors import RunError
-from lightning_acc.recorder.decomposition import GRADIENT_TOLERANCE
-from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 
 
 class TrainedOptimizer:

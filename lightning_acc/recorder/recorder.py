@@ -19,15 +19,16 @@ from lightning_acc.core import rebuild
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.writer import check_finite
-from lightning_acc.recorder import ranks, refusals, resume, rows
+from lightning_acc.recorder import ranks, resume
 from lightning_acc.recorder.beginning import understand
-from lightning_acc.recorder.checks import Checks
-from lightning_acc.recorder.identity import Identity
+from lightning_acc.recorder.checks import refusals, rows
+from lightning_acc.recorder.checks.identity import Identity
+from lightning_acc.recorder.checks.randomness import random_state_kept
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.steps import Checks
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.optimizer import TrainedOptimizer
-from lightning_acc.recorder.randomness import random_state_kept
 from lightning_acc.recorder.ranks import SeenBatch
-from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.resume import Place
 from lightning_acc.recorder.snapshots import Snapshots
 from lightning_acc.recorder.writers import Writers

@@ -9,7 +9,7 @@ from lightning_acc.core.optimizers import State
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.store import Store, digest
 from lightning_acc.record.writer import RunWriter
-from lightning_acc.recorder.refusals import refuse_if
+from lightning_acc.recorder.checks.refusals import refuse_if
 
 KEY = "lightning_acc"
 """Where a checkpoint keeps the place in the record."""

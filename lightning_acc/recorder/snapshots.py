@@ -7,7 +7,7 @@ import time
 
 from lightning_acc.errors import RequestError
 from lightning_acc.record.store import Store
-from lightning_acc.recorder.checks import CHECKED_STEPS
+from lightning_acc.recorder.checks.steps import CHECKED_STEPS
 
 POLICIES = ("auto", "every-step", "every-k")
 SMALL = 64 * 2**20

@@ -12,8 +12,8 @@ import torch
 from lightning_acc.core import queries
 from lightning_acc.errors import InfluenceError
 from lightning_acc.record.store import Store
-from lightning_acc.recorder.randomness import random_state_kept
-from lightning_acc.recorder.rows import transferred
+from lightning_acc.recorder.checks.randomness import random_state_kept
+from lightning_acc.recorder.checks.rows import transferred
 
 
 def write_queries(store: Store, trainer: Any) -> None:

@@ -16,7 +16,7 @@ from lightning_acc.record.lock import Lock
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder import description, ranks, resume, validation
-from lightning_acc.recorder.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.resume import Place
 
 

@@ -183,9 +183,9 @@ def _drawn(common: list[int], extremes: set[int]) -> list[int]:
 
 def _cleaning(run: Record) -> dict[str, Any] | None:
     """Removal curves of the methods, each point with mean and 95 % interval of each figure; None where there are none."""
-    from lightning_acc.judge import cleaning
+    from lightning_acc.judge import cleaning_table
 
-    table = cleaning.read(run)
+    table = cleaning_table.read(run)
     if table is None:
         return None
     curves: dict[str, list[dict[str, Any]]] = {}

@@ -85,9 +85,9 @@ def track(
 
 
 def _cleaning(run: Record) -> pa.Table | None:
-    from lightning_acc.judge import cleaning
+    from lightning_acc.judge import cleaning_table
 
-    return cleaning.read(run)
+    return cleaning_table.read(run)
 
 
 def _log_evaluation(tracked: Any, run: Record, evaluation: list[dict[str, Any]]) -> None:

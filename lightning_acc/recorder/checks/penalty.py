@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_acc.core.objective import Objective, whole_loss_of_training_step
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
-from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 SUMS = ("add", "sub", "rsub", "stack", "cat")
 LINEAR = ("mul", "div", "neg", "view", "_unsafe_view", "squeeze", "unsqueeze", "select", "clone", "_to_copy", "alias", "expand")

@@ -13,7 +13,7 @@ from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
-from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest relative difference, in norm, that counts as round-off."""

@@ -21,8 +21,8 @@ from torch.utils.data import default_collate, default_convert
 
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
-from lightning_acc.recorder.randomness import seeded
-from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.checks.randomness import seeded
+from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 ROWS = 8
 """Samples that are looked at."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.roundoff import RoundOff
 from lightning_acc.core.step import Step
-from lightning_acc.recorder import decomposition
-from lightning_acc.recorder.refusals import RecordingRefused, batch_norms
+from lightning_acc.recorder.checks import decomposition
+from lightning_acc.recorder.checks.refusals import RecordingRefused, batch_norms
 
 CHECKED_STEPS = 3
 CHECKED_SIZES = 3

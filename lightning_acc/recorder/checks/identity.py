@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_acc.recorder.randomness import seeded
-from lightning_acc.recorder.refusals import RecordingRefused
+from lightning_acc.recorder.checks.randomness import seeded
+from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 ASKED = 64
 """Samples that the first data set and a later one are both asked for, at most."""

@@ -1,0 +1,124 @@
+"""The table of ``clean``: a row for each method and share dropped, what is told of it, and how it is kept."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from lightning_acc.methods import registry
+from lightning_acc.record import tables
+from lightning_acc.record.record import Record
+
+NAME = "cleaning.parquet"
+DIFFERENCE = ("difference", "difference_low", "difference_high")
+INTERVALS = (
+    "95 %, by Student's t over the seeds of new initial parameters and orders, the same ones for all methods; another draw of "
+    "the data is not in them"
+)
+SCHEMA = pa.schema(
+    [("method", pa.string()), ("fraction", pa.float64()), ("n_removed", pa.int64()), ("seeds", pa.int64())]
+    + [(f"{what}{end}", pa.float64()) for what in ("accuracy", "loss", "gain") for end in ("", "_low", "_high")]
+    + [("accuracies", pa.list_(pa.float64())), ("losses", pa.list_(pa.float64())), ("test", pa.string())]
+    + [("against", pa.list_(pa.struct([("method", pa.string()), *((end, pa.float64()) for end in DIFFERENCE)])))]
+)
+
+
+def build(rows: list[dict[str, Any]], about: dict[str, str]) -> pa.Table:
+    """The table of these rows, each compared with the others of its share, seed by seed; ``about`` is its metadata."""
+    rows = [{**one, "against": [_difference(one, other) for other in rows if _comparable(one, other)]} for one in rows]
+    return pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata({**about, "intervals": INTERVALS})
+
+
+def write(run: Record, table: pa.Table) -> None:
+    """Store a table of ``clean`` in the run directory."""
+    import pyarrow.parquet
+
+    if b"manifest_hash" not in (table.schema.metadata or {}):
+        table = table.replace_schema_metadata({"manifest_hash": run.hash})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    run.store.write(NAME, buffer.getvalue())
+
+
+def read(run: Record) -> pa.Table | None:
+    """The table of ``clean`` stored with the run; None where there is none that belongs to its present content."""
+    if not run.store.exists(NAME):
+        return None
+    table = tables.read(run.store.read(NAME))
+    return table if (table.schema.metadata or {}).get(b"manifest_hash") == run.hash.encode() else None
+
+
+def as_text(table: pa.Table) -> str:
+    """The table of ``clean`` for a terminal: gains in percentage points, or in loss."""
+    lines = [f"{'method':12} {'dropped':>8} {'accuracy':>9} {'loss':>8}   gain with 95 % interval"]
+    for row in table.to_pylist():
+        accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
+        scale, unit = (1, "") if row["accuracy"] is None else (100, " points")
+        gain = f"{scale * row['gain']:+.2f} ({scale * row['gain_low']:+.2f} to {scale * row['gain_high']:+.2f}){unit}"
+        lines.append(f"{row['method']:12} {100 * row['fraction']:6.1f} % {accuracy:>9} {row['loss']:8.4f}   {gain}")
+    about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    lines += _differences(table)
+    lines += [f"{name} is left out: {why}." for name, why in json.loads(about.get("missing", "{}")).items()]
+    return "\n".join([*lines, f"Intervals: {about['intervals']}."] if "intervals" in about else lines)
+
+
+def _differences(table: pa.Table) -> list[str]:
+    """Each estimate's ranking against each control's and estimate's, at the same share dropped: points gained more."""
+    lines = []
+    for row in table.to_pylist():
+        scale = 1 if row["accuracy"] is None else 100
+        parts = [
+            f"{other['method']} {scale * other['difference']:+.2f} ({scale * other['difference_low']:+.2f} to "
+            f"{scale * other['difference_high']:+.2f})"
+            for other in row["against"] or ()
+        ]
+        if parts and row["method"] in registry.METHODS:
+            lines.append(f"  {row['method']} at {100 * row['fraction']:g} % against " + ", ".join(parts))
+    return ["paired differences in gain:", *lines] if lines else []
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of values (n,) and the ends of its 95 % confidence interval (Student's t)."""
+    mean, spread = float(np.mean(values)), float(stats.sem(values))
+    reach = float(stats.t.ppf(0.975, len(values) - 1)) * spread
+    return mean, mean - reach, mean + reach
+
+
+def row(
+    key: tuple[str, float],
+    removed: int,
+    losses: np.ndarray,
+    accuracies: np.ndarray,
+    losses_before: np.ndarray,
+    accuracies_before: np.ndarray,
+    test: str,
+) -> dict[str, Any]:
+    """The row of a method and share dropped ``key``: figures over the seeds, and what is gained over nothing removed."""
+    known = not np.isnan(accuracies).any()
+    row: dict[str, Any] = {"method": key[0], "fraction": key[1], "n_removed": removed, "seeds": len(losses), "test": test}
+    gains = accuracies - accuracies_before if known else losses_before - losses
+    for what, values in (("accuracy", accuracies if known else None), ("loss", losses), ("gain", gains)):
+        if values is not None:
+            ends = interval(values)
+            if what == "accuracy":
+                ends = (ends[0], max(0.0, ends[1]), min(1.0, ends[2]))
+            row.update(zip((what, f"{what}_low", f"{what}_high"), ends, strict=True))
+    return {**row, "accuracies": accuracies.tolist() if known else None, "losses": losses.tolist()}
+
+
+def _comparable(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows answer the same question by other methods."""
+    return row["method"] not in ("none", other["method"]) and row["fraction"] == other["fraction"]
+
+
+def _difference(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """By how much a method gains more than another, paired over the seeds: both trained from the same ones."""
+    known = row["accuracies"] is not None and other["accuracies"] is not None
+    ours, theirs = (np.array(one["accuracies"] if known else one["losses"]) for one in (row, other))
+    better = ours - theirs if known else theirs - ours
+    return {"method": other["method"], **dict(zip(DIFFERENCE, interval(better), strict=True))}
