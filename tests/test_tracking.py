@@ -86,7 +86,7 @@ class Described(pl.LightningDataModule):
         }
 
 
-def cleaning_table(accuracy: bool = True) -> pa.Table:
+def cleaned(accuracy: bool = True) -> pa.Table:
     """Made up: removing by sgd-ie gains, removing at random loses; one row a method and fraction."""
     rows = [{"method": "none", "fraction": 0.0, "n_removed": 0, "gain": 0.0, "gain_low": 0.0, "gain_high": 0.0, "loss": 1.0}]
     for method, sign in (("random", -1), ("sgd-ie", 1)):
@@ -228,11 +228,11 @@ def test_cleaning_curves_begin_with_nothing_removed_and_carry_intervals(logged: 
 
 
 def test_cleaning_without_accuracy_shows_the_loss(tmp_path: Path) -> None:
-    shown = panels.cleaning(cleaning_table(accuracy=False))
+    shown = panels.cleaning(cleaned(accuracy=False))
     assert "cleaning/accuracy" not in shown
     rows = shown["cleaning by sgd-ie"].table.data
     assert [y for _, key, y in rows if key == "sgd-ie, 95 % low"] == pytest.approx([0.9, 0.8, 0.65])
-    assert not any("accuracy" in name for name in panels.cleaning_summary(cleaning_table(accuracy=False)))
+    assert not any("accuracy" in name for name in panels.cleaning_summary(cleaned(accuracy=False)))
 
 
 def test_lines_over_time_end_at_the_scores_of_the_extreme_samples(logged: Logged) -> None:

@@ -115,9 +115,10 @@ def draw(scores: Scores, count: tuple[int, int], seed: int = 0) -> tuple[list[Re
     chosen = np.random.default_rng(seed).permutation(len(removals))[:n_random].tolist()
     random = [removals[i] for i in sorted(chosen)]
     finite = np.flatnonzero(np.isfinite(estimates))
-    order = finite[np.argsort(estimates[finite], kind="stable")].tolist()
-    taken, ends = set(chosen), [order[i // 2] if i % 2 == 0 else order[-1 - i // 2] for i in range(len(order))]
-    extremes = [removals[i] for i in dict.fromkeys(ends) if i not in taken][:n_extreme]
+    taken = set(chosen)
+    order = [i for i in finite[np.argsort(estimates[finite], kind="stable")].tolist() if i not in taken]
+    ends = [order[i // 2] if i % 2 == 0 else order[-1 - i // 2] for i in range(len(order))]
+    extremes = [removals[i] for i in ends[:n_extreme]]
     return random, extremes
 
 

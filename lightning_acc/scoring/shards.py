@@ -33,6 +33,7 @@ SAME = (
     "form",
     "directions",
     "followed",
+    "among",
 )
 """Conditions under which two scores of one removal are the same number."""
 
