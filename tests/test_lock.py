@@ -154,6 +154,15 @@ def test_a_process_with_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path: P
     assert os.listdir(tmp_path / "run") == []
 
 
+def test_a_lock_that_this_process_has_forgotten_is_taken_over(tmp_path: Path) -> None:
+    forgotten = Lock(Store(tmp_path / "run"), "one")
+    with pytest.raises(la.RunError, match="run one"):
+        Lock(Store(tmp_path / "run"), "two")
+    del forgotten
+    with pytest.warns(UserWarning, match="run one"):
+        Lock(Store(tmp_path / "run"), "two").release()
+
+
 def test_where_files_cannot_be_made_exclusively_the_later_one_sees_the_earlier() -> None:
     store = Store("memory://locked/run")
     first = Lock(store, "one")

@@ -14,6 +14,7 @@ import socket
 import sys
 import uuid
 import warnings
+import weakref
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
@@ -84,6 +85,7 @@ class Lock:
         for _ in range(3):
             if self._made():
                 _held.add(self._me.token)
+                weakref.finalize(self, _held.discard, self._me.token)  # nobody can release it any more: it is as good as gone
                 return
             holder = self._holder()
             if holder is None:

@@ -121,8 +121,11 @@ def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, toleranc
     """
     inputs = {name: leaf.detach().clone() for name, leaf in batches.cast(leaves, objective.dtype).items()}
     leaf = theta.detach().clone().requires_grad_()
-    with Followed(inputs, leaf) as followed:
-        loss = objective.call(leaf, whole_loss_of_training_step, batches.unflatten(objective.structure, inputs))
+    try:
+        with Followed(inputs, leaf) as followed:
+            loss = objective.call(leaf, whole_loss_of_training_step, batches.unflatten(objective.structure, inputs))
+    except Exception:  # tensors of a kind that cannot be followed: their loss itself has been computed before
+        return
     made = followed.made_of(loss)
     if not isinstance(made, Made):  # the batch went through NumPy or Python, and is lost sight of
         return
