@@ -80,7 +80,9 @@ def test_an_error_in_a_worker_is_the_error_here(run: la.Run, workers: int, monke
 
 
 SCRIPT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
 sys.path.insert(0, {tests!r})
 import faults
 from lightning_acc.cli import main
@@ -102,12 +104,15 @@ def test_ctrl_c_while_scoring_leaves_what_was_there(tmp_path: Path, no_ray: None
     (tmp_path / "faults").mkdir()
     script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run"), address=address)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "faults/begun").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    stopped = time.monotonic()
-    _, said = process.communicate(timeout=60)
+    try:
+        while not (tmp_path / "faults/begun").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        stopped = time.monotonic()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert said.endswith("lightning-acc: interrupted; what was finished before is kept\n")
     assert time.monotonic() - stopped < 15
