@@ -92,15 +92,33 @@ def test_the_commands_work_and_the_demo_keeps_its_promises(tmp_path: Path) -> No
     assert "# estimates for every sample; or --removals group:label, whole groups" in README
     verbs.append(["lightning-acc", "score", "runs/digits", "--method", "acc-sgd-ie", "--removals", "group:label"])
     assert "lightning-acc run --config configs/digits.yaml" in (ROOT / "scripts/demo").read_text()
-    for words in verbs:
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / words[0]), *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-        if words[1] == "run":
-            promises(tmp_path / "runs/digits")
+    run, *others = verbs
+    assert run[1] == "run"
+    succeeds([str(Path(sys.executable).parent / run[0]), *run[1:]], tmp_path)
+    promises(tmp_path / "runs/digits")
+    # The others in one process, which imports and starts Ray once; the console script itself was tried above.
+    printed = succeeds([sys.executable, "-c", IN_ONE.format(commands=[words[1:] for words in others])], tmp_path)
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("$ ")] == [words[1] for words in others]
     for words in re.findall(r"`lightning-acc (\w+) ", README):
         assert words in {verb[1] for verb in verbs}
+
+
+IN_ONE = """
+from lightning_acc.cli import main
+from lightning_acc.scoring import cluster
+
+with cluster.connect("local"):
+    for words in {commands!r}:
+        print("$", *words)
+        main(words)
+"""
+
+
+def succeeds(words: list[str], where: Path) -> str:
+    """What a command prints, which must end well."""
+    done = subprocess.run(words, cwd=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def promises(directory: Path) -> None:
