@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_acc.core import queries
 from lightning_acc.core.audit import AuditReport, audit
 from lightning_acc.core.queries import Query
-from lightning_acc.core.rebuild import module_of
+from lightning_acc.core.rebuild import module_of, portable_trust
 from lightning_acc.core.replay import parameters_at
 from lightning_acc.judge.exports import cleaned_dataset
 from lightning_acc.record.record import Record
@@ -54,6 +54,9 @@ class Run(Record):
     def audit(self) -> AuditReport:
         """Replay the training step over the record and compare with the recorded parameters (DESIGN, fact 7)."""
         return audit(self)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.store.url, self.given_module, portable_trust(self))
 
     def cleaned_dataset(self, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
         """The training set without the samples ``drop``, as a Hugging Face data set; see ``judge.exports``."""

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from problems import N, data, make, record
+from problems import data, make, record
 from scipy import stats
 
 import lightning_acc as la
-from lightning_acc.judge import agreement
+from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import detection_precision
+from lightning_acc.scoring import figures as agreement
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -86,17 +87,17 @@ def test_precision_along_the_ranking() -> None:
 
 
 def test_evaluate_compares_on_common_removals_and_same_questions(tmp_path: Path) -> None:
-    run = record(tmp_path / "run", make(hidden=4))
+    run = record(tmp_path / "run", make(hidden=4), data(n=40))
     la.score(run, "sgd-ie", ray_address=None, check=0)
     with pytest.raises(la.RequestError, match=r"no leave-one-out truth.*method='loo'"):
         la.evaluate(run)
-    truth = la.score(run, "loo", range(4, 16), ray_address=None, check=0)
-    la.score(run, "acc-sgd-ie", range(8, N), ray_address=None, check=0)
+    truth = la.score(run, "loo", range(4, 34), ray_address=None, check=0)
+    la.score(run, "acc-sgd-ie", range(10, 40), ray_address=None, check=0)
     rows = {row["method"]: row for row in la.evaluate(run).to_pylist()}
-    assert {name: row["n"] for name, row in rows.items()} == {"loo": 12, "sgd-ie": 12, "acc-sgd-ie": 8}
+    assert {name: row["n"] for name, row in rows.items()} == {"loo": 30, "sgd-ie": 30, "acc-sgd-ie": 24}
     assert rows["loo"]["rmse"] == 0
     assert rows["loo"]["kendall"] == pytest.approx(1)
-    estimate = la.score(run, "sgd-ie", range(4, 16), ray_address=None, save=False, check=0)
+    estimate = la.score(run, "sgd-ie", range(4, 34), ray_address=None, save=False, check=0)
     assert rows["sgd-ie"]["kendall"] == pytest.approx(stats.kendalltau(estimate.values, truth.values).statistic)
     assert 0 < rows["acc-sgd-ie"]["rmse"] < rows["sgd-ie"]["rmse"]
     assert all(row["seconds"] > 0 for row in rows.values())
@@ -108,11 +109,11 @@ def test_each_query_is_held_against_its_own_truth(tmp_path: Path) -> None:
     queries = [run.query("val"), la.Query("other", [data(n=9, seed=5).tensors])]
     truths = {query.name: la.score(run, "loo", query=query, ray_address=None, check=0) for query in queries}
     estimates = {query.name: la.score(run, "sgd-ie", query=query, ray_address=None, check=0) for query in queries}
-    stored = agreement.stored_scores(run)
+    stored = stored_scores(run)
     assert len(stored) == 4
     for order in (stored, dict(reversed(stored.items()))):
         for name, estimate in estimates.items():
-            truth = agreement.truth_for(order, estimate)
+            truth = truth_for(order, estimate)
             assert truth is not None
             assert truth.conditions["query"] == name
             assert np.array_equal(truth.values, truths[name].values)
@@ -129,7 +130,7 @@ def test_a_query_of_the_same_name_and_other_data_is_another_question(tmp_path: P
     run = record(tmp_path / "run", make(hidden=4))
     truth = la.score(run, "loo", query=la.Query("other", [data(n=9, seed=5).tensors]), ray_address=None, check=0)
     estimate = la.score(run, "sgd-ie", query=la.Query("other", [data(n=9, seed=6).tensors]), ray_address=None, check=0)
-    assert agreement.truth_for({"loo-other": truth}, estimate) is None
+    assert truth_for({"loo-other": truth}, estimate) is None
     assert la.evaluate(run)["method"].to_pylist() == ["loo"]
 
 

@@ -82,7 +82,9 @@ def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.Captu
     main(["audit", run])
     assert "bit for bit" in capsys.readouterr().out
     main(["score", run, "--method", "acc-sgd-ie", "--removals", "random:5", "--ray-address", "null", "--top", "3"])
-    assert re.search(r"Scores\(acc-sgd-ie: 5 removals.*\nmost harmful first:\n( +\d+  [-+].*\n){3}$", capsys.readouterr().out)
+    assert re.search(
+        r"Scores\(acc-sgd-ie: 5 removals(.*\n)+most harmful first:\n( +\d+  [-+].*\n){3}$", capsys.readouterr().out
+    )
     main(["retrain", run, "--removals", "top:4@sgd-ie", "--ray-address=null"])
     assert "Scores(loo: 4 removals" in capsys.readouterr().out
     (tmp_path / "groups.txt").write_text("1 2 3\n# nothing\n\n7,8\n")

@@ -135,7 +135,7 @@ def test_a_job_submitted_on_the_command_line(nodes: Any, jobs: Any, alone: np.nd
     done = subprocess.run(words, cwd=project, env=there, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"Scores\(acc-sgd-ie: {N} removals", done.stdout)
-    assert np.array_equal(scores.read(run.store, "acc-sgd-ie").values, alone)
+    assert np.array_equal(scores.read(run.store, "acc-sgd-ie").estimates, alone)
 
 
 def test_a_job_submitted_through_the_api(jobs: Any, alone: np.ndarray, project: Path) -> None:
@@ -147,5 +147,5 @@ def test_a_job_submitted_through_the_api(jobs: Any, alone: np.ndarray, project: 
         assert time.monotonic() - started < 120
         time.sleep(0.2)
     assert jobs.get_job_status(job) == "SUCCEEDED", jobs.get_job_logs(job)
-    assert np.array_equal(scores.read(run.store, "acc-sgd-ie").values, alone)
+    assert np.array_equal(scores.read(run.store, "acc-sgd-ie").estimates, alone)
     assert "most harmful first" in jobs.get_job_logs(job)

@@ -443,8 +443,9 @@ def test_a_ranking_is_written_as_csv(run: la.Run, tmp_path: Path) -> None:
     table, truth = scores.read(run.store, "acc-sgd-ie"), by_sample(run, "loo")
     exports.write_ranking_csv(run, table, tmp_path / "ranking.csv")
     with open(tmp_path / "ranking.csv", newline="") as file:
+        assert next(file) == f"# acc-sgd-ie, {table.verdict}\n"
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["rank", "sample", "score", "loo", "label", "true_label", "corrupted"]
+    assert list(rows[0]) == ["rank", "sample", "score", "source", "loo", "label", "true_label", "corrupted"]
     assert [int(row["rank"]) for row in rows] == list(range(1, N + 1))
     found = {int(row["sample"]): (float(row["score"]), float(row["loo"])) for row in rows}
     assert found == {i: (score, truth[i]) for i, score in by_sample(run, "acc-sgd-ie").items()}
@@ -453,6 +454,7 @@ def test_a_ranking_is_written_as_csv(run: la.Run, tmp_path: Path) -> None:
     groups = la.score(run, "sgd-ie", removals=[[1, 2], [3]], ray_address=None, save=False, check=0)
     exports.write_ranking_csv(run, groups, tmp_path / "groups.csv")
     with open(tmp_path / "groups.csv", newline="") as file:
+        next(file)
         rows = list(csv.DictReader(file))
     assert {row["sample"] for row in rows} == {"1 2", "3"}
     assert [row["label"] == "" for row in rows] == [row["sample"] == "1 2" for row in rows]

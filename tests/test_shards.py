@@ -20,8 +20,10 @@ CONDITIONS: dict[str, Any] = {
     "dtype": "float32",
     "convention": "fixed-denominator",
     "version": "1",
-    "rank": "3",
-    "state": "parameters",
+    "form": "screened",
+    "directions": "chosen",
+    "followed": "3",
+    "among": "c",
 }
 
 

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_acc.core.optimizers import State
 from lightning_acc.core.process import threads
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.roundoff import RoundOff
+from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record.record import Record
 
+IN_GRADIENT = 16
+"""Round-off in a number of the gradient, in units of the last place of its largest number: what cancels is as large."""
+IN_PARAMETER = 4
+"""Round-off a step leaves in a parameter by itself, in units of its last place."""
 SURE = 6.0
 """Standard deviations from which what all errors have in common is no chance."""
 OF_A_STEP = 1e-4
@@ -97,6 +102,41 @@ def audit(run: Record) -> AuditReport:
             before = recorded
     drift = common.found() if worst <= tolerance else None
     return AuditReport(bad is None, worst, bad, len(replay), tolerance, drift if bad is not None else None)
+
+
+class RoundOff:
+    """Tells for every parameter of a replay from ``state`` on which error round-off explains.
+
+    That follows from the same updates on gradients that are moved by their round-off, up and down: Adam answers a gradient
+    near 0, such as that of a key's bias in attention, which is 0 but for round-off, with a step of the size of lr.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._eps = torch.finfo(state[0].dtype).eps
+        self._states = (state, state)
+        self._response = torch.zeros_like(state[0])
+        self._rounded = torch.zeros_like(state[0])
+
+    def advance(self, step: Step, state: State, gradient: Tensor) -> None:
+        """Take a step beside the replay, which is at ``state`` and has this gradient (p,)."""
+        moved = IN_GRADIENT * self._eps * gradient.abs().max()
+        after = step.update(state, gradient)[0]
+        up, down = (step.update(s, gradient + m) for s, m in zip(self._states, (moved, -moved), strict=True))
+        self._states = up, down
+        self._response = torch.maximum((up[0] - after).abs(), (down[0] - after).abs())
+        # A parameter that comes near 0 keeps the round-off of what it was.
+        self._rounded = self._rounded + IN_PARAMETER * self._eps * torch.maximum(state[0].abs(), after.abs())
+
+    @property
+    def allowed(self) -> Tensor:
+        """The error of each parameter (p,) that round-off explains since the start, or the last ``restart``."""
+        return self._rounded + 2 * self._response
+
+    def restart(self, theta: Tensor) -> None:
+        """Go on from parameters (p,) that are known, with the slots as they are."""
+        up, down = self._states
+        self._states = (theta, *up[1:]), (theta, *down[1:])
+        self._rounded = torch.zeros_like(theta)
 
 
 class _Common:

@@ -123,11 +123,17 @@ def module_of(record: Record) -> torch.nn.Module:
     return record.given_module
 
 
+def portable_trust(record: Record) -> tuple[str, ...]:
+    """Whom a worker may trust with this record: what may be built here may be built there, and nothing else."""
+    place = place_of(record.manifest["module"]) if "module" in record.manifest else ""
+    return (place,) if place and is_allowed(place, record.trust) else ()
+
+
 def portable(record: Record) -> Record:
-    """The record as it may be sent to a worker: what may be built here may be built there, where nothing is imported yet."""
-    place = place_of(record.manifest["module"])
-    trust = (place,) if is_allowed(place, record.trust) else ()
-    return Record(record.store.url, record.given_module, trust)
+    """The record as it may be sent to a worker, where nothing is imported yet."""
+    twin = object.__new__(type(record))
+    twin.__dict__.update(record.__dict__, trust=portable_trust(record))
+    return twin
 
 
 def _find(place: str, name: str, trust: Trust) -> Any:

@@ -88,14 +88,18 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
             "query and some of the same removals."
         )
     if save:
-        content: dict[str, Any] = {"manifest_hash": run.hash, "rows": [_without_nan(row) for row in rows]}
-        run.store.write("evaluation.json", json.dumps(content, indent=1, allow_nan=False).encode())
+        run.store.write("evaluation.json", as_json(run, rows))
     return pa.Table.from_pylist(rows)
 
 
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+def as_json(run: Record, rows: list[dict[str, Any]]) -> bytes:
+    """The rows of ``evaluate`` as the run directory keeps them; null for what is no number, which JSON does not know."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    plain_rows = [{key: plain(value) for key, value in row.items()} for row in rows]
+    return json.dumps({"manifest_hash": run.hash, "rows": plain_rows}, indent=1, allow_nan=False).encode()
 
 
 def as_text(table: pa.Table) -> str:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_acc.core import tape
+from lightning_acc.core import replay as replays
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay, saved_bytes
@@ -105,4 +105,4 @@ def reverse_bytes(replay: Replay, copies: Copies, memory: int) -> int:
     """Bytes a reverse sweep adds at its peak: the states it keeps, one step, and a number for every sample."""
     state = sum(part.nbytes for part in replay.initial)
     numbers = replay.run.n_samples * replay.initial[0].element_size()
-    return tape.kept(replay, memory) * state + copies.each(replay) + numbers
+    return replays.kept(replay, memory) * state + copies.each(replay) + numbers

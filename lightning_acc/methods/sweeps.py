@@ -11,8 +11,7 @@ from torch import Tensor
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal, Removals
-from lightning_acc.core.replay import Replay
-from lightning_acc.core.tape import Tape
+from lightning_acc.core.replay import Replay, Tape
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
 
 Progress = Callable[[float], None]

@@ -165,20 +165,16 @@ def interval(estimate: np.ndarray, truth: np.ndarray, seed: int = 0) -> tuple[fl
     """
     n = len(truth)
     draws = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
-    found = np.array([_spearman_of_ranks(stats.rankdata(estimate[d]), stats.rankdata(truth[d])) for d in draws])
-    found = found[np.isfinite(found)]
+    a, b = (stats.rankdata(values[draws], axis=1) for values in (estimate, truth))
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
+    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    found = ((a * b).sum(1) / np.where(scale > 0, scale, 1))[scale > 0]
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(found, [tail, 1 - tail]) if len(found) else (-1.0, 1.0)
     rho = min(max(spearman(estimate, truth), -1 + 1e-9), 1 - 1e-9)
     reach = stats.norm.ppf(1 - tail) * math.sqrt((1 + rho**2 / 2) / max(1, n - 3))
     z = math.atanh(rho)
     return float(min(low, math.tanh(z - reach))), float(max(high, math.tanh(z + reach)))
-
-
-def _spearman_of_ranks(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale else math.nan
 
 
 def confirmed(

@@ -14,9 +14,8 @@ from torch import Tensor
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.queries import Query
-from lightning_acc.core.replay import Replay
+from lightning_acc.core.replay import Replay, Tape
 from lightning_acc.core.step import Point, Step
-from lightning_acc.core.tape import Tape
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.rules import AdjointSgdIe
 

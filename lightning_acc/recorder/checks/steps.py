@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core.audit import RoundOff
 from lightning_acc.core.optimizers import State
-from lightning_acc.core.roundoff import RoundOff
 from lightning_acc.core.step import Step
 from lightning_acc.recorder.checks import decomposition
 from lightning_acc.recorder.checks.refusals import RecordingRefused, batch_norms

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import netrc
 import os
 import sys
@@ -13,6 +12,7 @@ from urllib.parse import urlparse
 import pyarrow as pa
 import pyarrow.parquet
 
+from lightning_acc.judge.agreement import as_json
 from lightning_acc.record.credentials import without_credentials
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
@@ -105,7 +105,7 @@ def results(
     """The files of the run directory that hold its results, by name: score tables, evaluation and cleaning."""
     files = {f"scores/{name}.parquet": run.store.read(f"scores/{name}.parquet") for name in tables}
     if evaluation:
-        files["evaluation.json"] = json.dumps({"manifest_hash": run.hash, "rows": evaluation}, indent=1).encode()
+        files["evaluation.json"] = as_json(run, evaluation)
     if cleaning is not None:
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(cleaning, buffer)
