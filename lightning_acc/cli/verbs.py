@@ -127,7 +127,9 @@ def score(
         print(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
     print(f"{scores}\n{c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
     table = scores.table
-    rows = zip(*(table[name].to_pylist() for name in ("rank", "score", "source", "estimate")), scores.labels, strict=True)
+    sizes = [f" ({len(removal)} samples)" if removal in scores.names else "" for removal in scores.removals]
+    labels = [label + size for label, size in zip(scores.labels, sizes, strict=True)]
+    rows = zip(*(table[name].to_pylist() for name in ("rank", "score", "source", "estimate")), labels, strict=True)
     print("most harmful first:" if len(scores) else "no removals")
     for place, value, source, estimate, label in sorted(rows)[:top]:
         true = "" if source == "estimate" or method == source else f"  (by retraining; estimated {estimate:+.3e})"

@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import InfluenceError, RequestError
+from lightning_acc.scoring.worker import Desk, Done, work_for_desk, work_in_steps
 
 if TYPE_CHECKING:
     from lightning_acc.progress import Progress
 
-SECONDS_BETWEEN_REPORTS = 0.3
 TRIES = 4
 """How often a piece is given out before it counts as failed."""
 MOST_HALVINGS = 6
@@ -135,12 +133,12 @@ class _Farm:
             ) from error
         # Tries are counted here: Ray's own would neither split a piece nor notice one that hangs.
         options = {"num_cpus": 1, "max_retries": 0}
-        self._remote = ray.remote(_work).options(num_returns="streaming", **options)
+        self._remote = ray.remote(work_in_steps).options(num_returns="streaming", **options)
         self._desk: Any = None
         self._by_ray_client = ray.util.client.ray.is_connected()  # ray://, which has no streams
         if self._by_ray_client:
-            self._desk = ray.remote(_Desk).options(num_cpus=0).remote()
-            self._remote = ray.remote(_work_for_desk).options(**options)
+            self._desk = ray.remote(Desk).options(num_cpus=0).remote()
+            self._remote = ray.remote(work_for_desk).options(**options)
         self._running: list[_Task] = []
         self._started = 0
 
@@ -153,7 +151,7 @@ class _Farm:
                 ready, _ = self._ray.wait([t.messages for t in self._running], num_returns=1, timeout=1.0, fetch_local=False)
                 for task in [task for task in self._running if task.messages in ready]:
                     outcome = self._hear(task)
-                    if isinstance(outcome, _Done):
+                    if isinstance(outcome, Done):
                         self._running.remove(task)
                         finished[task.part] += 1
                         yield task.piece, outcome.result
@@ -201,7 +199,7 @@ class _Farm:
     def _no_room(self, error: BaseException | None) -> bool:
         return isinstance(error, (self._ray.exceptions.ObjectStoreFullError, self._ray.exceptions.OutOfDiskError))
 
-    def _hear(self, task: _Task) -> _Done | Exception | None:
+    def _hear(self, task: _Task) -> Done | Exception | None:
         """What the worker says next: the result, what it failed of, or None for progress."""
         exceptions = self._ray.exceptions
         try:
@@ -221,8 +219,8 @@ class _Farm:
         except exceptions.RayError as error:  # the worker, its node or what it made is lost
             return error if isinstance(error, Exception) else None
         task.heard = time.monotonic()
-        if isinstance(message, _Done):
-            return _Done(pickle.loads(message.result))
+        if isinstance(message, Done):
+            return Done(pickle.loads(message.result))
         task.done = message
         return None
 
@@ -231,71 +229,12 @@ class _Farm:
         self._ray.cancel(task.messages, force=True)
 
 
-@dataclass(frozen=True)
-class _Done:
-    """The result: from a worker in bytes, as Ray would keep arrays in its object store, and fill it, while they are in use."""
-
-    result: Any
-
-
 def _out_of_memory(error: BaseException) -> str:
     return f"it ran out of memory ({_reason(error)}): give a smaller memory_gb, or a machine with more"
 
 
 def _reason(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _work(shared: bytes, piece: Any, path: list[str], pause: float) -> Iterator[Any]:
-    """In a worker, after a pause: yields the fraction done now and then, and the result at last."""
-    time.sleep(pause)
-
-    sys.path.extend(entry for entry in path if entry not in sys.path)
-    work, job = pickle.loads(shared)
-    messages: queue.Queue[Any] = queue.Queue()
-
-    def run() -> None:
-        try:
-            messages.put(_Done(pickle.dumps(work(job, piece, lambda done: messages.put(float(done))))))
-        except BaseException as error:
-            messages.put(error)
-
-    yield 0.0
-    threading.Thread(target=run, daemon=True).start()
-    reported = time.monotonic()
-    while True:
-        message = messages.get()
-        if isinstance(message, BaseException):
-            raise message
-        if isinstance(message, _Done):
-            yield message
-            return
-        if time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
-            reported = time.monotonic()
-            yield message
-
-
-def _work_for_desk(shared: bytes, piece: Any, path: list[str], pause: float, desk: Any, number: int) -> Any:
-    """``_work`` where Ray has no streams: returns the result, and leaves at the desk how far it is."""
-    for message in _work(shared, piece, path, pause):
-        if isinstance(message, _Done):
-            return message
-        desk.say.remote(number, message)
-    raise ChildProcessError("no result")
-
-
-class _Desk:
-    """On the cluster: where pieces leave how far they are, until the driver collects it."""
-
-    def __init__(self) -> None:
-        self._said: dict[int, float] = {}
-
-    def say(self, number: int, done: float) -> None:
-        self._said[number] = done
-
-    def collect(self) -> dict[int, float]:
-        said, self._said = self._said, {}
-        return said
 
 
 @contextmanager
