@@ -33,11 +33,13 @@ def two_nodes() -> Iterator[Any]:
     os.environ.update(QUIET, PATH=f"{BIN}:{os.environ['PATH']}")  # jobs find the commands of this environment
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as probe:
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        port, agent = probe.getsockname()[1], other.getsockname()[1]
     checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 5}
     head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port, "_system_config": checks}
+    head["dashboard_agent_listen_port"] = agent  # the usual one may be another Ray's
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **head})
     try:
         cluster.second = cluster.add_node(num_cpus=1)

@@ -51,6 +51,7 @@ def nodes(alone: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv(faults.PLACE, str(tmp_path_factory.mktemp("faults")))
         head = {"num_cpus": 1, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
         head["ray_client_server_port"] = free_port()
+        head["dashboard_agent_listen_port"] = free_port()  # or another Ray's agent on this machine stands in the way
         both = Cluster(initialize_head=True, head_node_args=head)
         try:
             both.client = f"ray://127.0.0.1:{head['ray_client_server_port']}"
