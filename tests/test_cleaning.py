@@ -182,3 +182,66 @@ def test_a_module_that_cannot_be_built_anew(tmp_path: Path) -> None:
     run.manifest["module"]["class"] = "nowhere:Net"
     with pytest.raises(la.RunError, match="cannot be imported here"):
         la.clean(run, "sgd-ie", ray_address=None, test="val", controls=("none",))
+
+
+def test_what_was_never_trained_on_is_neither_dropped_nor_trained_on(tmp_path: Path) -> None:
+    loader = DataLoader(classified(48), 8, sampler=list(range(10, 42)))
+    run = record(tmp_path / "run", LinearNet(hidden=4).double(), loader, max_epochs=4)
+    run.add_query("test", [classified(60, seed=3).tensors])
+    (theta,) = retrain(run, Retraining(0, [frozenset()]), 2**30)
+    without = retrain(run, Retraining(0, [frozenset(range(10)) | frozenset(range(42, 48))]), 2**30)[0]
+    assert torch.equal(theta, without)  # to drop what was never there changes nothing
+    table = la.clean(run, "sgd-ie", [0.25], seeds=2, ray_address=None).to_pylist()
+    assert {row["n_removed"] for row in table if row["method"] != "none"} == {8}  # a quarter of the 32
+    with pytest.raises(la.RunError, match="all 32 samples the run was trained on are dropped"):
+        retrain(run, Retraining(0, [frozenset(range(10, 42))]), 2**30)
+
+
+def test_methods_are_compared_seed_by_seed(run: la.Run) -> None:
+    table = la.clean(run, ["acc-sgd-ie", "sgd-ie"], [8 / 48], seeds=4, ray_address=None)
+    rows = {row["method"]: row for row in table.to_pylist() if row["method"] != "none"}
+    for one in rows.values():
+        assert {other["method"] for other in one["against"]} == set(rows) - {one["method"]}
+        for other in one["against"]:
+            better = np.array(one["accuracies"]) - np.array(rows[other["method"]]["accuracies"])
+            reach = stats.t.ppf(0.975, 3) * stats.sem(better)
+            assert other["difference"] == pytest.approx(better.mean())
+            assert other["difference_high"] - other["difference_low"] == pytest.approx(2 * reach)
+    text = cleaning_table.as_text(table)
+    assert "paired differences in gain:\n  acc-sgd-ie at 16.6667 % against " in text
+    assert "Intervals: 95 %, by Student's t over the seeds" in text
+
+
+def test_an_accuracy_is_between_0_and_1() -> None:
+    row = cleaning_table.row(
+        ("loss", 0.1), 3, np.zeros(3), np.array([1.0, 1.0, 0.9]), np.zeros(3), np.array([0.9, 1.0, 0.9]), "t"
+    )
+    assert 0 <= row["accuracy_low"] < row["accuracy"] < row["accuracy_high"] == 1.0
+    assert row["gain_high"] > row["gain"]
+
+
+def test_controls_that_are_missing_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    run = record(tmp_path / "run", make(loss="squared", optimizer={"lr": 0.02}))
+    run.add_query("test", [data("squared", n=9, seed=4).tensors])
+    text = cleaning_table.as_text(la.clean(run, "sgd-ie", [0.1], seeds=2, ray_address=None))
+    assert "cleanlab is left out: it needs class probabilities, and the module has no forward." in text
+    assert "oracle is left out: it is not known which samples are corrupted" in text
+    assert "loo is left out: not all samples were retrained without" in text
+    monkeypatch.setitem(sys.modules, "cleanlab.rank", None)
+    assert "the package cleanlab is not installed" in cleaning_table.as_text(
+        la.clean(run, "sgd-ie", [0.1], seeds=2, ray_address=None)
+    )
+
+
+def test_a_ranking_is_that_of_the_method_as_usual(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=6), data(n=60))
+    odd = la.score(run, "sgd-ie", readout="exact", dtype="float64", ray_address=None, check=0)
+    other = la.Query("val", [data(n=9, seed=4).tensors])
+    la.score(run, "acc-sgd-ie", query=other, ray_address=None, check=0)
+    la.score(run, "acc-low-rank", directions=0, ray_address=None, check=0)
+    for method in ("sgd-ie", "acc-sgd-ie"):
+        expected = np.argsort(la.score(run, method, ray_address=None, check=0, save=False).values, kind="stable")
+        assert np.array_equal(cleaning._ranking(run, method, None, 2.0, False), expected)
+    assert len(odd) == 60

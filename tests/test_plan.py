@@ -51,6 +51,13 @@ def test_every_method_has_a_row_with_its_default_readout(planned: Plan) -> None:
         assert row["seconds"] >= row["work_seconds"] / 1.001  # one process waits for all of its work
 
 
+def test_the_check_has_its_price(planned: Plan, run: la.Run) -> None:
+    rows = {row["method"]: row for row in planned.table.to_pylist()}
+    assert rows["loo"]["check_seconds"] == 0
+    assert rows["sgd-ie"]["check_seconds"] == pytest.approx(rows["loo"]["seconds"], rel=1e-6)  # all 24 of them
+    assert " check " in str(planned).splitlines()[0]
+
+
 def test_prints_and_converts(planned: Plan) -> None:
     text = str(planned)
     assert text.endswith(planned.recommendation)

@@ -269,3 +269,10 @@ def test_the_query_is_what_validation_sees(tmp_path: Path) -> None:
     assert ("validate", True) not in module.states
     (trained,) = run.batches(0)
     assert torch.equal(trained["0"], data().tensors[0][run.steps[0].sample_ids] + 1 + 1)
+
+
+@pytest.mark.parametrize("lr", [1e5, 1e9])
+def test_a_training_that_diverges_is_told_so_and_no_callback_is_blamed(tmp_path: Path, lr: float) -> None:
+    with pytest.raises(la.RunError, match=r"(diverges|diverged|not finite).*learning rate") as caught:
+        record(tmp_path / "run", make(loss="squared", hidden=4, optimizer={"lr": lr}), max_epochs=4)
+    assert "callback" not in str(caught.value)

@@ -42,8 +42,11 @@ SCHEMA = pa.schema(
         ("peak_memory_gb", pa.float64()),
         ("disk_gb", pa.float64()),
         ("chunks", pa.int64()),
+        ("check_seconds", pa.float64()),
     ]
 )
+CHECKED = 48
+"""Removals that are retrained without to check a table, where that is affordable."""
 AFFORDABLE = 600.0
 """Seconds of retraining that are worth waiting for rather than being estimated."""
 # Measured on two cores: starting and stopping Ray; then its workers start and import torch and Lightning.
@@ -58,8 +61,10 @@ class Plan:
 
     Attributes:
         table: one row per method: ``method``, ``readout``, ``n`` (removals), ``seconds`` (of waiting, with the workers there
-            are), ``work_seconds`` (of one thread), ``peak_memory_gb`` (of one process), ``disk_gb`` (the stored table) and
-            ``chunks``. The numbers of a method that cannot be used on this run are null; the recommendation says why.
+            are), ``work_seconds`` (of one thread), ``peak_memory_gb`` (of one process), ``disk_gb`` (the stored table),
+            ``chunks`` and ``check_seconds`` (what it takes besides to retrain without 48 removals, by which a table is
+            checked; 0 for the truth). The numbers of a method that cannot be used on this run are null; the recommendation
+            says why.
         recommendation: what to do, in a sentence or two.
     """
 
@@ -72,11 +77,12 @@ class Plan:
         return frame
 
     def __str__(self) -> str:
-        lines = [("method", "readout", "removals", "chunks", "time", "work", "peak memory", "disk")]
+        lines = [("method", "readout", "removals", "chunks", "time", "check", "work", "peak memory", "disk")]
         for row in self.table.to_pylist():
-            numbers: tuple[str, ...] = ("-",) * 5
+            numbers: tuple[str, ...] = ("-",) * 6
             if row["seconds"] is not None:
-                times = [duration(row["seconds"]), duration(row["work_seconds"])]
+                check = "-" if row["check_seconds"] is None else duration(row["check_seconds"])
+                times = [duration(row["seconds"]), check, duration(row["work_seconds"])]
                 numbers = (str(row["chunks"]), *times, amount(row["peak_memory_gb"]), amount(row["disk_gb"]))
             lines.append((row["method"], row["readout"], str(row["n"]), *numbers))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -189,6 +195,8 @@ def plan(
             base = min(resident, WORKER_BYTES + _run_bytes(run)) if resources.farmed_out(count) else resident
             row["seconds"], row["work_seconds"] = resources.seconds(cost, n), cost.work_seconds(n)
             row["peak_memory_gb"], row["chunks"] = (base + peaks[name]) / 2**30, count
+            if TRUTH in costs:
+                row["check_seconds"] = 0.0 if method.is_truth else resources.seconds(costs[TRUTH], min(n, CHECKED))
         rows.append(row)
     advice = recommend({name: partial(resources.seconds, cost) for name, cost in costs.items()}, n)
     return Plan(pa.Table.from_pylist(rows, SCHEMA), " ".join([advice, *reasons]))
