@@ -130,7 +130,12 @@ def portable_trust(record: Record) -> tuple[str, ...]:
 
 
 def portable(record: Record) -> Record:
-    """The record as it may be sent to a worker, where nothing is imported yet."""
+    """The record with its module, as it may be sent to a worker, where nothing is imported yet.
+
+    Raises:
+        RunError: the module cannot be had here.
+    """
+    module_of(record)  # a class of a notebook travels with it, and need not be importable there
     twin = object.__new__(type(record))
     twin.__dict__.update(record.__dict__, trust=portable_trust(record))
     return twin
