@@ -240,7 +240,6 @@ def test_a_ranking_is_that_of_the_method_as_usual(tmp_path: Path) -> None:
     odd = la.score(run, "sgd-ie", readout="exact", dtype="float64", ray_address=None, check=0)
     other = la.Query("val", [data(n=9, seed=4).tensors])
     la.score(run, "acc-sgd-ie", query=other, ray_address=None, check=0)
-    la.score(run, "acc-low-rank", directions=0, ray_address=None, check=0)
     for method in ("sgd-ie", "acc-sgd-ie"):
         expected = np.argsort(la.score(run, method, ray_address=None, check=0, save=False).values, kind="stable")
         assert np.array_equal(cleaning._ranking(run, method, None, 2.0, False), expected)

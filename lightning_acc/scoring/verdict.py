@@ -160,21 +160,31 @@ def judge(
 def interval(estimate: np.ndarray, truth: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """A 95 % interval of the Spearman correlation over all removals, from a random sample of them, (n,) each.
 
-    The bootstrap's percentiles (Efron 1979), and the interval by Fisher's transformation with the standard error of Bonett
+    The percentiles of a bootstrap (Efron 1979), and the interval by Fisher's transformation with the standard error of Bonett
     and Wright (2000, doi 10.1007/BF02294183); of the two the outer ends, as the bootstrap alone is too narrow for few.
+
+    A few removals may be misjudged altogether, and a sample hold none of them, which no bootstrap of it can tell. So in each
+    draw a share of the estimates is exchanged for others: what Jeffreys' prior says of misjudged ones of whom none was seen.
     """
-    n = len(truth)
-    draws = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
-    a, b = (stats.rankdata(values[draws], axis=1) for values in (estimate, truth))
-    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
-    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    found = ((a * b).sum(1) / np.where(scale > 0, scale, 1))[scale > 0]
+    n, random = len(truth), np.random.default_rng(seed)
+    draws = random.integers(0, n, (DRAWS, n))
+    misjudged = random.random((DRAWS, n)) < random.beta(0.5, n + 0.5, (DRAWS, 1))
+    exchanged = np.where(misjudged, estimate[random.integers(0, n, (DRAWS, n))], estimate[draws])
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(found, [tail, 1 - tail]) if len(found) else (-1.0, 1.0)
+    low = np.quantile(_correlations(exchanged, truth[draws]), tail)
+    high = np.quantile(_correlations(estimate[draws], truth[draws]), 1 - tail)
     rho = min(max(spearman(estimate, truth), -1 + 1e-9), 1 - 1e-9)
     reach = stats.norm.ppf(1 - tail) * math.sqrt((1 + rho**2 / 2) / max(1, n - 3))
     z = math.atanh(rho)
     return float(min(low, math.tanh(z - reach))), float(max(high, math.tanh(z + reach)))
+
+
+def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of each row of a and b (m, n); 0 where all values of a row are equal."""
+    a, b = (stats.rankdata(values, axis=1) for values in (a, b))
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
+    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.asarray((a * b).sum(1) / np.where(scale > 0, scale, 1))
 
 
 def confirmed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ class Checks:
             growth = float(moved.norm() / self._before.norm().clamp_min(1e-30))
             if not growth < DIVERGING:
                 raise RecordingRefused(
-                    f"The training diverges: step {number - 1} moved the parameters by {growth:.1e} times their size, where no "
+                    f"The training diverges: step {number - 1} moved the parameters "
+                    f"{f'by {growth:.1e} times their size' if math.isfinite(growth) else 'beyond all numbers'}, where no "
                     "replay follows it to the last digits: lower the learning rate, or clip the gradients."
                 )
             raise RecordingRefused(
