@@ -348,3 +348,10 @@ def test_the_command_line_trusts_what_it_is_told(monkeypatch: pytest.MonkeyPatch
         "loo",
     ]
     assert rebuild._trusted == {"mine", "yours", "theirs"}
+
+
+def test_a_worker_is_given_the_module_itself(tmp_path: Path) -> None:
+    """So that a class of a notebook, which no worker can import, goes along; and no worker spends seconds on its imports."""
+    run = rebuild.portable(record(tmp_path / "run", make()))
+    sent = pickle.loads(pickle.dumps(run))
+    assert type(sent.given_module).__name__ == "Net"

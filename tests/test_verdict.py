@@ -157,6 +157,23 @@ def test_without_the_time_nothing_is_said(recorded: la.Run, monkeypatch: pytest.
     assert "ask for it with check=18" in verdict.reason
 
 
+def test_what_was_scored_is_not_lost_to_a_check_that_fails(recorded: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = score(recorded, save=False, check=0)
+    short = score(recorded, save=False, memory_gb=1e-7)
+    assert short.verdict.reason.startswith("nothing can be retrained without here (One removal of loo needs")
+    np.testing.assert_array_equal(short.values, plain.values)
+
+    def fails(*_: Any) -> Any:
+        raise la.RunError("No node is left.")
+
+    from lightning_acc.methods import sweeps
+
+    monkeypatch.setattr(sweeps, "forward", fails)
+    scores = score(recorded, save=False)
+    assert scores.verdict.reason == "retraining without some failed (No node is left)"
+    np.testing.assert_array_equal(scores.values, plain.values)
+
+
 def test_the_truth_needs_no_check(recorded: la.Run) -> None:
     scores = score(recorded, "loo", [4, 5], save=False)
     assert scores.verdict.word == "faithful"
@@ -328,3 +345,44 @@ def test_screened_scores_of_other_sets_are_not_mixed(tmp_path: Path) -> None:
     assert (every.conditions["reused"], some.conditions["reused"]) == (0, 0)
     assert score(run, "acc-low-rank", list(range(12)), followed=6, check=0).conditions["reused"] == 12
     assert len(tables.read(run.store, "acc-low-rank.6-followed")) == 12 < N
+
+
+def test_the_truth_of_another_name_is_another_answer(tmp_path: Path) -> None:
+    from lightning_acc.judge.agreement import truth_for
+
+    run = record(tmp_path / "run", make(hidden=4))
+    same = [data(n=8, seed=5).tensors]
+    truth = score(run, "loo", query=la.Query("one", same), save=False)
+    estimate = score(run, "sgd-ie", query=la.Query("two", same), save=False, check=0)
+    assert truth.conditions["query_fingerprint"] == estimate.conditions["query_fingerprint"]
+    assert truth_for({"loo-one": truth}, estimate) is None
+
+
+def test_the_page_shows_the_fullest_ranking_its_verdict_and_what_was_retrained(tmp_path: Path) -> None:
+    from lightning_acc.show.report import collect
+
+    run = record(tmp_path / "run", make(hidden=4), data(n=60))
+    scores = score(run, "sgd-ie")
+    score(run, "sgd-ie", {"the first ten": range(10)})
+    content = collect(run)
+    assert [method["name"] for method in content["methods"]] == ["sgd-ie", "loo"]  # that of the 48 checked ones is no ranking
+    shown = content["methods"][0]
+    assert shown["verdict"]["word"] == scores.verdict.word
+    assert shown["verdict"]["text"] in str(scores.verdict)
+    checked = {i for (i,) in (*scores.verdict.random, *scores.verdict.extremes)}
+    assert set(shown["ranking"]["retrained"]) == checked
+    assert shown["n_compared"] == 48 - 16
+    (groups,) = content["groups"][:1]
+    assert (groups["rows"][0]["name"], groups["rows"][0]["samples"]) == ("the first ten", 10)
+    assert groups["rows"][0]["source"] == "loo"
+
+
+def test_wandb_is_told_the_verdict(tmp_path: Path) -> None:
+    from lightning_acc.show.tracking import panels
+
+    run = record(tmp_path / "run", make(hidden=4), data(n=60))
+    scores = score(run, "sgd-ie")
+    told = panels.verdict("sgd-ie", scores)
+    assert told["verdict/sgd-ie/word"] == scores.verdict.word
+    assert told["verdict/sgd-ie/spearman"] == scores.verdict.spearman
+    assert told["verdict/sgd-ie/sentence"] == str(scores.verdict)

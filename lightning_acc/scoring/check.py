@@ -16,7 +16,7 @@ from torch import nn
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
-from lightning_acc.errors import RequestError
+from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.methods.memory import TRAINING, chunk_size
 from lightning_acc.methods.registry import TRUTH
 from lightning_acc.methods.rules import LeaveOneOut
@@ -99,7 +99,10 @@ def refuse_too_dear(replay: Replay, memory: int, removals: Sequence[Removal]) ->
     groups = large(removals, replay.run.n_samples)
     if not groups:
         return
-    seconds = price(replay, memory, len(groups)).seconds(len(groups))
+    try:
+        seconds = price(replay, memory, len(groups)).seconds(len(groups))
+    except RequestError:
+        return  # the check will say why there is no truth
     if seconds > PATIENCE:
         raise RequestError(
             f"{len(groups)} of the {len(removals)} removals are groups of {min(map(len, groups))} samples or more, too large "
@@ -142,7 +145,10 @@ def check_scores(
         verdict = unchecked("nothing was retrained without, as check=0" if n else "there are no removals")
         return scores.checked(retrain(most_harmful).by_removal() if most_harmful else {}, verdict)
     groups = large(removals, replay.run.n_samples)
-    cost = price(replay, memory, n)
+    try:
+        cost = price(replay, memory, n)
+    except RequestError as error:  # what was scored is not lost to a check that cannot be
+        return scores.checked({}, unchecked(f"nothing can be retrained without here ({_first(error)})"))
     budget = max(LEAST_SECONDS, seconds)
     few = check == "auto" and n < FEWEST
     count = (0, 0) if few else _affordable(check, n, cost, budget)
@@ -151,7 +157,10 @@ def check_scores(
     left = int((budget - cost.seconds(len(wanted))) / max(cost.chunk / cost.size, 1e-9))
     diverged = _diverged(scores)
     wanted += [removal for removal in diverged if removal not in set(wanted)][: max(0, left)]
-    truths = retrain(wanted).by_removal() if wanted else {}
+    try:
+        truths = retrain(wanted).by_removal() if wanted else {}
+    except InfluenceError as error:
+        return scores.checked({}, unchecked(f"retraining without some failed ({_first(error)})"))
     estimates = scores.by_removal("estimate")
     if few and len(truths) == n:
         verdict = Verdict(FAITHFUL, reason=f"all {n} removals were retrained without: these are true scores")
@@ -182,6 +191,10 @@ def _affordable(check: Check, n: int, cost: Price, budget: float) -> tuple[int, 
         if cost.seconds(sum(count)) <= budget:
             return count
     return 0, 0
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _diverged(scores: Scores) -> list[Removal]:
