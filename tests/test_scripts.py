@@ -34,11 +34,11 @@ def test_bench_methods(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench_methods_measures_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    load("bench_methods", N=200, BUDGETS=(0.25,)).memory()
+    load("bench_methods", N=200, BUDGETS=(0.5,)).memory()
     printed = capsys.readouterr().out
     peaks = {method: float(peak) for method, peak in re.findall(r"^ +([a-z-]+) +([\d.]+)$", printed, re.MULTILINE)}
     for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
-        assert 0 < peaks[method] < 1.5 * 0.25, printed
+        assert 0 < peaks[method] < 1.5 * 0.5, printed
 
 
 def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,7 @@ def test_what_is_stored_is_checked_and_stays_so(recorded: la.Run, tmp_path: Path
     score(run, removals=[1, 2], check=0)
     assert tables.read(run.store, "sgd-ie").verdict == checked.verdict  # not lost to a table of two
     assert score(run).conditions["reused"] == 60
+    assert tables.read(run.store, "sgd-ie").conditions["seconds"] == stored.conditions["seconds"] > 0  # not of looking it up
     partial = tables.read(run.store, "loo")
     assert len(partial) == 48
     (row,) = [row for row in la.evaluate(run).to_pylist() if row["method"] == "sgd-ie"]

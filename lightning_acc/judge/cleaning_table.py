@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,15 @@ def as_text(table: pa.Table) -> str:
         lines.append(f"{row['method']:12} {100 * row['fraction']:6.1f} % {accuracy:>9} {row['loss']:8.4f}   {gain}")
     about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     lines += _differences(table)
-    lines += [f"{name} is left out: {why}." for name, why in json.loads(about.get("missing", "{}")).items()]
-    return "\n".join([*lines, f"Intervals: {about['intervals']}."] if "intervals" in about else lines)
+    missing = json.loads(about.get("missing", "{}"))
+    lines += [textwrap.fill(f"{name} is left out: {why}.", 100) for name, why in missing.items()]
+    if "intervals" in about:
+        lines.append(textwrap.fill(f"Intervals: {about['intervals']}.", 100))
+    return "\n".join(lines)
 
 
 def _differences(table: pa.Table) -> list[str]:
-    """Each estimate's ranking against each control's and estimate's, at the same share dropped: points gained more."""
+    """Each ranking of an estimate against the controls at the same share dropped: how much more it gains."""
     lines = []
     for row in table.to_pylist():
         scale = 1 if row["accuracy"] is None else 100
@@ -76,9 +80,11 @@ def _differences(table: pa.Table) -> list[str]:
             f"{other['method']} {scale * other['difference']:+.2f} ({scale * other['difference_low']:+.2f} to "
             f"{scale * other['difference_high']:+.2f})"
             for other in row["against"] or ()
+            if other["method"] not in registry.METHODS
         ]
-        if parts and row["method"] in registry.METHODS:
-            lines.append(f"  {row['method']} at {100 * row['fraction']:g} % against " + ", ".join(parts))
+        if parts and row["method"] in registry.METHODS and not registry.is_truth(row["method"]):
+            text = f"{row['method']} at {100 * row['fraction']:g} % against {', '.join(parts)}"
+            lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      "))
     return ["paired differences in gain:", *lines] if lines else []
 
 

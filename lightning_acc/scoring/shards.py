@@ -38,6 +38,9 @@ SAME = (
 """Conditions under which two scores of one removal are the same number."""
 
 
+COST = ("seconds", "wall_seconds", "peak_memory_gb")
+
+
 def key(conditions: dict[str, Any]) -> str:
     """Short hash of the conditions that matter."""
     return digest(json.dumps([conditions.get(name) for name in SAME]).encode())[:16]
@@ -74,7 +77,10 @@ def gather(run: Record, conditions: dict[str, Any], name: str, newest: Scores | 
         seen = parts
         table = stored(run, conditions, name)
         if newest is not None:
+            # What it cost is told by what was computed, now or before; not by what was looked up just now.
+            cost = {} if table is None else {name: table.conditions[name] for name in COST}
             table = newest if table is None else newest.merged(table)
+            table = table.picked(table.removals, {**table.conditions, **cost})
         if table is not None:
             names = {**(older.names if older else {}), **(newest.names if newest else {})}
             checked = [one for one in (newest, older) if one is not None and "verdict" in one.conditions]
