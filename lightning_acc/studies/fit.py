@@ -161,7 +161,7 @@ def _score_all(recorded: Run, options: Any) -> None:
             ray_address=options.ray_address,
             memory_gb=options.memory_gb,
         )
-        print(f"{scores}: {scores.conditions['seconds']:.1f} s of work")
+        print(f"{scores}\n{scores.conditions['seconds']:.1f} s of work")
     if options.clean_fractions:
         rankings = [method for method in options.methods if registry.is_ranking(method)]
         cleaned = clean(recorded, rankings, options.clean_fractions, options.clean_seeds, ray_address=options.ray_address)
