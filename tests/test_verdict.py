@@ -387,3 +387,13 @@ def test_wandb_is_told_the_verdict(tmp_path: Path) -> None:
     assert told["verdict/sgd-ie/word"] == scores.verdict.word
     assert told["verdict/sgd-ie/spearman"] == scores.verdict.spearman
     assert told["verdict/sgd-ie/sentence"] == str(scores.verdict)
+
+
+def test_the_top_passes_over_what_is_no_number(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    scores = score(run, check=0)
+    order = [scores.removals[i] for i in np.argsort(scores.values)]
+    holed = scores.values.copy()
+    holed[scores.removals.index(order[1])] = np.nan
+    tables.write(run.store, "sgd-ie", la.Scores.build(scores.removals, holed, scores.conditions))
+    assert select(run, "top:3@sgd-ie") == [order[0], order[2], order[3]]
