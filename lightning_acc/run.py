@@ -44,12 +44,12 @@ class Run(Record):
         return module_of(self)
 
     def query(self, name: str) -> Query:
-        """The query recorded under ``name``."""
-        return queries.read(self.store, name)
+        """The query stored under ``name``."""
+        return queries.find(self, name)
 
     def add_query(self, name: str, loader: Any) -> None:
         """Store the batches of ``loader`` (a DataLoader, or any iterable of batches) as the query ``name``."""
-        queries.write(self.store, name, loader)
+        queries.add(self, name, loader)
 
     def audit(self) -> AuditReport:
         """Replay the training step over the record and compare with the recorded parameters (DESIGN, fact 7)."""

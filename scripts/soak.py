@@ -81,7 +81,8 @@ def a_round(run: la.Run, address: str, workers: Path, killed: Counter[str]) -> d
             try:
                 while driver.poll() is None:
                     time.sleep(random.uniform(*SECONDS_BETWEEN_KILLS))
-                    victims = [int(note.name) for note in workers.iterdir()]
+                    while not (victims := [int(note.name) for note in workers.iterdir()]) and driver.poll() is None:
+                        time.sleep(0.02)
                     if victims and random.random() < DRIVERS:
                         driver.kill()
                         killed["driver"] += 1

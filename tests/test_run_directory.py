@@ -14,7 +14,7 @@ from problems import N, data, make, record
 
 import lightning_acc as la
 from lightning_acc.record import manifest as manifests
-from lightning_acc.record.store import Store
+from lightning_acc.record.store import Store, digest
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,27 @@ def test_a_table_of_scores_that_is_damaged_is_named(path: Path) -> None:
     truncate(path / "scores/loo.parquet")
     with pytest.raises(la.RunError, match=r"scores/loo.parquet is damaged, or was written by an older version"):
         la.evaluate(path)
+
+
+def test_a_query_of_another_run_is_not_taken_for_this_ones(path: Path, tmp_path: Path) -> None:
+    other = record(tmp_path / "other", make(hidden=4))
+    other.add_query("more", [tuple(data(n=16, seed=3).tensors)])
+    for file in ("more.safetensors", "more.json"):
+        shutil.copy(tmp_path / "other/queries" / file, path / "queries" / file)
+    with pytest.raises(la.RunError, match=rf"queries/more.safetensors belongs to another run, {other.manifest['run_id']}"):
+        la.score(path, "sgd-ie", query="more", ray_address=None, check=0)
+    content = (tmp_path / "other/queries/more.safetensors").read_bytes()
+    (path / "queries/val.safetensors").write_bytes(content)
+    (path / "queries/val.json").write_text(json.dumps({"sha256": digest(content), "n_examples": 16}))
+    with pytest.raises(la.RunError, match=r"queries/val.safetensors is (damaged|truncated)"):
+        la.score(path, "sgd-ie", query="val", ray_address=None, check=0)
+
+
+def test_a_query_recorded_with_the_run_stays_as_it_is(path: Path) -> None:
+    run = la.Run(path)
+    assert "queries/val.safetensors" in run.manifest["files"]
+    with pytest.raises(la.RequestError, match="'val' was recorded with the run and stays as it is: choose another name"):
+        run.add_query("val", [tuple(data(n=10, seed=3).tensors)])
 
 
 def test_queries_of_ones_own(path: Path) -> None:

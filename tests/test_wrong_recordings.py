@@ -263,7 +263,7 @@ def test_the_query_is_what_validation_sees(tmp_path: Path) -> None:
     run = record(tmp_path / "run", module, callbacks=(ModeWatcher(),))
     from lightning_acc.core import queries
 
-    (leaves, _), *_ = queries.read(run.store, "val").batches
+    (leaves, _), *_ = queries.find(run, "val").batches
     assert torch.equal(leaves["0"], data(n=16, seed=9).tensors[0])
     assert ("validate", False) in module.states
     assert ("validate", True) not in module.states

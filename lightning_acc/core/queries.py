@@ -17,10 +17,11 @@ from torch import Tensor
 from lightning_acc.core.fingerprint import describe
 from lightning_acc.core.objective import LossFunction, Objective, loss_function
 from lightning_acc.errors import RequestError, RunError
-from lightning_acc.record import batches
+from lightning_acc.record import batches, manifest
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.record import Record
-from lightning_acc.record.store import Store, digest
+from lightning_acc.record.store import digest
+from lightning_acc.record.writer import RunWriter
 
 
 class Query:
@@ -68,7 +69,13 @@ class Query:
     def fingerprint(self) -> str:
         """Hash of the data and of the function, its code and all it holds: equal ones asked the same question."""
         label = "loss" if self.function is None else describe(self.function)
-        return digest(label.encode() + _encode(self))
+        return digest(label.encode() + self.encoded())
+
+    def encoded(self) -> bytes:
+        """The batches as they are stored."""
+        numbered = enumerate(leaves for leaves, _ in self.batches)
+        tensors = {f"{i}:{name}": leaf.contiguous() for i, leaves in numbered for name, leaf in leaves.items()}
+        return safetensors.torch.save(tensors, {"structures": json.dumps([structure for _, structure in self.batches])})
 
     def value(self, objective: Objective, theta: Tensor) -> Tensor:
         """The query at parameters ``theta`` (p,), a scalar."""
@@ -128,47 +135,45 @@ def _loss(module: torch.nn.Module, batch: Any) -> Tensor:
     return loss_function(module)(module, batch)
 
 
-def _encode(query: Query) -> bytes:
-    tensors = {f"{i}:{name}": leaf.contiguous() for i, (leaves, _) in enumerate(query.batches) for name, leaf in leaves.items()}
-    return safetensors.torch.save(tensors, {"structures": json.dumps([structure for _, structure in query.batches])})
+def add(record: Record, name: str, data: Iterable[Any]) -> Query:
+    """Store the batches of ``data`` beside a finished run as the query ``name``, and return it.
 
-
-def write(store: Store, name: str, data: Iterable[Any]) -> Query:
-    """Store the batches of ``data`` in a run directory as the query ``name``, and return it."""
+    Raises:
+        RequestError: the name or the data cannot be used, or the name is that of a query recorded with the run.
+    """
+    if _file(name) in record.manifest["files"]:
+        raise RequestError(f"The query {name!r} was recorded with the run and stays as it is: choose another name.")
     query = Query(name, data)
-    encoded = _encode(query)
-    store.write(f"queries/{name}.safetensors", encoded)
-    store.write(f"queries/{name}.json", json.dumps({"sha256": digest(encoded), "n_examples": query.n_examples}).encode())
+    encoded = query.encoded()
+    record.store.write(_file(name), encoded)
+    seal = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
+    record.store.write(f"queries/{name}.json", json.dumps(seal).encode())
     return query
 
 
-def find(run: Record, query: str | Query) -> Query:
-    """The query itself, or the one recorded with the run under that name."""
-    return read(run.store, query) if isinstance(query, str) else query
+def record_as(writer: RunWriter, name: str, data: Iterable[Any]) -> None:
+    """Record the batches of ``data`` with the run in the making as the query ``name``."""
+    query = Query(name, data)
+    writer.write_file(_file(name), query.encoded(), n_examples=query.n_examples)
 
 
-def read(store: Store, name: str) -> Query:
-    """The query stored under ``name``.
+def find(record: Record, query: str | Query) -> Query:
+    """The query itself, or the one stored with the run under that name.
 
     Raises:
         RequestError: there is none.
-        RunError: its file is damaged.
+        RunError: its file is damaged, or of another run.
     """
-    files = [entry.split("/")[1] for entry in store.names("queries")]
-    known = [file.removesuffix(".json") for file in files if file.endswith(".json")]
+    if isinstance(query, Query):
+        return query
+    name, known = query, record.query_names()
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none, as training had no validation data"
         raise RequestError(
             f"This run has no query {name!r}: {has}. Add one with run.add_query({name!r}, loader), or pass a Query."
         )
-    data = store.read(f"queries/{name}.safetensors")
-    where = store.locate(f"queries/{name}.safetensors")
-    try:
-        intact = json.loads(store.read(f"queries/{name}.json"))["sha256"] == digest(data)
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise RunError(f"{where} is damaged: its content does not match its hash. Store it again with run.add_query.")
+    file = record.manifest["files"].get(_file(name))
+    data = _read_added(record, name) if file is None else manifest.read_file(record.store, _file(name), file["sha256"])
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     structures = json.loads(header["__metadata__"]["structures"])
     leaves: list[Leaves] = [{} for _ in structures]
@@ -176,3 +181,22 @@ def read(store: Store, name: str) -> Query:
         index, _, leaf_name = key.partition(":")
         leaves[int(index)][leaf_name] = leaf
     return Query(name, (batches.unflatten(s, x) for s, x in zip(structures, leaves, strict=True)))
+
+
+def _file(name: str) -> str:
+    return f"queries/{name}.safetensors"
+
+
+def _read_added(record: Record, name: str) -> bytes:
+    store, where = record.store, record.store.locate(_file(name))
+    data = store.read(_file(name))
+    try:
+        seal = json.loads(store.read(f"queries/{name}.json"))
+        intact, run_id = seal["sha256"] == digest(data), seal.get("run_id", record.manifest["run_id"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact, run_id = False, None
+    if not intact:
+        raise RunError(f"{where} is damaged: its content does not match its hash. Store it again with run.add_query.")
+    if run_id != record.manifest["run_id"]:
+        raise RunError(f"{where} belongs to another run, {run_id}. Store it again with run.add_query.")
+    return data

@@ -204,9 +204,9 @@ class Record:
         return self._load("module.safetensors")[0] if "module.safetensors" in self.manifest["files"] else {}
 
     def query_names(self) -> list[str]:
-        """Names of the recorded queries."""
-        names = self.store.names("queries")
-        return [name.split("/")[1].removesuffix(".safetensors") for name in names if name.endswith(".safetensors")]
+        """Names of the queries recorded with the run, and of those added since."""
+        files = [*self._names("queries"), *(name for name in self.store.names("queries") if name.endswith(".json"))]
+        return sorted({name.partition("/")[2].rpartition(".")[0] for name in files})
 
     def sample_info(self) -> pa.Table | None:
         """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""

@@ -11,12 +11,12 @@ import torch
 
 from lightning_acc.core import queries
 from lightning_acc.errors import InfluenceError
-from lightning_acc.record.store import Store
+from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.rows import transferred
 
 
-def write_queries(store: Store, trainer: Any) -> None:
+def write_queries(writer: RunWriter, trainer: Any) -> None:
     """Store the validation batches as the query ``val`` (further loaders as ``val-1``, ``val-2`` ...)."""
     with validating(trainer):
         loaders = _validation_loaders(trainer)
@@ -31,7 +31,7 @@ def write_queries(store: Store, trainer: Any) -> None:
             name = "val" if i == 0 else f"val-{i}"
             with random_state_kept(loader):
                 try:
-                    queries.write(store, name, (transferred(trainer, batch, i) for batch in _limited(loader, trainer, i)))
+                    queries.record_as(writer, name, (transferred(trainer, batch, i) for batch in _limited(loader, trainer, i)))
                 except InfluenceError as error:
                     warnings.warn(f"The validation data is not recorded as a query: {error}", UserWarning, stacklevel=2)
 

@@ -109,7 +109,7 @@ class Writers:
         rebuild.LIVE[self.main.header["run_id"]] = module
         description.write_frozen(self.main, module)
         description.write_sample_info(self.main, trainer)
-        validation.write_queries(self.main.store, trainer)
+        validation.write_queries(self.main, trainer)
 
     def checkpoint(self) -> None:
         """Write what is recorded so far, so that a resumed training can go on from here."""
