@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_acc.judge.cleaning import clean
     from lightning_acc.planning.plan import plan
     from lightning_acc.recorder import TrajectoryRecorder
+    from lightning_acc.recorder.ending import repair
     from lightning_acc.run import Run
     from lightning_acc.scoring.score import score
     from lightning_acc.scoring.scores import Scores
@@ -54,6 +55,7 @@ __all__ = [
     "evaluate",
     "plan",
     "register_optimizer",
+    "repair",
     "score",
     "write_report",
 ]
@@ -73,6 +75,7 @@ _HOMES = {
     "evaluate": "judge.agreement",
     "plan": "planning.plan",
     "register_optimizer": "core.optimizers",
+    "repair": "recorder.ending",
     "write_report": "show.report",
     "score": "scoring.score",
 }

@@ -30,6 +30,7 @@ class Run(Record):
         path: the run directory, a local path or an fsspec URL.
         module: the LightningModule to evaluate the losses with, where it cannot be rebuilt from the manifest.
         trust: packages the module's class may be imported from, or True for any; see ``Record``.
+        partial: open the whole steps of a record that was not finished, as its training goes on or was killed.
 
     Raises:
         RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
@@ -56,7 +57,7 @@ class Run(Record):
         return audit(self)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.store.url, self.given_module, portable_trust(self))
+        return type(self), (self.store.url, self.given_module, portable_trust(self), self.partial)
 
     def cleaned_dataset(self, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:
         """The training set without the samples ``drop``, as a Hugging Face data set; see ``judge.exports``."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +29,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What meets Ray is begun first, in a good order, and then what takes long."""
 
     def place(item: pytest.Item) -> tuple[int, int]:
-        if rays.meets_ray(item.path):
-            return 0, rays.place(item)
+        if (kind := rays.kind(item.path)) is not None:
+            return rays.KINDS.index(kind), rays.place(item)
         name = item.path.stem
-        return 1, LONG.index(name) if name in LONG else len(LONG)
+        return len(rays.KINDS), LONG.index(name) if name in LONG else len(LONG)
 
     items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several processes share the tests, each file is done by one of them, and by one all files that meet Ray."""
+    """Where several processes share the tests, each file is done by one of them, and files that meet Ray by one a kind."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if rays.meets_ray(config.rootpath / file) else file
+            return rays.kind(config.rootpath / file) or file
 
     config.option.loadscopereorder = False  # what comes first is begun first
     return Files(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rays_apart() -> Iterator[None]:
+    """Rays of several test processes do not find each other. The folder is outside of pytest's: names of sockets are short."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        yield
 
 
 @pytest.fixture(autouse=True)

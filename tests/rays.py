@@ -45,14 +45,19 @@ def leave_ray() -> None:
         sys.modules["ray"].shutdown()
 
 
+KINDS = ("shared ray", "rays of their own")
+"""Of test files that meet Ray: each kind is done by one process, which begins with it."""
+
+
 @functools.cache
-def meets_ray(file: Path) -> bool:
-    """Whether tests of the file share a Ray or start their own."""
-    return any(fixture in file.read_text() for fixture in ("local_ray", "no_ray"))
+def kind(file: Path) -> str | None:
+    """Whether tests of the file share a Ray, or start their own and nothing else, or meet none."""
+    content = file.read_text()
+    return KINDS[0] if "local_ray" in content else KINDS[1] if "no_ray" in content else None
 
 
 def place(item: pytest.Item) -> int:
-    """When to run a test of such a file: first where Ray has one worker, then where one is shared, then all others."""
+    """When to run a test that meets Ray: first where Ray has one worker, then where one is shared, then all others."""
     fixtures = getattr(item, "fixturenames", ())
     if "workers" in fixtures:
         return 0

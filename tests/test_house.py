@@ -21,7 +21,7 @@ BELOW = {
     "run": {"record", "core", "methods", "planning", "scoring", "judge"},
     "show": {"record", "core", "methods", "planning", "scoring", "judge"},
     "studies": {"record", "core", "methods", "planning", "scoring", "judge", "show", "run", "recorder"},
-    "cli": {"record", "core", "methods", "planning", "scoring", "judge", "show", "run", "studies"},
+    "cli": {"record", "core", "methods", "planning", "scoring", "judge", "show", "run", "studies", "recorder"},
 }
 """The rooms each room may import."""
 LARGEST_FILE, MOST_FILES = 310, 12

@@ -36,6 +36,17 @@ def audit(run: str) -> None:
         raise RunError(f"{run} did not pass its audit.")
 
 
+def repair(run: str) -> None:
+    """Make the whole steps of a record whose training was killed a run.
+
+    Args:
+        run: the run directory.
+    """
+    from lightning_acc.recorder.ending import repair as make_whole
+
+    print(f"{run} is a run of {make_whole(run)} steps now.")
+
+
 def plan(
     run: str,
     removals: str = "all",
@@ -103,6 +114,7 @@ def score(
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """
+    from lightning_acc.cli.shown import shown
     from lightning_acc.run import Run
     from lightning_acc.scoring.score import score as compute
     from lightning_acc.scoring.selection import most, select
@@ -122,18 +134,7 @@ def score(
         confirm=most(confirm) if confirm else 0,
         memory_gb=memory_gb,
     )
-    c = scores.conditions
-    if c["reused"]:
-        print(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
-    print(f"{scores}\n{c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
-    table = scores.table
-    sizes = [f" ({len(removal)} samples)" if removal in scores.names else "" for removal in scores.removals]
-    labels = [label + size for label, size in zip(scores.labels, sizes, strict=True)]
-    rows = zip(*(table[name].to_pylist() for name in ("rank", "score", "source", "estimate")), labels, strict=True)
-    print("most harmful first:" if len(scores) else "no removals")
-    for place, value, source, estimate, label in sorted(rows)[:top]:
-        true = "" if source == "estimate" or method == source else f"  (by retraining; estimated {estimate:+.3e})"
-        print(f"{place:6d}  {value:+.3e}  {label}{true}")
+    print(shown(scores, top))
 
 
 def retrain(
@@ -292,6 +293,7 @@ VERBS: dict[str, Any] = {
     "run": run,
     "fit": fit,
     "audit": audit,
+    "repair": repair,
     "plan": plan,
     "score": score,
     "retrain": retrain,

@@ -23,6 +23,11 @@ class Background:
         self._thread = threading.Thread(target=self._do, args=(work,), name="lightning_acc writer")
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a piece is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until nothing is under way; raises what the last piece raised."""
         if self._thread is not None:

@@ -6,6 +6,7 @@ plain JSON; its *leaves* are a flat dict from a name such as ``"0"`` or ``"token
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,3 +112,23 @@ def rows(leaves: Leaves, index: Tensor) -> Leaves:
 def cast(leaves: Leaves, dtype: torch.dtype) -> Leaves:
     """Floating-point leaves in ``dtype``; others as they are."""
     return {name: leaf.to(dtype) if leaf.is_floating_point() else leaf for name, leaf in leaves.items()}
+
+
+def signature(leaves: Leaves) -> tuple[Any, ...]:
+    """Names, dtypes and shapes of the rows of leaves: contents that are alike in it can be stored in one file."""
+    return tuple((name, leaves[name].dtype, tuple(leaves[name].shape[1:])) for name in sorted(leaves))
+
+
+def digests(leaves: Leaves) -> list[bytes]:
+    """A hash of the content of each row of contiguous leaves."""
+    prefix = repr(signature(leaves)).encode()
+    n = next(iter(leaves.values())).shape[0]
+    ordered = [leaves[name] for name in sorted(leaves)]
+    buffers = [leaf.reshape(n, -1).view(torch.uint8).numpy() for leaf in ordered if leaf.numel()]
+    found = []
+    for row in range(n):
+        hasher = hashlib.blake2b(prefix, digest_size=16)
+        for buffer in buffers:
+            hasher.update(buffer[row])
+        found.append(hasher.digest())
+    return found

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import uuid
 import warnings
 import weakref
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
 from lightning_acc.errors import RunError
+from lightning_acc.record import local
 from lightning_acc.record.store import Store
 
 NAME = "lock"
@@ -49,17 +49,11 @@ class Holder:
 
     def gone(self) -> bool:
         """Whether its process is known to have ended: only on this machine can that be seen."""
-        if self.host != socket.gethostname() or sys.platform == "win32":  # where asking would end it
+        if self.host != socket.gethostname():
             return False
         if self.pid == os.getpid() and self.started == _started(self.pid):
             return self.token not in _held
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            return False
-        return self.started != _started(self.pid)
+        return not local.is_alive(self.pid) or self.started != _started(self.pid)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.time}, run {self.run_id}"
@@ -176,8 +170,4 @@ def _made_exclusively(path: str, data: bytes) -> bool:
 
 def _started(pid: int) -> str:
     """When a process started, in the system's own words; empty where it does not tell."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[19].decode()
-    except (OSError, IndexError):
-        return ""
+    return "".join(local.status(pid)[19:20])

@@ -22,14 +22,16 @@ SCHEMA = 1
 CONVENTION = "fixed-denominator"
 """A removed sample's loss weight becomes 0 and no other weight changes (DESIGN of both papers; see the README)."""
 
-RUN_FILES = (
-    NAME,
-    "module.safetensors",
-    *("steps", "parameters", "samples", "queries", "scores", "shards", "report"),
-    *("evaluation.json", "cleaning.parquet"),
+_OF_A_RUN = re.compile(
+    r"(manifest\.json|lock|module\.safetensors|evaluation\.json|cleaning\.parquet"
+    r"|(ranks/\d+/)?(manifest\.json|(steps|parameters|samples)/\d{6,}(-\d+)?\.safetensors)"
+    r"|samples/info\.parquet|queries/[^/]+\.(safetensors|json)|(scores|shards)/[^/]+\.(parquet|json)"
+    r"|(matrices|bank)/[^/]+\.(safetensors|parquet|json)|report/index\.html)(\.[0-9a-f-]+\.(part|old))?"
 )
-"""What belongs to a run in its directory; anything else there is left alone."""
-NOT_OF_THE_HEADER = ("status", "n_steps", "files", "stopped", "hash", "format", "schema", "convention")
+"""Names of all that lightning_acc itself writes into a run directory."""
+REFUSED = "refused"
+"""Status of a record that turned out to be another training's than the one that was seen."""
+NOT_OF_THE_HEADER = ("status", "n_steps", "files", "stopped", "reason", "hash", "format", "schema", "convention")
 """What is only known at the end, or the same in all manifests."""
 
 FROM_OUTSIDE = ("module", "data", "logger")
@@ -56,11 +58,11 @@ def write(store: Store, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def read(store: Store, unfinished: bool = False) -> Manifest:
-    """Read and check the manifest of a finished run; with ``unfinished`` also that of a run in the making.
+def identify(store: Store) -> Manifest:
+    """The manifest of whatever run is or was recorded in a directory, its files unseen.
 
     Raises:
-        RunError: there is no run, it is unfinished, damaged, or written by a newer version; names the file and the remedy.
+        RunError: there is none, or it is damaged, or written by a newer version; names the file and the remedy.
     """
     where = store.locate(NAME)
     if not store.exists():
@@ -84,10 +86,23 @@ def read(store: Store, unfinished: bool = False) -> Manifest:
         )
     if manifest.get("hash") != content_hash(manifest):
         raise RunError(f"{where} is damaged: its content does not match its hash. Restore it, or record the run again.")
+    return dict(manifest)
+
+
+def read(store: Store, unfinished: bool = False) -> Manifest:
+    """Read and check the manifest of a finished run; with ``unfinished`` also that of a run that was not finished.
+
+    Raises:
+        RunError: there is no run, it is unfinished, damaged, or written by a newer version; names the file and the remedy.
+    """
+    manifest, where = identify(store), store.locate(NAME)
+    if manifest["status"] == REFUSED:
+        raise RunError(f"{store} is no run: its recording was refused. {manifest.get('reason')}")
     if manifest["status"] != "complete" and not unfinished:
         raise RunError(
-            f"{store} is half written: the training that recorded it has not finished, or was killed. Wait for it, resume "
-            "it from a checkpoint (trainer.fit(..., ckpt_path=...)), or delete the directory and record the run again."
+            f"{store} is half written: the training that recorded it has not finished, or was killed. Wait for it, resume it "
+            "from a checkpoint (trainer.fit(..., ckpt_path=...)), take the whole steps that are there "
+            "(la.Run(path, partial=True), or lightning-acc repair), or delete the directory and record the run again."
         )
     _check_files(where, manifest)
     sizes = store.sizes(manifest["files"])
@@ -96,7 +111,21 @@ def read(store: Store, unfinished: bool = False) -> Manifest:
         if size != file["bytes"]:
             state = "is missing" if size < 0 else f"is truncated: {size:,} bytes instead of {file['bytes']:,}"
             raise RunError(f"{store.locate(name)} {state}. Restore it, or record the run again.")
-    return dict(manifest)
+    return manifest
+
+
+def own_files(store: Store) -> tuple[list[str], list[str]]:
+    """The files in a directory that lightning_acc writes there, by their names, and all others."""
+    names = store.walk()
+    own = [name for name in names if _OF_A_RUN.fullmatch(name)]
+    return own, sorted(set(names) - set(own))
+
+
+def remove_run(store: Store) -> None:
+    """Delete a run and what was computed of it, and nothing else; the lock stays."""
+    own, _ = own_files(store)
+    store.remove(*(name for name in own if name != "lock"))
+    store.remove_empty_folders()
 
 
 def _check_files(where: str, manifest: Manifest) -> None:

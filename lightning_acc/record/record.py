@@ -102,17 +102,35 @@ class Record:
         trust: packages that class may be imported from, or True for any. Importing executes code, so that by default only
             packages which this process has imported already will do, this one, and those named in the environment
             variable ``LIGHTNING_ACC_TRUST``, separated by commas.
+        partial: open the whole steps of a record that was not finished, as its training goes on or was killed.
 
     Raises:
         RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], module: torch.nn.Module | None = None, trust: Trust = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        module: torch.nn.Module | None = None,
+        trust: Trust = False,
+        partial: bool = False,
+    ) -> None:
         self.store = Store(path)
         self.trust: bool | tuple[str, ...] = names(trust)
-        self.manifest = manifest.read(self.store)
+        self.partial = partial
+        self.manifest = manifest.read(self.store, unfinished=partial)
+        if self.manifest["status"] != "complete":
+            self.manifest = {**self.manifest, **self._whole_steps()}
         self.given_module = module
         self._loaded: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+
+    def _whole_steps(self) -> dict[str, Any]:
+        """What the manifest of an unfinished record lacks: how many steps are there."""
+        n_steps = sum(self._file(name)["count"] for name in self._names("steps"))
+        if not n_steps:
+            remedy = "merge them with lightning-acc repair" if self.store.exists("ranks/0") else "record the run again"
+            raise RunError(f"{self.store} is half written, and none of its steps is there in whole: {remedy}.")
+        return {"n_steps": n_steps, "stopped": "unfinished"}
 
     def __repr__(self) -> str:
         return (
@@ -169,7 +187,8 @@ class Record:
     def _snapshots(self) -> dict[int, tuple[str, int]]:
         """File and row of the parameters at the steps they were written at."""
         names = self._names("parameters")
-        return {step: (name, i) for name in names for i, step in enumerate(self._file(name)["steps"])}
+        places = {step: (name, i) for name in names for i, step in enumerate(self._file(name)["steps"])}
+        return {step: place for step, place in places.items() if step <= self.n_steps}  # more may be there than is whole
 
     @property
     def snapshots(self) -> list[int]:
@@ -281,7 +300,7 @@ class Record:
         return first
 
     def __reduce__(self) -> Any:
-        return type(self), (self.store.url, self.given_module, self.trust)
+        return type(self), (self.store.url, self.given_module, self.trust, self.partial)
 
 
 def opened(record: Record | str | os.PathLike[str]) -> Record:

@@ -1,7 +1,7 @@
 """Files of a run directory, on a local disk or behind any fsspec URL.
 
-A file appears whole or not at all: locally it is written beside its final name, flushed to the disk and renamed; object
-stores show an object when all of it has arrived. What may pass (lost connections, throttling, errors of the server) is
+A file appears whole or not at all: locally it is written beside its final name and renamed (see ``local``); object stores
+show an object when all of it has arrived. What may pass (lost connections, throttling, errors of the server) is
 tried again a few times; everything else ends at once, in one sentence. Credentials within a URL are used, never shown.
 """
 
@@ -15,7 +15,6 @@ import os
 import random
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_acc.errors import RunError
+from lightning_acc.record import local
 from lightning_acc.record.credentials import without_credentials
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ class Store:
 
         def write(files: Any) -> None:
             if self.local:
-                self._write_local(path, data)
+                local.write(path, data, self.path)
             else:
                 if _HIERARCHICAL.intersection((files.protocol,) if isinstance(files.protocol, str) else files.protocol):
                     files.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -164,35 +164,37 @@ class Store:
                 f"{self.locate(name)} {what}: {_words(error)}; make the bucket or folder, or choose another directory."
             ) from None
 
-    @staticmethod
-    def _write_local(path: str, data: bytes) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        beside = f"{path}.{uuid.uuid4().hex[:8]}.part"
-        try:
-            with open(beside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
-
     def names(self, folder: str) -> list[str]:
         """Sorted relative names of the files directly in ``folder``."""
         return sorted(self._list(folder))
 
+    def walk(self) -> list[str]:
+        """Sorted relative names of all files under the root; symbolic links to folders are named, not followed."""
+        if self.local:
+            return local.walk(self.path)
+        try:
+            paths = self._attempt("", "cannot be listed", lambda files: files.find(self.path), fresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(str(path).removeprefix(self.path).lstrip("/") for path in paths)
+
     def remove(self, *names: str) -> None:
-        """Delete these files and folders, where they exist; without names the root and everything in it."""
-        for name in names or ("",):
+        """Delete these files and folders, where they exist."""
+        for name in names:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
         path = self._path(name)
-        if self.exists(name):
+        if self.local and os.path.islink(path):  # the link, not what it leads to
+            self._attempt(name, "cannot be deleted", lambda files: os.unlink(path))
+        elif self.exists(name):
             with contextlib.suppress(FileNotFoundError):  # deleted by someone else, or by the try before
                 self._attempt(name, "cannot be deleted", lambda files: files.rm(path, recursive=True), fresh=True)
+
+    def remove_empty_folders(self) -> None:
+        """Delete the folders under a local root that nothing is in."""
+        if self.local:
+            local.remove_empty_folders(self.path)
 
     def free_bytes(self) -> int | None:
         """Bytes left where the root is or will be; None where that cannot be known."""
@@ -217,7 +219,7 @@ class Store:
                 if fresh:
                     self.filesystem.invalidate_cache()
                 return call(self.filesystem)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, RunError):
                 raise
             except Exception as error:
                 if not may_pass(error) or tries == TRIES or time.monotonic() - started > PATIENCE:

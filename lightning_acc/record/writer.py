@@ -1,23 +1,28 @@
 """Writing a run directory while training goes on.
 
-Steps, parameters and samples are collected in memory and written as numbered files, by a thread of their own; the manifest
-says ``recording`` until ``finish`` has listed them all. A run in the making can be taken up again where ``checkpoint``
-has listed what was there.
+Steps, parameters and samples are collected in memory and written as numbered files, by a thread of their own, and what the
+manifest lists is there: a training that is killed loses a few seconds. The manifest says ``recording`` until ``finish``. A run
+in the making can be taken up again where ``checkpoint`` has listed what was there.
+
+What has been collected is written when it is much, and for good; and, every few seconds, what has been collected since then is
+written too, for the time being, in place of what was written so before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import time
 import uuid
 from collections import defaultdict
-from typing import Any
+from typing import Any, TypedDict
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
+from lightning_acc.record import batches
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.background import Background
 from lightning_acc.record.batches import Leaves
@@ -25,20 +30,44 @@ from lightning_acc.record.store import Store, digest
 
 FLUSH_BYTES = 64 * 2**20
 FLUSH_STEPS = 1000
+SECONDS = 2.0
+"""After so long what has been collected is written for the time being."""
+SHARE = 0.05
+"""Of the training's time, at most, that such writing takes: where the storage is slow, more is at risk."""
 
 
-def check_finite(theta: Tensor, step: int) -> None:
-    """Refuse parameters (p,) before ``step`` that are not finite.
+class NotFinite(RunError):
+    """The training has come to parameters, or to a gradient, that are no numbers."""
+
+
+def check_finite(theta: Tensor, step: int, gradient: Tensor | None = None) -> None:
+    """Refuse parameters (p,) before ``step``, or a gradient (p,) in it, that are not finite.
 
     Raises:
-        RunError: some are not.
+        NotFinite: some are not.
     """
-    if not torch.isfinite(theta).all():
-        raise RunError(
-            f"The training has diverged: after step {step - 1} the parameters are not finite "
-            f"({int((~torch.isfinite(theta)).sum())} of {theta.numel()}). There is nothing to attribute in such a "
-            "run; lower the learning rate or look for a NaN in the data."
-        )
+    for what, values in (("parameters", theta), ("gradient", gradient)):
+        if values is not None and not torch.isfinite(values).all():
+            when = f"after step {step - 1} the parameters are" if what == "parameters" else f"the gradient of step {step} is"
+            raise NotFinite(
+                f"The training has diverged: {when} not finite ({int((~torch.isfinite(values)).sum())} of {values.numel()} "
+                "numbers). There is nothing to attribute from there on; lower the learning rate or look for a NaN in the data."
+            )
+
+
+class SeenStep(TypedDict):
+    """One optimizer step: its occurrences in order, their contents and loss weights, and the hyper-parameters.
+
+    ``sizes`` are those of the batches it accumulated, ``rng`` the states of the random number generator before each of their
+    forward passes, None where it was not used.
+    """
+
+    sample_ids: list[int]
+    contents: list[int]
+    weights: list[float]
+    groups: list[dict[str, Any]]
+    sizes: list[int]
+    rng: list[Tensor | None]
 
 
 class RunWriter:
@@ -52,11 +81,15 @@ class RunWriter:
         self.snapshots: list[int] = []
         self._contents: dict[bytes, int] = {}
         self._new_contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]] = defaultdict(list)
-        self._steps: list[dict[str, Any]] = []
+        self._steps: list[SeenStep] = []
         self._states: list[Tensor] = []
         """The newest ones of ``snapshots``, not written yet."""
         self._pending_bytes = 0
         self._counters: dict[str, int] = defaultdict(int)
+        self._drafts: list[str] = []
+        """Files written for the time being, in the manifest until others take their place."""
+        self._n_drafts = 0
+        self._next_draft = time.monotonic() + SECONDS
         self._background = Background()
 
     def begin(self, header: dict[str, Any]) -> None:
@@ -64,8 +97,12 @@ class RunWriter:
         self.header = {"run_id": uuid.uuid4().hex, **header}
         self._write_manifest()
 
-    def _write_manifest(self) -> None:
-        manifests.write(self.store, {**self.header, "status": "recording", "files": self.files})
+    def _write_manifest(self, **facts: Any) -> None:
+        manifests.write(self.store, {**self.header, "status": "recording", "files": self.files, **facts})
+
+    def _check_there(self) -> None:
+        if not self.store.exists(manifests.NAME):
+            raise RunError(f"{self.store} is gone: it was deleted, moved or unmounted while the training recorded into it.")
 
     def wait(self) -> None:
         """Wait until what is being written is there; raises what stopped that."""
@@ -75,9 +112,8 @@ class RunWriter:
         """Write everything collected so far, so that ``resume`` can go on from here."""
         self.flush()
         self._background.wait()
-        self._write_manifest()
 
-    def resume(self, n_steps: int) -> None:
+    def resume(self, n_steps: float = math.inf) -> None:
         """Go on with the run in the store after its first ``n_steps`` steps; what was written of later ones is dropped.
 
         Nothing in the store changes before ``checkpoint``, ``flush`` or ``finish``; ``self.n_steps`` tells how many of
@@ -101,16 +137,23 @@ class RunWriter:
             if folder == "samples" and "count" in facts:
                 leaves = safetensors.torch.load(manifests.read_file(self.store, name, facts["sha256"]))
                 numbers = leaves.pop("#").tolist()
-                self._contents.update(zip(_digests(leaves), numbers, strict=True))
+                self._contents.update(zip(batches.digests(leaves), numbers, strict=True))
             self.files[name] = facts
             if "count" in facts:
-                self._counters[folder] = int(name.partition("/")[2].partition(".")[0]) + 1
+                self._counters[folder] = int(name.partition("/")[2][:6]) + 1
+
+    def forget_steps(self) -> None:
+        """Leave the steps and their samples out of the run, but not its parameters, as if none had been written."""
+        steps = [name for name, facts in self.files.items() if name.startswith(("steps/", "samples/")) and "count" in facts]
+        for name in steps:
+            del self.files[name]
+        self._contents, self.n_steps = {}, 0
 
     def drop_later(self) -> None:
         """Delete what a run that was taken up again has written beyond the step it is taken up at."""
         self._write_manifest()
-        written = [name for folder in ("steps", "parameters", "samples") for name in self.store.names(folder)]
-        later = [name for name in written if name not in self.files]
+        written, _ = manifests.own_files(self.store)
+        later = [n for n in written if n.startswith(("steps/", "parameters/", "samples/")) and n not in self.files]
         if later:
             self.store.remove(*later)
 
@@ -118,11 +161,11 @@ class RunWriter:
         """Numbers of the samples of a batch, by content: equal contents get the same number and are stored once."""
         flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}
         numbers = []
-        for row, key in enumerate(_digests(flat)):
+        for row, key in enumerate(batches.digests(flat)):
             if key not in self._contents:
                 self._contents[key] = len(self._contents)
                 content = {name: leaf[row].clone() for name, leaf in flat.items()}
-                self._new_contents[_signature(flat)].append((self._contents[key], content))
+                self._new_contents[batches.signature(flat)].append((self._contents[key], content))
                 self._pending_bytes += sum(leaf.nbytes for leaf in content.values())
             numbers.append(self._contents[key])
         return numbers
@@ -131,65 +174,84 @@ class RunWriter:
         """The flat parameters before ``step`` (the number of steps: the final ones).
 
         Raises:
-            RunError: they are not finite.
+            NotFinite: some are not finite.
         """
         check_finite(theta, step)
         self._states.append(theta)
         self.snapshots.append(step)
         self._pending_bytes += theta.nbytes
-        if self._pending_bytes >= FLUSH_BYTES:
-            self.flush()
+        self._flush_if_due()
 
-    def add_step(
-        self,
-        sample_ids: list[int],
-        contents: list[int],
-        weights: list[float],
-        groups: list[dict[str, Any]],
-        sizes: list[int],
-        rng: list[Tensor | None],
-    ) -> None:
-        """One optimizer step: its occurrences in order, their loss weights and the hyper-parameters.
-
-        ``sizes`` are those of the batches it accumulated, ``rng`` the states of the random number generator before each of
-        their forward passes, None where it was not used.
-        """
-        self._steps.append(
-            {
-                "sample_ids": sample_ids,
-                "contents": contents,
-                "weights": weights,
-                "groups": groups,
-                "sizes": sizes,
-                "rng": rng,
-            }
-        )
+    def add_step(self, step: SeenStep) -> None:
+        """One optimizer step."""
+        self._steps.append(step)
         self.n_steps += 1
+        self._flush_if_due()
+
+    def _flush_if_due(self) -> None:
+        if not self._background.busy:
+            self._background.wait()  # what failed is told at once, not when there is more to write
         if self._pending_bytes >= FLUSH_BYTES or len(self._steps) >= FLUSH_STEPS:
             self.flush()
+        elif time.monotonic() >= self._next_draft and not self._background.busy:
+            self.flush(for_good=False)
 
-    def flush(self) -> None:
-        """Have what has been collected so far written, after what was collected before."""
-        contents, states, records = self._new_contents, self._states, self._steps
-        self._new_contents, self._states, self._steps = defaultdict(list), [], []
-        self._pending_bytes = 0
+    def flush(self, for_good: bool = True) -> None:
+        """Have what has been collected so far written, after what was collected before; with the manifest that lists it.
+
+        Otherwise than ``for_good`` it stays collected, and the next flush writes it again.
+        """
+        contents = {signature: list(collected) for signature, collected in self._new_contents.items()}
+        states, records = list(self._states), list(self._steps)
         snapshots = self.snapshots[len(self.snapshots) - len(states) :]
-        self._background.run(lambda: self._write_collected(contents, states, snapshots, records))
+        if for_good:
+            self._new_contents, self._states, self._steps = defaultdict(list), [], []
+            self._pending_bytes = 0
+        self._next_draft = float("inf")  # until this is written
+        self._background.run(lambda: self._write_and_list(contents, states, snapshots, records, for_good))
+
+    def _write_and_list(
+        self,
+        contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]],
+        states: list[Tensor],
+        snapshots: list[int],
+        records: list[SeenStep],
+        for_good: bool,
+    ) -> None:
+        started = time.monotonic()
+        self._check_there()
+        before, counters, older = dict(self.files), dict(self._counters), self._drafts
+        self.files = {name: facts for name, facts in before.items() if name not in older}
+        try:
+            self._write_collected(contents, states, snapshots, records, "" if for_good else f"-{self._n_drafts}")
+            self._write_manifest()
+        except BaseException:
+            self.files = before  # what is listed is there, and nothing that was half written is in it
+            raise
+        self._drafts = [] if for_good else [name for name in self.files if name not in before]
+        if not for_good:
+            self._counters = defaultdict(int, counters)
+            self._n_drafts += 1
+        if older:
+            self.store.remove(*older)
+        seconds = time.monotonic() - started
+        self._next_draft = time.monotonic() + max(SECONDS, seconds / SHARE)
 
     def _write_collected(
         self,
         contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]],
         states: list[Tensor],
         snapshots: list[int],
-        records: list[dict[str, Any]],
+        records: list[SeenStep],
+        mark: str,
     ) -> None:
         for signature in sorted(contents, key=repr):
             collected = contents[signature]
             tensors = {name: torch.stack([content[name] for _, content in collected]) for name in collected[0][1]}
             tensors["#"] = torch.tensor([number for number, _ in collected])
-            self._write("samples", tensors)
+            self._write("samples", tensors, mark)
         if states:
-            self._write("parameters", {"theta": torch.stack(states)}, steps=snapshots)
+            self._write("parameters", {"theta": torch.stack(states)}, mark, steps=snapshots)
         if records:
             tensors = {
                 "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in records]).cumsum(0),
@@ -199,15 +261,17 @@ class RunWriter:
             }
             tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in records]).cumsum(0)
             tensors["batch_sizes"] = torch.tensor([size for step in records for size in step["sizes"]])
-            states = [state for step in records for state in step["rng"]]
-            random = [(i, state) for i, state in enumerate(states) if state is not None]
+            drawn = [state for step in records for state in step["rng"]]
+            random = [(i, state) for i, state in enumerate(drawn) if state is not None]
             if random:
                 tensors["rng_batches"] = torch.tensor([i for i, _ in random])
                 tensors["rng"] = torch.stack([state for _, state in random])
-            self._write("steps", tensors, {"groups": json.dumps([step["groups"] for step in records])})
+            self._write("steps", tensors, mark, {"groups": json.dumps([step["groups"] for step in records])})
 
-    def _write(self, folder: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, **facts: Any) -> None:
-        name = f"{folder}/{self._counters[folder]:06d}.safetensors"
+    def _write(
+        self, folder: str, tensors: dict[str, Tensor], mark: str, metadata: dict[str, str] | None = None, **facts: Any
+    ) -> None:
+        name = f"{folder}/{self._counters[folder]:06d}{mark}.safetensors"
         count = len(next(iter(tensors.values()))) - (folder == "steps")
         self.write_file(name, safetensors.torch.save(tensors, metadata), count=count, **facts)
         self._counters[folder] += 1
@@ -217,28 +281,21 @@ class RunWriter:
         self.store.write(name, data)
         self.files[name] = {"bytes": len(data), "sha256": digest(data), **facts}
 
-    def finish(self, **facts: Any) -> None:
-        """Write the rest and the manifest; from here on the directory is a run."""
+    def finish(self, n_steps: int | None = None, **facts: Any) -> None:
+        """Write the rest and the manifest; from here on the directory is a run, of its first ``n_steps`` steps or of all."""
         self.flush()
         self._background.wait()
-        complete = {**self.header, **facts, "status": "complete", "n_steps": self.n_steps, "files": self.files}
-        manifests.write(self.store, complete)
+        self.seal(self.n_steps if n_steps is None else n_steps, **facts)
 
+    def seal(self, n_steps: int, **facts: Any) -> None:
+        """Let what has been written by now be a run of its first ``n_steps`` steps."""
+        self._check_there()
+        self._write_manifest(**facts, status="complete", n_steps=n_steps)
 
-def _signature(leaves: Leaves) -> tuple[Any, ...]:
-    return tuple((name, leaves[name].dtype, tuple(leaves[name].shape[1:])) for name in sorted(leaves))
+    def refuse(self, reason: str) -> None:
+        """Let what has been written never be taken for a run."""
+        self._write_manifest(status=manifests.REFUSED, reason=reason)
 
-
-def _digests(leaves: Leaves) -> list[bytes]:
-    """A hash of the content of each row of contiguous leaves."""
-    prefix = repr(_signature(leaves)).encode()
-    n = next(iter(leaves.values())).shape[0]
-    ordered = [leaves[name] for name in sorted(leaves)]
-    buffers = [leaf.reshape(n, -1).view(torch.uint8).numpy() for leaf in ordered if leaf.numel()]
-    digests = []
-    for row in range(n):
-        hasher = hashlib.blake2b(prefix, digest_size=16)
-        for buffer in buffers:
-            hasher.update(buffer[row])
-        digests.append(hasher.digest())
-    return digests
+    def written(self) -> int:
+        """How many steps have been written, in whole: the manifest of a run in the making lists them."""
+        return sum(facts["count"] for name, facts in self.files.items() if name.startswith("steps/"))

@@ -1,4 +1,4 @@
-"""What is recorded beside the steps: where the run comes from, frozen tensors, what is known about the samples."""
+"""What is recorded beside the steps: where the run comes from, frozen tensors, what is known about the samples, queries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import importlib.metadata
 import io
 import json
 import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_acc.contract import DescribesSamples
-from lightning_acc.core import rebuild
-from lightning_acc.errors import RunError
+from lightning_acc.core import queries, rebuild
+from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record.writer import RunWriter
+from lightning_acc.recorder.checks.randomness import random_state_kept
+from lightning_acc.recorder.checks.rows import transferred
 from lightning_acc.recorder.optimizer import TrainedOptimizer
 
 
@@ -87,3 +92,68 @@ def write_sample_info(writer: RunWriter, trainer: Any) -> None:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     writer.write_file("samples/info.parquet", buffer.getvalue())
+
+
+def write_queries(writer: RunWriter, trainer: Any) -> None:
+    """The validation batches, as Lightning would hand them to ``validation_step``, become the query ``val``.
+
+    Those of further loaders become ``val-1``, ``val-2`` and so on.
+    """
+    with validating(trainer):
+        loaders = _validation_loaders(trainer)
+        if not loaders:
+            warnings.warn(
+                "Training has no validation data, so no query is recorded: scoring will ask for a Query, or add one with "
+                "run.add_query(name, loader).",
+                UserWarning,
+                stacklevel=2,
+            )
+        for i, loader in enumerate(loaders):
+            name = "val" if i == 0 else f"val-{i}"
+            with random_state_kept(loader):
+                try:
+                    queries.record_as(writer, name, (transferred(trainer, batch, i) for batch in _limited(loader, trainer, i)))
+                except InfluenceError as error:
+                    warnings.warn(f"The validation data is not recorded as a query: {error}", UserWarning, stacklevel=2)
+
+
+@contextmanager
+def validating(trainer: Any) -> Iterator[None]:
+    """In here the trainer validates and the module is in evaluation mode, as hooks that treat batches by either expect."""
+    modes = [(part, part.training) for part in trainer.lightning_module.modules()]
+    stage = trainer.state.stage
+    trainer.validating = True
+    trainer.lightning_module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        trainer.state.stage = stage
+        for part, mode in modes:
+            part.training = mode
+
+
+def _validation_loaders(trainer: Any) -> list[Any]:
+    # As the user gave them: under several processes Lightning's own share the data out.
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if not source.is_defined():
+        return []
+    with random_state_kept():
+        loaders = source.dataloader()
+    if loaders is None:
+        return []
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
+def _limited(loader: Any, trainer: Any, index: int) -> Iterator[Any]:
+    """The batches Lightning would validate on; all of them where validation is switched off."""
+    limit = trainer.limit_val_batches
+    if isinstance(limit, float):
+        limit = int(limit * len(loader)) if limit < 1.0 and hasattr(loader, "__len__") else 0
+    limit = limit or float("inf")
+    for i, batch in enumerate(loader):
+        if i >= limit:
+            return
+        yield batch

@@ -40,12 +40,20 @@ class SeenBatch:
     random: bool = False
 
 
-def gather(seen: list[SeenBatch], processes: int) -> list[SeenBatch]:
-    """The batches of all processes, in the order of their ranks; all processes must call this."""
+def gather(seen: list[SeenBatch] | None, processes: int) -> list[SeenBatch]:
+    """The batches of all processes, in the order of their ranks; all processes must call this.
+
+    One whose record has ended gives None.
+
+    Raises:
+        RunError: one did, so that the records of all end.
+    """
     if processes == 1:
-        return seen
+        return seen or []
     everyone: list[list[SeenBatch] | None] = [None] * processes
     torch.distributed.all_gather_object(everyone, seen)
+    if None in everyone:
+        raise RunError(f"the recording of process {everyone.index(None)} of {processes} has ended")
     return [batch for theirs in everyone for batch in theirs or []]
 
 
@@ -54,26 +62,32 @@ def part_of(store: Store, rank: int) -> Store:
     return Store(f"{store.url}/ranks/{rank}")
 
 
-def merge(writer: RunWriter, processes: int) -> None:
-    """Write the global steps from the records of all ranks, and delete those.
+def merge(writer: RunWriter, processes: int, end: int | None = None) -> int:
+    """Write the global steps from what all ranks recorded, as many as they have in common, and return how many.
+
+    ``end``: those before this one alone.
 
     Raises:
-        RunError: the ranks recorded different numbers of steps.
+        RunError: a rank has recorded no whole step, or its part is damaged.
     """
-    runs = [Record(part_of(writer.store, rank).url) for rank in range(processes)]
-    counts = [run.n_steps for run in runs]
-    if len(set(counts)) > 1:
-        raise RunError(
-            f"The processes recorded different numbers of steps ({counts}): the record in {writer.store} is unusable."
-        )
-    for t in range(counts[0]):
+    runs = [Record(part_of(writer.store, rank).url, partial=True) for rank in range(processes)]
+    n_steps = min(run.n_steps for run in runs)
+    n_steps = n_steps if end is None else min(end, n_steps)
+    for t in range(n_steps):
         records = [run.steps[t] for run in runs]
         writer.add_step(
-            sample_ids=[sample for record in records for sample in record.sample_ids.tolist()],
-            contents=[number for run in runs for leaves in run.batches(t) for number in writer.content_ids(leaves)],
-            weights=[weight for record in records for weight in record.weights.tolist()],
-            groups=records[0].groups,
-            sizes=[size for record in records for size in record.sizes],
-            rng=[state for record in records for state in record.rng],
+            {
+                "sample_ids": [sample for record in records for sample in record.sample_ids.tolist()],
+                "contents": [number for run in runs for leaves in run.batches(t) for number in writer.content_ids(leaves)],
+                "weights": [weight for record in records for weight in record.weights.tolist()],
+                "groups": records[0].groups,
+                "sizes": [size for record in records for size in record.sizes],
+                "rng": [state for record in records for state in record.rng],
+            }
         )
-    Store(f"{writer.store.url}/ranks").remove()
+    return n_steps
+
+
+def remove_parts(store: Store) -> None:
+    """Delete the ranks' own records, once they are merged."""
+    store.remove("ranks")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 try:
@@ -16,21 +14,15 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
 from lightning_acc.core import rebuild
-from lightning_acc.errors import RunError
-from lightning_acc.record import batches
-from lightning_acc.record.writer import check_finite
-from lightning_acc.recorder import ranks, resume
-from lightning_acc.recorder.beginning import understand
+from lightning_acc.record.writer import NotFinite
+from lightning_acc.recorder import resume
 from lightning_acc.recorder.checks import refusals, rows
-from lightning_acc.recorder.checks.identity import Identity
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
-from lightning_acc.recorder.checks.steps import Checks
+from lightning_acc.recorder.ending import OnError, check_on_error, costs_no_training, in_words, warn_that_it_ended
+from lightning_acc.recorder.following import Following
 from lightning_acc.recorder.loader import SampleTap
-from lightning_acc.recorder.optimizer import TrainedOptimizer
-from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.resume import Place
-from lightning_acc.recorder.snapshots import Snapshots
 from lightning_acc.recorder.writers import Writers
 
 
@@ -64,10 +56,14 @@ class TrajectoryRecorder(Callback):
             of its samples. ``"as-they-are"``: a row counts as the sample whose index led to it, and removing that sample
             takes the whole row out of the loss.
         allow_untested: record under a strategy other than those named above; the first steps are still checked.
+        on_error: what happens where the record cannot go on (the disk is full, the storage gone, a parameter not finite any
+            more). ``"warn"``: it ends at its last whole step, and the training goes on. ``"stop"``: the training ends too,
+            after what checkpoint it is writing.
 
     Raises:
-        RecordingRefused: in ``setup`` or before the first step, naming the cause and the remedy.
-        RunError: while training, when the parameters are not finite any more or the disk is full.
+        RecordingRefused: in ``setup`` or before the first step, naming the cause and the remedy; later, where the training
+            turns out to be another one than its record would say.
+        RunError: the directory cannot be written to when training begins.
     """
 
     def __init__(
@@ -79,7 +75,9 @@ class TrajectoryRecorder(Callback):
         batch_norm: Literal["refuse", "keep-batch-statistics"] = "refuse",
         allow_untested: bool = False,
         mixed_rows: Literal["refuse", "as-they-are"] = "refuse",
+        on_error: OnError = "warn",
     ) -> None:
+        check_on_error(on_error)
         self.directory = os.fspath(directory)
         self.overwrite = overwrite
         self.parameters = parameters
@@ -87,9 +85,10 @@ class TrajectoryRecorder(Callback):
         self.batch_norm = batch_norm
         self.allow_untested = allow_untested
         self.mixed_rows = mixed_rows
+        self.on_error = on_error
         self._tap = SampleTap()
         self._writers: Writers | None = None
-        self._begun = False
+        self._following: Following | None = None
 
     # ---- before training
 
@@ -99,15 +98,12 @@ class TrajectoryRecorder(Callback):
             return
         refuse_if(refusals.trainer_refusal(trainer, pl_module, self.allow_untested))
         self._writers = Writers(self.directory, trainer)
-        self._begun = False
+        self._following = None
         self._place: Place | None = None  # where the record goes on, in a training that is resumed
         self._left_open = False  # whether that record is unfinished and nothing has been added to it yet
-        self._pending: dict[str, Any] | None = None
-        self._seen: list[SeenBatch] = []
-        self._structure: batches.Structure = {}
+        self._put_off: Exception | None = None  # what waits until Lightning has written its checkpoint
         self._tap = SampleTap(check_rows=self.mixed_rows != rows.AS_THEY_ARE)
         self._tap.install(trainer)
-        self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs else None
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """See which record the checkpoint belongs to."""
@@ -129,126 +125,122 @@ class TrajectoryRecorder(Callback):
         refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
         if self._tap.loaders != 1:
             refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
-        self._optimizer = TrainedOptimizer(trainer, pl_module)
-        if self._place is not None:
-            self._optimizer.with_gradient = self._place.with_gradient
-        if self._place is not None and resume.fingerprint(self._optimizer.state()) != self._place.state:
+        following = Following(trainer, pl_module, self, self._tap, self._write, self._place)
+        if self._place is not None and resume.fingerprint(following.optimizer.state()) != self._place.state:
             refuse_if(
                 f"the parameters or the optimizer's state are not those the record has after step {self._place.n_steps}: "
                 "resume from the checkpoint as it was written"
             )
-        self._snapshots = Snapshots(
-            self.parameters, self._optimizer.parameter_bytes, trainer.estimated_stepping_batches, self.budget_gb * 2**30
-        )
-        refuse_if(self._snapshots.no_room(self._write.store))
+        refuse_if(following.snapshots.no_room(self._write.store))
         with random_state_kept():  # making the module draws its first parameters
             reason = rebuild.why_not_rebuildable(pl_module)
         if reason:
             warnings.warn(reason, UserWarning, stacklevel=2)
+        self._following = following
 
     # ---- while training
 
+    @costs_no_training
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep what the step will see."""
-        ids = self._tap.next_ids()
-        try:
-            leaves, structure = batches.flatten(batch)
-            size = batches.batch_size(leaves)
-        except RunError as error:
-            raise RecordingRefused(str(error)) from error
-        if size != len(ids):
-            raise RecordingRefused(
-                f"The sampler gave {len(ids)} samples but the batch has {size} rows: the collate_fn must make one row "
-                "a sample, in order."
-            )
-        if self._begun and structure != self._structure:
-            raise RunError(
-                f"The batch of step {self._write.own.n_steps} is built otherwise than the first one: "
-                f"{batches.first_difference(self._structure, structure)}."
-            )
-        rows.refuse_transfer(trainer, self._tap.take_first())
-        self._structure = structure
-        leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-        contents = self._write.own.content_ids(leaves)
-        if self._identity is not None:
-            self._identity.check(self._tap.dataset, ids, contents)
-        if not self._begun:
-            self._foreign = refusals.foreign_random_state()
-        self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
+        if self._put_off is not None:
+            self._raise_what_was_put_off()
+        self._follow.batch_starts(batch)
 
+    @costs_no_training
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """The batch has a gradient now; see whether its forward pass drew random numbers."""
-        if not self._begun and self._foreign != refusals.foreign_random_state():
-            refuse_if(
-                "training_step draws random numbers from Python, NumPy or the GPU, which are not recorded: draw them with "
-                "torch on the CPU or in the data set, or switch dropout off on a GPU"
-            )
-        batch = self._seen[-1]
-        batch.counts = True
-        batch.random = not torch.equal(batch.rng, torch.get_rng_state())
+        """The batch has a gradient now."""
+        self._follow.has_gradient()
 
+    @costs_no_training
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Keep the parameters and hyper-parameters of the step; check the first ones, and some later, against F."""
-        if not self._optimizer.has_gradient():
-            self._seen = []  # training_step returned None: torch.optim leaves everything as it is
-            return
-        # A batch whose training_step returned None has no part in the step.
-        self._seen = [batch for batch in self._seen if batch.counts]
-        number = self._write.own.n_steps
-        groups = self._optimizer.hyperparameters(number)
-        self._look(trainer, pl_module, number, groups)
-        self._pending = {
-            "sample_ids": [sample for batch in self._seen for sample in batch.ids],
-            "contents": [number for batch in self._seen for number in batch.contents],
-            "weights": self._assembly.weights(self._seen),
-            "groups": groups,
-            "sizes": [len(batch.ids) for batch in self._seen],
-            "rng": [batch.rng if batch.random else None for batch in self._seen],
-        }
+        """Look at the step."""
+        self._follow.step_starts()
 
+    @costs_no_training
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is done."""
-        if self._pending is not None:
-            self._write.own.add_step(**self._pending)
-            self._pending = None
-            self._seen = []
+        self._follow.step_ends()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write what is recorded so far, and into the checkpoint where that is."""
-        number = self._write.own.n_steps
-        if self._pending is not None or not number:  # within a step, or before the first
+        number, following = self._write.own.n_steps, self._following
+        if following is None or following.ended or following.within_step or not number:
             return
-        if self._begun:
-            self._write.checkpoint()
+        if following.begun:
+            try:
+                self._write.checkpoint()
+            except Exception as error:  # it costs no checkpoint
+                self._put_off = error
+                return
         if self._write.main is not None:
-            state = resume.fingerprint(self._optimizer.state())
-            Place(self._write.main.header["run_id"], number, state, self._optimizer.with_gradient).save(checkpoint)
+            state = resume.fingerprint(following.optimizer.state())
+            Place(self._write.main.header["run_id"], number, state, following.optimizer.with_gradient).save(checkpoint)
 
     # ---- after training
 
+    @costs_no_training
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the final parameters and the manifest."""
-        if not self._begun and not self._left_open:
+        if self._put_off is not None:
+            self._raise_what_was_put_off()
+        if not self._follow.begun and not self._left_open:
             warnings.warn("No optimizer step was taken, so no run was recorded.", UserWarning, stacklevel=2)
             return
-        self._finish(trainer, pl_module, stopped=None)
+        if self.recording or self._left_open or self._write.processes > 1:
+            self._finish(trainer, pl_module, stopped=None)
 
+    @costs_no_training
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish a record whose training was killed after its last step and has none left to take."""
         if self._left_open:
             self._finish(trainer, pl_module, stopped=None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """After Ctrl-C the run of one process is kept up to its last whole step; after an error it stays unfinished."""
+        """The run of one process is kept up to its last whole step; what several have recorded, ``repair`` makes a run."""
         self._tap.remove()
         if self._writers is None:
             return
         try:
-            interrupted = isinstance(exception, KeyboardInterrupt) and self._writers.processes == 1
-            if interrupted and self._begun and self._writers.own.n_steps:
-                self._finish(trainer, pl_module, stopped="interrupted")
+            if self.recording and self._writers.processes == 1 and self._writers.own.n_steps:
+                interrupted = isinstance(exception, KeyboardInterrupt)
+                reason = None if interrupted else in_words(exception)
+                self._finish(trainer, pl_module, "interrupted" if interrupted else "error", reason)
+        except Exception as error:  # the training's own exception is the one to be seen
+            self._writers.end(in_words(error))
         finally:
             self._writers.release()
+
+    # ---- how the record ends before its training (see ``ending``)
+
+    @property
+    def recording(self) -> bool:
+        """Whether steps are being recorded."""
+        return self._following is not None and self._following.begun and not self._following.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether the record has ended before its training."""
+        return self._following is not None and self._following.ended
+
+    def end(self, error: Exception, within_step: bool) -> None:
+        """End the record at its last whole step, and tell why."""
+        main = self._write.main
+        finite = main.snapshots[-1] if isinstance(error, NotFinite) and main is not None else None
+        kept = self._write.end(in_words(error), finite)
+        self._follow.end(within_step)
+        warn_that_it_ended(error, self._write.store, kept, self._write.processes > 1)
+
+    def refused(self, refusal: RecordingRefused) -> None:
+        """Let nobody open what turned out to be no record of this training."""
+        if self.recording:
+            self._follow.end(within_step=False)
+            self._write.refuse(str(refusal))
+
+    def _raise_what_was_put_off(self) -> None:
+        error, self._put_off = self._put_off, None
+        if error is not None:
+            raise error
 
     # ---- parts of the above
 
@@ -257,44 +249,17 @@ class TrajectoryRecorder(Callback):
         assert self._writers is not None
         return self._writers
 
-    def _look(self, trainer: Any, pl_module: Any, number: int, groups: list[dict[str, Any]]) -> None:
-        """Keep and check what is due in step ``number``; the first one begins the record."""
-        main = self._write.main
-        if not self._begun:
-            self._checks = Checks(pl_module, self._write.processes, number, self._optimizer.state())
-        size = sum(len(batch.ids) for batch in self._seen)
-        compare = self._checks.due(number, size, trainer.current_epoch, trainer.is_last_batch)
-        taken = main is not None and number in main.snapshots  # by what this training resumes
-        keep = not taken and (not self._begun or self._snapshots.due(number))
-        if not (compare or keep or self._checks.followed is not None):
-            return
-        started = time.perf_counter()
-        theta = self._optimizer.parameters()
-        self._checks.parameters(number, theta, pl_module)
-        if compare:
-            with random_state_kept():
-                self._compare(trainer, pl_module, number, groups, theta)
-        if keep and main is not None:
-            main.add_state(number, theta)
-            self._snapshots.taken(time.perf_counter() - started)
-        else:
-            check_finite(theta, number)  # as add_state does, so that all processes stop together
+    @property
+    def _follow(self) -> Following:
+        assert self._following is not None
+        return self._following
 
-    def _compare(self, trainer: Any, pl_module: Any, number: int, groups: list[dict[str, Any]], theta: Tensor) -> None:
-        everyone = ranks.gather(self._seen, self._write.processes)
-        if not self._begun:
-            seen = (self._structure, theta, groups, everyone, number, self.batch_norm)
-            self._assembly, header = understand(trainer, pl_module, self._optimizer, *seen)
-            header["n_samples"] = self._tap.n_samples
-            if self.mixed_rows == rows.AS_THEY_ARE:
-                header["loss"]["mixed_rows"] = self.mixed_rows
-            self._write.begin(trainer, pl_module, header, self._place, self.overwrite)
-            self._begun, self._left_open = True, False
-        step = self._assembly.step(groups, everyone)
-        self._checks.gradient(number, self._optimizer.state(), step, self._optimizer.gradient(number))
-
-    def _finish(self, trainer: Any, pl_module: Any, stopped: str | None) -> None:
+    def _finish(self, trainer: Any, pl_module: Any, stopped: str | None, reason: str | None = None) -> None:
+        theta: Tensor | None = None
         # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-        known = self._begun and self._pending is None and self._write.main is not None
-        self._begun = self._left_open = False
-        self._write.finish(trainer, pl_module, self._optimizer.parameters() if known else None, stopped)
+        if self.recording and not self._follow.within_step and self._write.main is not None:
+            theta = self._follow.optimizer.parameters()
+        self._left_open = False
+        self._write.finish(trainer, pl_module, theta, stopped, reason)
+        if self._following is not None:
+            self._following.end(within_step=False)

@@ -61,7 +61,7 @@ def take_up(store: Store, place: Place, main: RunWriter | None, own: RunWriter, 
     """Set the writers of this process to where the checkpoint was written; nothing in the store changes yet.
 
     Returns:
-        Whether the record there is unfinished.
+        Whether the record there is not that of a whole training yet.
 
     Raises:
         RecordingRefused: the checkpoint and the record do not belong together.
@@ -78,7 +78,7 @@ def take_up(store: Store, place: Place, main: RunWriter | None, own: RunWriter, 
             f"the checkpoint was written after step {place.n_steps}, but {own.store} has a record up to step {own.n_steps} "
             "only: resume from an earlier checkpoint"
         )
-    return bool(held["status"] != "complete")
+    return bool(held["status"] != "complete" or held.get("stopped"))
 
 
 def go_on(main: RunWriter | None, own: RunWriter, header: dict[str, Any]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from lightning_acc.core import rebuild
 from lightning_acc.errors import RunError
+from lightning_acc.record import lock
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.lock import Lock
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import RunWriter
-from lightning_acc.recorder import description, ranks, resume, validation
+from lightning_acc.recorder import description, ranks, resume
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.resume import Place
 
@@ -39,6 +41,8 @@ class Writers:
         alone = self.main if self.processes == 1 else None
         self.own = alone or RunWriter(ranks.part_of(self.store, trainer.global_rank))
         self._lock: Lock | None = None
+        self._end: int | None = None
+        """Steps of a record that has ended before its training."""
 
     def claim(self, trainer: Any, place: Place | None, overwrite: bool) -> bool:
         """Take the directory for this training, and decide what becomes of a run that is already there.
@@ -64,9 +68,12 @@ class Writers:
             reason = trainer.strategy.broadcast(reason)
         if reason:
             raise RecordingRefused(reason)
+        own, others = manifests.own_files(self.store)
         if not self.store.exists(manifests.NAME):
-            if self.store.exists() and self.store.names("parameters"):
-                raise RecordingRefused(f"{self.store} holds files of another kind: choose another directory.")
+            if own := [name for name in own if name != lock.NAME]:  # by their names
+                raise RecordingRefused(
+                    f"{self.store} holds {_some(own)}, which would be written over, and no run: choose another directory."
+                )
             if place is not None:
                 refuse_if(f"the checkpoint continues the record {place.run_id}, which is not in {self.store}")
         elif place is not None:
@@ -76,7 +83,25 @@ class Writers:
                 f"{self.store} already holds a run: choose another directory, delete it, pass overwrite=True, or resume it "
                 "with trainer.fit(..., ckpt_path=...) from a checkpoint written beside it."
             )
+        else:
+            self._may_be_replaced(others)
         return False
+
+    def _may_be_replaced(self, others: list[str]) -> None:
+        """Refuse to delete a directory that is no run, or not only a run.
+
+        Raises:
+            RecordingRefused: it is none, or holds ``others``, which are not of a run.
+        """
+        if others:
+            raise RecordingRefused(
+                f"{self.store} holds more than a run, and overwrite=True deletes nothing else: {_some(others)}. "
+                "Move that away, or choose another directory."
+            )
+        try:
+            manifests.identify(self.store)
+        except RunError as error:
+            raise RecordingRefused(f"overwrite=True deletes runs alone, and this is none that can be read: {error}") from error
 
     def release(self) -> None:
         """Let other trainings have the directory; what is being written is written first."""
@@ -99,17 +124,17 @@ class Writers:
             rebuild.LIVE[place.run_id] = module
             return
         if self.own is not self.main:
-            self.own.store.remove()
+            manifests.remove_run(self.own.store)
             self.own.begin({"batch_structure": header["batch_structure"]})
         if self.main is None:
             return
         if overwrite:
-            self.main.store.remove(*manifests.RUN_FILES)
+            manifests.remove_run(self.main.store)
         self.main.begin({"run_id": self._lock.run_id, **header} if self._lock else header)
         rebuild.LIVE[self.main.header["run_id"]] = module
         description.write_frozen(self.main, module)
         description.write_sample_info(self.main, trainer)
-        validation.write_queries(self.main, trainer)
+        description.write_queries(self.main, trainer)
 
     def checkpoint(self) -> None:
         """Write what is recorded so far, so that a resumed training can go on from here."""
@@ -117,7 +142,7 @@ class Writers:
         if self.main is not None and self.main is not self.own:
             self.main.checkpoint()
 
-    def finish(self, trainer: Any, module: Any, theta: Tensor | None, stopped: str | None) -> None:
+    def finish(self, trainer: Any, module: Any, theta: Tensor | None, stopped: str | None, reason: str | None = None) -> None:
         """Write the rest, and let the record be a run.
 
         Args:
@@ -125,16 +150,71 @@ class Writers:
             module: the LightningModule.
             theta: the final parameters (p,), where they are known.
             stopped: why the training ended before its time.
+            reason: the same in words.
+
+        Raises:
+            RunError: something could not be written; what was before is there.
         """
+        failed: list[Exception] = []
+        facts = {"stopped": stopped, **({"reason": reason} if reason else {})}
         if self.own is not self.main:
-            self.own.finish()
+            _attempt(failed, self.own.finish if self._end is None else lambda: self.own.seal(self._end or 0))
             trainer.strategy.barrier("recorded")
         if self.main is not None:
-            if theta is not None and self.own.n_steps not in self.main.snapshots:
-                self.main.add_state(self.own.n_steps, theta)
-            description.write_frozen(self.main, module)  # again, for running statistics have moved
-            if self.own is not self.main:
-                ranks.merge(self.main, self.processes)
-            self.main.finish(stopped=stopped)
+            _attempt(failed, lambda: self._finish_main(module, theta, facts))
         if self.own is not self.main:
             trainer.strategy.barrier("merged")
+        if failed:
+            raise failed[0]
+
+    def _finish_main(self, module: Any, theta: Tensor | None, facts: dict[str, Any]) -> None:
+        assert self.main is not None
+        if theta is not None and self.own.n_steps not in self.main.snapshots:
+            self.main.add_state(self.own.n_steps, theta)
+        self.main.wait()
+        description.write_frozen(self.main, module)  # again, for running statistics have moved
+        if self.own is self.main:
+            self.main.finish(**facts)
+        else:
+            n_steps = ranks.merge(self.main, self.processes, self._end)
+            self.main.finish(n_steps, **facts)
+            ranks.remove_parts(self.store)
+
+    def end(self, reason: str, at: int | None = None) -> int:
+        """Let what is recorded by now be a run, as far as it can be written, and return of how many steps.
+
+        Args:
+            reason: why, in words.
+            at: the steps before this one alone; None: all.
+        """
+        with contextlib.suppress(Exception):  # what failed may fail again; what was written before is there
+            self.own.flush()
+        for writer in (self.own, self.main):
+            if writer is not None:
+                with contextlib.suppress(Exception):
+                    writer.wait()
+        self._end = min(self.own.written(), self.own.n_steps if at is None else at)
+        if self._end and self.own is self.main:
+            try:
+                self.own.seal(self._end, stopped="error", reason=reason)
+            except RunError:
+                return 0
+        return self._end
+
+    def refuse(self, reason: str) -> None:
+        """Let nobody take for a run what turned out not to be one."""
+        if self.main is not None and self.main.header:
+            with contextlib.suppress(RunError):
+                self.main.wait()
+                self.main.refuse(reason)
+
+
+def _attempt(failed: list[Exception], call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception as error:
+        failed.append(error)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

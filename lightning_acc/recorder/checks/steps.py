@@ -64,7 +64,7 @@ class Checks:
         new_size = self._alone and size not in self._sizes and len(self._sizes) < CHECKED_SIZES
         self._sizes.add(size)
         first, self._epoch = epoch != self._epoch, epoch
-        self._strict = self._early(number) or new_size
+        self._strict = self.early(number) or new_size
         if self._strict:
             return True
         late = (first or last) and epoch & (epoch - 1) == 0
@@ -127,11 +127,12 @@ class Checks:
         self.followed = number
         self._before = theta
         # At first F goes all the way by itself; later it starts from the optimizer's slots and the training's gradient.
-        if not self._early(number):
+        if not self.early(number):
             self._replayed, self._roundoff = state, RoundOff(state)
-        followed = step.gradient(self._replayed[0]) if self._early(number) else gradient
+        followed = step.gradient(self._replayed[0]) if self.early(number) else gradient
         self._roundoff.advance(step, self._replayed, followed)
         self._replayed = step.update(self._replayed, followed)
 
-    def _early(self, number: int) -> bool:
+    def early(self, number: int) -> bool:
+        """Whether step ``number`` is one of the first, which are all compared."""
         return number < self._start + CHECKED_STEPS

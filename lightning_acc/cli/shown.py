@@ -1,0 +1,23 @@
+"""What a command prints of a table of scores."""
+
+from __future__ import annotations
+
+from lightning_acc.scoring.scores import Scores
+
+
+def shown(scores: Scores, top: int) -> str:
+    """The table in words: what it is and how far it holds, what it cost, and the ``top`` most harmful removals."""
+    c = scores.conditions
+    lines = []
+    if c["reused"]:
+        lines.append(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
+    lines.append(f"{scores}\n{c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
+    table = scores.table
+    sizes = [f" ({len(removal)} samples)" if removal in scores.names else "" for removal in scores.removals]
+    labels = [label + size for label, size in zip(scores.labels, sizes, strict=True)]
+    rows = zip(*(table[name].to_pylist() for name in ("rank", "score", "source", "estimate")), labels, strict=True)
+    lines.append("most harmful first:" if len(scores) else "no removals")
+    for place, value, source, estimate, label in sorted(rows)[:top]:
+        true = "" if source == "estimate" or c["method"] == source else f"  (by retraining; estimated {estimate:+.3e})"
+        lines.append(f"{place:6d}  {value:+.3e}  {label}{true}")
+    return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""``Following``: sees the steps of one training, has what is due checked, and hands them to the writers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RunError
+from lightning_acc.record import batches
+from lightning_acc.record.writer import SeenStep, check_finite
+from lightning_acc.recorder import ranks
+from lightning_acc.recorder.beginning import Assembly, understand
+from lightning_acc.recorder.checks import refusals, rows
+from lightning_acc.recorder.checks.identity import Identity
+from lightning_acc.recorder.checks.randomness import random_state_kept
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.steps import Checks
+from lightning_acc.recorder.loader import SampleTap
+from lightning_acc.recorder.optimizer import TrainedOptimizer
+from lightning_acc.recorder.ranks import SeenBatch
+from lightning_acc.recorder.resume import Place
+from lightning_acc.recorder.snapshots import Snapshots
+from lightning_acc.recorder.writers import Writers
+
+if TYPE_CHECKING:
+    from lightning_acc.recorder.recorder import TrajectoryRecorder
+
+
+class Following:
+    """One training, step by step.
+
+    Args:
+        trainer: the Lightning trainer.
+        module: the LightningModule.
+        options: the recorder, whose arguments say how.
+        tap: tells the samples of each batch.
+        write: the writers of this process.
+        place: where in a record a resumed training goes on.
+
+    Attributes:
+        begun: whether the record has its first step, so that the loss and the update are understood.
+        ended: whether it has ended before the training.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        options: TrajectoryRecorder,
+        tap: SampleTap,
+        write: Writers,
+        place: Place | None,
+    ) -> None:
+        self.begun = self.ended = False
+        self.optimizer = TrainedOptimizer(trainer, module)
+        if place is not None:
+            self.optimizer.with_gradient = place.with_gradient
+        self.snapshots = Snapshots(
+            options.parameters, self.optimizer.parameter_bytes, trainer.estimated_stepping_batches, options.budget_gb * 2**30
+        )
+        self._trainer, self._module, self._options = trainer, module, options
+        self._tap, self._write, self._place = tap, write, place
+        self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs else None
+        self._structure: batches.Structure = {}
+        self._seen: list[SeenBatch] = []
+        self._step: SeenStep | None = None
+        self._within = False
+        self._number = 0
+        """The step that is next, in a training whose record has ended."""
+
+    @property
+    def within_step(self) -> bool:
+        """Whether the optimizer is about to step, or has, and the step is not recorded yet."""
+        return self._within
+
+    def batch_starts(self, batch: Any) -> None:
+        """Keep what the step will see."""
+        ids = self._tap.next_ids()
+        first = self._tap.take_first()
+        if self.ended:
+            return
+        try:
+            leaves, structure = batches.flatten(batch)
+            size = batches.batch_size(leaves)
+        except RunError as error:
+            raise RecordingRefused(str(error)) from error
+        if size != len(ids):
+            raise RecordingRefused(
+                f"The sampler gave {len(ids)} samples but the batch has {size} rows: the collate_fn must make one row "
+                "a sample, in order."
+            )
+        if self.begun and structure != self._structure:
+            raise RecordingRefused(
+                f"The batch of step {self._write.own.n_steps} is built otherwise than the first one: "
+                f"{batches.first_difference(self._structure, structure)}."
+            )
+        rows.refuse_transfer(self._trainer, first)
+        self._structure = structure
+        leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
+        contents = self._write.own.content_ids(leaves)
+        if self._identity is not None:
+            self._identity.check(self._tap.dataset, ids, contents)
+        if not self.begun:
+            self._foreign = refusals.foreign_random_state()
+        self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
+
+    def has_gradient(self) -> None:
+        """The batch has a gradient now; see whether its forward pass drew random numbers."""
+        if self.ended:
+            return
+        if not self.begun and self._foreign != refusals.foreign_random_state():
+            refuse_if(
+                "training_step draws random numbers from Python, NumPy or the GPU, which are not recorded: draw them with "
+                "torch on the CPU or in the data set, or switch dropout off on a GPU"
+            )
+        batch = self._seen[-1]
+        batch.counts = True
+        batch.random = not torch.equal(batch.rng, torch.get_rng_state())
+
+    def step_starts(self) -> None:
+        """Keep the parameters and hyper-parameters of the step; check the first ones, and some later, against F."""
+        if not self.optimizer.has_gradient():
+            self._seen = []  # training_step returned None: torch.optim leaves everything as it is
+            return
+        if self.ended:
+            self._within = True
+            if self._due(self._number, 0):  # the other processes wait for what this one saw
+                with contextlib.suppress(RunError):
+                    ranks.gather(None, self._write.processes)
+            return
+        # A batch whose training_step returned None has no part in the step.
+        self._seen = [batch for batch in self._seen if batch.counts]
+        number = self._write.own.n_steps
+        groups = self.optimizer.hyperparameters(number)
+        self._look(number, groups)
+        self._step = {
+            "sample_ids": [sample for batch in self._seen for sample in batch.ids],
+            "contents": [number for batch in self._seen for number in batch.contents],
+            "weights": self._assembly.weights(self._seen),
+            "groups": groups,
+            "sizes": [len(batch.ids) for batch in self._seen],
+            "rng": [batch.rng if batch.random else None for batch in self._seen],
+        }
+        self._within = True
+
+    def step_ends(self) -> None:
+        """The step is done."""
+        if not self._within:
+            return
+        step, self._step, self._within = self._step, None, False
+        self._seen = []
+        self._number += 1
+        if step is not None:
+            self._write.own.add_step(step)
+
+    def end(self, within_step: bool) -> None:
+        """Record no more; in the middle of a step, or after one."""
+        self._number = self._write.own.n_steps
+        self._step, self._within = None, within_step
+        self._seen, self.ended = [], True
+
+    def _due(self, number: int, size: int) -> bool:
+        """Whether all processes compare the step."""
+        return self._checks.due(number, size, self._trainer.current_epoch, self._trainer.is_last_batch)
+
+    def _look(self, number: int, groups: list[dict[str, Any]]) -> None:
+        """Keep and check what is due in step ``number``; the first one begins the record."""
+        main = self._write.main
+        if not self.begun:
+            self._checks = Checks(self._module, self._write.processes, number, self.optimizer.state())
+        compare = self._due(number, sum(len(batch.ids) for batch in self._seen))
+        taken = main is not None and number in main.snapshots  # by what this training resumes
+        keep = not taken and (not self.begun or self.snapshots.due(number))
+        if not (compare or keep or self._checks.followed is not None):
+            return
+        started = time.perf_counter()
+        theta = self.optimizer.parameters()
+        if not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
+            check_finite(theta, number, self.optimizer.gradient(number) if compare else None)
+        self._checks.parameters(number, theta, self._module)
+        if compare:
+            with random_state_kept():
+                self._compare(number, groups, theta)
+        if keep and main is not None:
+            main.add_state(number, theta)
+            self.snapshots.taken(time.perf_counter() - started)
+        else:
+            check_finite(theta, number)  # as add_state does, so that all processes stop together
+
+    def _compare(self, number: int, groups: list[dict[str, Any]], theta: Tensor) -> None:
+        everyone = ranks.gather(self._seen, self._write.processes)
+        if not self.begun:
+            self._begin(number, groups, everyone, theta)
+        step = self._assembly.step(groups, everyone)
+        self._checks.gradient(number, self.optimizer.state(), step, self.optimizer.gradient(number))
+
+    def _begin(self, number: int, groups: list[dict[str, Any]], everyone: list[SeenBatch], theta: Tensor) -> None:
+        options = self._options
+        seen = (self._structure, theta, groups, everyone, number, options.batch_norm)
+        self._assembly: Assembly
+        self._assembly, header = understand(self._trainer, self._module, self.optimizer, *seen)
+        header["n_samples"] = self._tap.n_samples
+        if options.mixed_rows == rows.AS_THEY_ARE:
+            header["loss"]["mixed_rows"] = options.mixed_rows
+        self._write.begin(self._trainer, self._module, header, self._place, options.overwrite)
+        self.begun = True
