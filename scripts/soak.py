@@ -1,9 +1,11 @@
-"""Random kills of workers and drivers for some minutes: every round must end with the scores of an undisturbed run.
+"""Random kills of trainings, workers and drivers: what is left must be whole, and end as if nothing had been.
 
-    scripts/soak 5
+    scripts/soak 5 --recordings 20 --drivers 20
 
-A round scores a run anew on a local Ray cluster. All the while workers are killed at random, and now and then the driver,
-which is started again until it is done. Then scores are compared to the last bit, and nothing may be missing or there twice.
+First trainings are killed while they are recorded: the steps that are there must pass their audit, and be those of all but
+the last seconds. Then, for some minutes and until so many drivers were killed, a run is scored round after round, by turns on
+a Ray cluster and on a Ray of the driver's own. All the while workers are killed at random, and now and then the driver, which
+is started again until it is done. Scores are compared to the last bit, and nothing may be missing or there twice.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ WORKERS = "LIGHTNING_ACC_SOAK"
 """Environment variable: a folder with a file for every worker at work, named by its process id."""
 SECONDS_BETWEEN_KILLS, DRIVERS = (0.3, 3.0), 0.1
 """How long a worker is left in peace, and how often it is the driver that is killed."""
+SECONDS_OF_RECORDING = (0.5, 9.0)
+"""How long a training is recorded before it is killed."""
 
 
 def noted(job: Any, removals: Any, progress: Callable[[float], None], replay: Any = None) -> work.Result:
@@ -61,14 +65,56 @@ def drive(path: str, address: str) -> None:
     la.score(path, "loo", ray_address=address, progress=False, check=0)
 
 
-def record(path: Path) -> la.Run:
+def record(path: Path, *callbacks: pl.Callback, max_epochs: int = 3) -> la.Run:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     pl.seed_everything(0, verbose=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=[la.TrajectoryRecorder(path)], **quiet)
+    trainer = pl.Trainer(max_epochs=max_epochs, accelerator="cpu", callbacks=[la.TrajectoryRecorder(path), *callbacks], **quiet)
     trainer.fit(Classifier(64, 10, (8,)), datamodule=DigitsDataModule(n_train=N, batch_size=50))
     return la.Run(path)
+
+
+class Slowly(pl.Callback):
+    """Writes down, by the clock, how many steps were taken."""
+
+    def __init__(self, note: Path) -> None:
+        self.note = note
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        with self.note.open("a") as file:
+            file.write(f"{trainer.global_step} {time.time()}\n")
+        time.sleep(0.002)
+
+
+def train_on(path: Path) -> None:
+    """Trains and is recorded until it is killed."""
+    record(path / "run", Slowly(path / "steps"), max_epochs=100_000)
+
+
+def kill_recordings(times: int) -> None:
+    """Kill so many trainings at random moments, and hold what is left of each against what it had done."""
+    lost = []
+    for turn in range(times):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory)
+            training = subprocess.Popen([sys.executable, __file__, "--train", directory], stderr=subprocess.DEVNULL)
+            while not (path / "steps").exists():
+                time.sleep(0.05)
+            time.sleep(random.uniform(*SECONDS_OF_RECORDING))
+            training.kill()
+            killed = time.time()
+            training.wait()
+            taken = [line.split() for line in (path / "steps").read_text().splitlines() if line.count(" ") == 1]
+            run = la.Run(path / "run", partial=True)
+            if not run.audit().ok:
+                raise SystemExit(f"killed training {turn}: {run.audit()}")
+            lost.append(killed - next(float(when) for step, when in taken if int(step) == run.n_steps))
+            print(
+                f"training killed after {len(taken)} steps: {run.n_steps} are there, up to {lost[-1]:.1f} s before", flush=True
+            )
+    if lost:
+        print(f"{times} trainings killed: all records pass their audit, at most {max(lost):.1f} s are lost")
 
 
 def a_round(run: la.Run, address: str, workers: Path, killed: Counter[str]) -> dict[tuple[int, ...], float]:
@@ -81,11 +127,14 @@ def a_round(run: la.Run, address: str, workers: Path, killed: Counter[str]) -> d
             try:
                 while driver.poll() is None:
                     time.sleep(random.uniform(*SECONDS_BETWEEN_KILLS))
-                    while not (victims := [int(note.name) for note in workers.iterdir()]) and driver.poll() is None:
+                    while not any(workers.iterdir()) and driver.poll() is None:
                         time.sleep(0.02)
+                    time.sleep(random.uniform(0, 1))  # struck in the midst of its work, or some would never get any done
+                    victims = [int(note.name) for note in workers.iterdir()]
                     if victims and random.random() < DRIVERS:
                         driver.kill()
                         killed["driver"] += 1
+                        killed["driver of its own Ray"] += address == "local"
                     elif victims:
                         kill(random.choice(victims), workers, killed)
             finally:
@@ -108,8 +157,9 @@ def kill(worker: int, workers: Path, killed: Counter[str]) -> None:
     killed["worker"] += 1
 
 
-def main(minutes: float) -> None:
+def main(minutes: float, recordings: int = 0, drivers: int = 0) -> None:
     torch.set_num_threads(1)
+    kill_recordings(recordings)
     memory.LARGEST_CHUNK = CHUNK
     ends = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as directory:
@@ -124,14 +174,19 @@ def main(minutes: float) -> None:
         killed: Counter[str] = Counter()
         rounds = 0
         try:
-            while not rounds or time.monotonic() < ends:
-                found = a_round(run, ray.get_runtime_context().gcs_address, workers, killed)
+            cluster_address = ray.get_runtime_context().gcs_address
+            while not rounds or time.monotonic() < ends or killed["driver"] < drivers:
+                found = a_round(run, "local" if rounds % 2 else cluster_address, workers, killed)
                 if sorted(found) != sorted(expected.removals):
                     raise SystemExit(f"round {rounds}: removals are missing: {len(found)} of {N}")
                 if not np.array_equal([found[removal] for removal in expected.removals], expected.values):
                     raise SystemExit(f"round {rounds}: the scores are others than those of the undisturbed run")
                 rounds += 1
-                print(f"round {rounds}: {killed['worker']} workers and {killed['driver']} drivers killed so far", flush=True)
+                print(
+                    f"round {rounds}: {killed['worker']} workers and {killed['driver']} drivers killed so far, "
+                    f"{killed['driver of its own Ray']} of these with a Ray of their own",
+                    flush=True,
+                )
         finally:
             ray.shutdown()
     print(f"all {rounds} rounds equal to the undisturbed run")
@@ -140,9 +195,14 @@ def main(minutes: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("minutes", nargs="?", type=float, default=5.0)
+    parser.add_argument("--recordings", type=int, default=20, help="how many trainings to kill")
+    parser.add_argument("--drivers", type=int, default=0, help="how many drivers to kill at least")
     parser.add_argument("--drive", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.drive:
         drive(*options.drive)
+    elif options.train:
+        train_on(options.train)
     else:
-        main(options.minutes)
+        main(options.minutes, options.recordings, options.drivers)

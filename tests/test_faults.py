@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from problems import data, make, record
 import lightning_acc as la
 from lightning_acc.methods import memory
 from lightning_acc.scoring import score as scoring
+from lightning_acc.scoring.worker import work_in_steps
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -97,6 +99,14 @@ def test_a_repeated_command_computes_nothing_and_starts_no_workers(run: la.Run, 
     own = la.Query("own", run.query("val").batches and [data(n=5).tensors], lambda module, batch: module.net(batch[0])[:, 0])
     for _ in range(2):  # a function may have changed under its name
         assert la.score(run, "loo", [1, 2], own, ray_address=None, check=0).conditions["reused"] == 0
+
+
+def test_a_worker_is_heard_before_it_unpacks() -> None:
+    """So that one that hangs there, importing what it was sent, counts as hung like any other."""
+    messages = work_in_steps(b"no pickle", None, [], 0.0)
+    assert next(messages) == 0.0
+    with pytest.raises(pickle.UnpicklingError):
+        next(messages)
 
 
 SCRIPT = """

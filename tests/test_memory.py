@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,16 @@ def test_what_was_divided_is_the_same(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(scoring, "compute", small)
     assert la.score(run, "loo", ray_address=None, check=0, save=False).values == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_temporary_file_that_has_no_room_is_named_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    (row,) = [row for row in la.plan(run, ray_address=None).table.to_pylist() if row["method"] == "acc-low-rank"]
+    scratch = run.n_steps * run.n_parameters * 8
+    assert row["disk_gb"] * 2**30 > scratch
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=scratch - 1))
+    with pytest.raises(la.RequestError, match=rf"each of the {run.n_steps} steps, .* in a temporary file, but .* TMPDIR"):
+        la.score(run, "acc-low-rank", ray_address=None, check=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from problems import make, record
 
 import lightning_acc as la
-from lightning_acc.scoring import shards
+from lightning_acc.methods import memory
+from lightning_acc.scoring import score as scoring
+from lightning_acc.scoring import scores, shards
 
 CONDITIONS: dict[str, Any] = {
     "manifest_hash": "a",
@@ -46,3 +49,23 @@ def test_scores_of_one_precision_are_not_taken_for_those_of_the_other(tmp_path: 
         assert found.conditions["reused"] == reused
         assert found.conditions["dtype"] == dtype
         assert np.array_equal(found.values, fresh[dtype])
+
+
+def test_shards_that_are_removed_while_scoring_are_missed_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGEST_CHUNK", 4)
+    run = record(tmp_path / "run", make(hidden=4))
+    undisturbed = la.score(run, "loo", ray_address=None, save=False, check=0)
+    honest, pieces = scoring.compute, []
+
+    def disturbed(*arguments: Any) -> Any:
+        pieces.append(arguments[1])
+        if len(pieces) == 4:
+            shutil.rmtree(tmp_path / "run/shards")
+        return honest(*arguments)
+
+    monkeypatch.setattr(scoring, "compute", disturbed)
+    found = la.score(run, "loo", ray_address=None, check=0)
+    assert len(pieces) == 6
+    stored = scores.read(run.store, "loo")
+    for table in (found, stored):
+        assert table.by_removal() == undisturbed.by_removal()

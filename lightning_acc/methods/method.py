@@ -117,6 +117,10 @@ class Method(ABC):
         middle = len(piece) // 2
         return [piece[:middle], piece[middle:]] if middle else [piece]
 
+    def scratch_bytes(self, replay: Replay) -> int:
+        """Of the temporary files of a piece."""
+        return 0
+
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """What a reader of the scores must know, given the details of all pieces."""
         return []

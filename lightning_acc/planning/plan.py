@@ -61,10 +61,10 @@ class Plan:
 
     Attributes:
         table: one row per method: ``method``, ``readout``, ``n`` (removals), ``seconds`` (of waiting, with the workers there
-            are), ``work_seconds`` (of one thread), ``peak_memory_gb`` (of one process), ``disk_gb`` (the stored table),
-            ``chunks`` and ``check_seconds`` (what it takes besides to retrain without 48 removals, by which a table is
-            checked; 0 for the truth). The numbers of a method that cannot be used on this run are null; the recommendation
-            says why.
+            are), ``work_seconds`` (of one thread), ``peak_memory_gb`` (of one process), ``disk_gb`` (the stored table and
+            temporary files), ``chunks`` and ``check_seconds`` (what it takes besides to retrain without 48 removals, by which
+            a table is checked; 0 for the truth). The numbers of a method that cannot be used on this run are null; the
+            recommendation says why.
         recommendation: what to do, in a sentence or two.
     """
 
@@ -190,6 +190,7 @@ def plan(
     for name, method in METHODS.items():
         row: dict[str, Any] = {"method": name, "readout": method.readout, "n": n, "disk_gb": disk / 2**30}
         if name in costs:
+            row["disk_gb"] += method.scratch_bytes(calibration.replay) / 2**30
             cost = costs[name]
             count = len(cost.chunks(n))
             base = min(resident, WORKER_BYTES + _run_bytes(run)) if resources.farmed_out(count) else resident

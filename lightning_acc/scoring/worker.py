@@ -24,7 +24,7 @@ class Done:
 def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float) -> Iterator[Any]:
     """In a worker, after a pause: yields the fraction done now and then, and the result at last."""
     time.sleep(pause)
-
+    yield 0.0  # it has begun: from here on it counts as hung where it is not heard, also while it unpacks
     sys.path.extend(entry for entry in path if entry not in sys.path)
     work, job = pickle.loads(shared)
     messages: queue.Queue[Any] = queue.Queue()
@@ -35,7 +35,6 @@ def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float) -> I
         except BaseException as error:
             messages.put(error)
 
-    yield 0.0
     threading.Thread(target=run, daemon=True).start()
     reported = time.monotonic()
     while True:

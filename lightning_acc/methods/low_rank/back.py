@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from lightning_acc.core.optimizers import State
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay, Tape
 from lightning_acc.core.step import Point, Step
+from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.rules import AdjointSgdIe
 
@@ -56,6 +58,11 @@ class AdjointGammas(AdjointSgdIe):
         self.gammas[self._t] = gamma
 
 
+def scratch_bytes(replay: Replay) -> int:
+    """Of the temporary file that a sweep back keeps: ``gamma_t`` (p,) of every step."""
+    return len(replay) * int(replay.initial[0].nbytes)
+
+
 @contextmanager
 def sweep_back(replay: Replay, query: Query, memory: int, progress: Callable[[float], None]) -> Iterator[Back]:
     """Sweep back once; the gradients along the run are there until the context is left.
@@ -65,10 +72,18 @@ def sweep_back(replay: Replay, query: Query, memory: int, progress: Callable[[fl
         query: what to read.
         memory: bytes for the states of the run.
         progress: told the fraction done.
+
+    Raises:
+        RequestError: there is no room for its temporary file.
     """
-    total = len(replay)
+    total, like = len(replay), replay.initial[0]
+    needed, free = scratch_bytes(replay), shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise RequestError(
+            f"acc-low-rank keeps a gradient for each of the {total} steps, {needed / 2**30:.2f} GB, in a temporary file, but "
+            f"{tempfile.gettempdir()} has {free / 2**30:.2f} GB free: name a folder with more in TMPDIR, or another method."
+        )
     with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
-        like = replay.initial[0]
         array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
         gammas = torch.from_numpy(array)
         tape = Tape(replay, memory)

@@ -15,6 +15,7 @@ from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
+from lightning_acc.methods.low_rank.back import scratch_bytes
 from lightning_acc.methods.low_rank.screened import screened
 from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.methods.memory import even_pieces, query_rows
@@ -116,6 +117,10 @@ class LowRank(Method):
     def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
         """Screened removals are screened together."""
         return [piece] if self.form == SCREENED else super().smaller(piece, question)
+
+    def scratch_bytes(self, replay: Replay) -> int:
+        """Of the sweep back."""
+        return scratch_bytes(replay)
 
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
