@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import pytorch_lightning as pl
 import safetensors
 import torch
+from PIL import Image
 from problems import Net, make, record
 
 import lightning_acc as la
 from lightning_acc.core import rebuild
+from lightning_acc.judge import samples
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.store import Store, check_name, digest, without_credentials
 from lightning_acc.scoring import scores
+from lightning_acc.show import report
+from lightning_acc.show.tracking import panels
 
 EVIL = """
 import pathlib
@@ -444,3 +451,57 @@ def test_a_worker_is_given_the_module_itself(tmp_path: Path) -> None:
     run = rebuild.portable(record(tmp_path / "run", make()))
     sent = pickle.loads(pickle.dumps(run))
     assert type(sent.given_module).__name__ == "Net"
+
+
+def picture(kind: str, size: tuple[int, int] = (40, 40)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+
+def bomb(side: int) -> bytes:
+    """A small PNG of many pixels."""
+    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+    rows = zlib.compress(bytes((side // 8 + 1) * side))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+NO_PICTURES = {
+    "eps": picture("EPS"),  # which Pillow gives to Ghostscript
+    "eps of a header alone": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%Page: 1 1\n",
+    "tiff": picture("TIFF"),
+    "bmp": picture("BMP"),
+    "truncated": picture("PNG")[:1000],
+    "many pixels": bomb(12000),
+    "very many pixels": bomb(20000),
+    "many bytes": picture("PNG") + bytes(samples.MOST_BYTES),
+    "damaged text": picture("PNG")[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27))) + picture("PNG")[33:],
+    "nothing": b"",
+    "text": "a.png",
+    "mapping": {"bytes": picture("PNG"), "path": "/etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("kind", NO_PICTURES)
+def test_what_is_no_picture_is_left_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    data: Any = NO_PICTURES[kind]
+    assert samples.opened_picture(data) is None
+    assert report._thumbnail(data) is None
+    assert panels.image(data) is None
+
+
+def test_what_hangs_behind_a_picture_is_not_embedded() -> None:
+    assert len(report._thumbnail(picture("PNG") + bytes(2**20)) or "") < 2**14
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_pictures_are_shown(kind: str) -> None:
+    for size in ((40, 40), (300, 100)):
+        data = picture(kind, size)
+        assert panels.image(data).format == "png"
+        assert (report._thumbnail(data) or "").startswith(f"data:image/{kind.lower() if size == (40, 40) else 'jpeg'};base64,")
