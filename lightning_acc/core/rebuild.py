@@ -197,8 +197,8 @@ def _is_lightning_module(found: Any) -> bool:
 
 
 def _words(error: BaseException) -> str:
-    """The first line of what went wrong."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of what went wrong, which may quote a hyper-parameter."""
+    return str(without_credentials(str(error).strip().partition("\n")[0])) or type(error).__name__
 
 
 def why_not_rebuildable(module: torch.nn.Module) -> str | None:
