@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lightning_acc import arguments
 from lightning_acc.errors import RunError
 from lightning_acc.record.credentials import without_credentials
 from lightning_acc.studies.grid import Study
@@ -109,6 +110,7 @@ def score(
     from lightning_acc.scoring.score import score as compute
     from lightning_acc.scoring.selection import most, select
 
+    shown = arguments.whole("top", top, "removals cannot be printed")
     opened = Run(run)
     scores = compute(
         opened,
@@ -133,7 +135,7 @@ def score(
     labels = [label + size for label, size in zip(scores.labels, sizes, strict=True)]
     rows = zip(*(table[name].to_pylist() for name in ("rank", "score", "source", "estimate")), labels, strict=True)
     print("most harmful first:" if len(scores) else "no removals")
-    for place, value, source, estimate, label in sorted(rows)[:top]:
+    for place, value, source, estimate, label in sorted(rows)[:shown]:
         true = "" if source == "estimate" or method == source else f"  (by retraining; estimated {estimate:+.3e})"
         print(f"{place:6d}  {value:+.3e}  {label}{true}")
 

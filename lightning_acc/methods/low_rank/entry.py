@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_acc import arguments
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
@@ -61,8 +62,8 @@ class LowRank(Method):
         directions, followed = options.pop("directions", None), options.pop("followed", None)
         super().configured(**options)
         for option, value in (("directions", directions), ("followed", followed)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise RequestError(f"{option}={value!r} is no number for {self.name}: give a whole one, 0 or more.")
+            if value is not None:
+                arguments.whole(option, value, f"is no number for {self.name}")
         if directions is not None and followed is not None:
             raise RequestError(
                 f"directions={directions} and followed={followed} ask {self.name} for its two forms at once: give one of them."
