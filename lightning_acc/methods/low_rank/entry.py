@@ -62,8 +62,10 @@ class LowRank(Method):
         directions, followed = options.pop("directions", None), options.pop("followed", None)
         super().configured(**options)
         for option, value in (("directions", directions), ("followed", followed)):
-            if value is not None:
-                arguments.whole(option, value, f"is no number for {self.name}")
+            number = arguments.index(value)
+            if value is not None and (number is None or number < 0):
+                words = f"{option}={arguments.shown(value)} is no number for {self.name}"
+                raise RequestError(f"{words}: give a whole one, 0 or more.")
         if directions is not None and followed is not None:
             raise RequestError(
                 f"directions={directions} and followed={followed} ask {self.name} for its two forms at once: give one of them."
