@@ -298,3 +298,12 @@ def test_the_command_line_says_none(capsys: pytest.CaptureFixture[str], tmp_path
         with pytest.raises(SystemExit):
             main(words)
         assert "hunter2" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "part", ["sk-", "://", "://a:", "://a:80/", "://a@", "eyJa.", "-----BEGIN PRIVATE KEY-----", "a=", " ", "aB"]
+)
+def test_no_text_takes_forever(part: str) -> None:
+    """Of a text from a run directory the time is not its square: 100 kB took minutes."""
+    without_credentials({part * 30_000: part * 30_000})

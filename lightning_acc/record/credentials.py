@@ -45,14 +45,16 @@ _HEXADECIMAL = re.compile(r"[0-9a-fA-F]{32,}")
 
 _USER = re.compile(
     r"(?<=://)(?<!abfs://)(?<!abfss://)"  # there the container stands before the @
-    # Some passwords have a slash. Ports have none behind them, but a path, in which an @ may stand near the end.
-    r"(?:[^/\s]*@|[^/\s:@]*:(?!\d{1,5}/[^\s@]*(?:@[^\s/@]*)?(?:[\s'\"]|$))[^\s@]*@(?:[^/\s]*@)?)"
+    # Some passwords have a slash. Ports have none behind them, but a path, in which an @ may stand near the end. All is
+    # bounded, as texts of run directories may be made to take forever.
+    r"(?:[^/\s]{0,500}@|[^/\s:@]{0,500}:(?!\d{1,5}/[^\s@]{0,500}(?:@[^\s/@]{0,500})?(?:[\s'\"]|$))"
+    r"[^\s@]{0,500}@(?:[^/\s]{0,500}@)?)"
 )
-_QUERY = re.compile(r"""(?<=://)([^\s?'"]*)\?[^\s'"]*""")
+_QUERY = re.compile(r"""(?<=://)([^\s?'"]{0,2000})\?[^\s'"]*""")
 _LOOKS = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), HIDDEN),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), HIDDEN),
-    (re.compile(r"\bsk-(?:[a-z0-9]+-)*\w{16,}[\w-]*"), HIDDEN),
+    (re.compile(r"\bsk-(?:[a-z0-9]{1,20}-){0,4}\w{16,}[\w-]*"), HIDDEN),
     (re.compile(r"\b(?:gh[opusr]_|github_pat_|glpat-)[\w-]{16,}"), HIDDEN),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}"), HIDDEN),
     (re.compile(r"\bxox[a-z]-[\w-]{8,}"), HIDDEN),
