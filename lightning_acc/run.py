@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_acc import arguments
 from lightning_acc.core import queries
 from lightning_acc.core.audit import AuditReport, audit
 from lightning_acc.core.queries import Query
 from lightning_acc.core.rebuild import module_of, portable_trust
 from lightning_acc.core.replay import parameters_at
+from lightning_acc.errors import RequestError
 from lightning_acc.judge.exports import cleaned_dataset
-from lightning_acc.record.record import Record
+from lightning_acc.record.record import Record, Trust
 
 if TYPE_CHECKING:
     import datasets
@@ -34,11 +37,20 @@ class Run(Record):
 
     Raises:
         RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
+        RequestError: what is given is no path, module or names.
     """
+
+    def __init__(self, path: str | os.PathLike[str], module: torch.nn.Module | None = None, trust: Trust = False) -> None:
+        if module is not None and not isinstance(module, torch.nn.Module):
+            raise RequestError(f"module={arguments.shown(module)} is no module: give an instance of your LightningModule.")
+        super().__init__(arguments.path("path", path), module, arguments.trust(trust))
 
     def parameters(self, t: int) -> Tensor:
         """Flat trained parameters (p,) before step ``t``; ``t = n_steps`` gives the final ones."""
-        return parameters_at(self, t)
+        step = arguments.index(t)
+        if step is None:
+            raise RequestError(f"t={arguments.shown(t)} is no step: give a whole number from 0 to {self.n_steps}.")
+        return parameters_at(self, step)
 
     def module(self) -> torch.nn.Module:
         """The LightningModule of the run; the values of its tensors are arbitrary."""

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import pytorch_lightning as pl
 import safetensors
 import torch
-from problems import make, record
+from PIL import Image
+from problems import Net, make, record
 
 import lightning_acc as la
 from lightning_acc.core import rebuild
+from lightning_acc.judge import samples
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.store import Store, check_name, digest, without_credentials
 from lightning_acc.scoring import scores
+from lightning_acc.show import report
+from lightning_acc.show.tracking import panels
 
 EVIL = """
 import pathlib
 pathlib.Path({sign!r}).touch()
-import torch
-class Net(torch.nn.Module):
+import pytorch_lightning as pl
+class Net(pl.LightningModule):
     pass
 """
 
@@ -174,17 +183,104 @@ def test_what_the_driver_may_build_a_worker_may_build(path: Path, sign: Path, tr
         assert "if you trust it" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "builtins:eval", "torch:load", "problems:data"])
+def executes(package: Path, sign: Path) -> str:
+    """A package whose parent, module and program each leave a sign when they are imported."""
+    (package / "inner").mkdir(parents=True)
+    for name in ("__init__", "inner/__init__", "inner/nets", "inner/__main__"):
+        (package / f"{name}.py").write_text(EVIL.format(sign=str(sign)))
+    return package.name
+
+
+@pytest.mark.parametrize("trust", [False, ["evil_package.other", "evil_packag"]])
+@pytest.mark.parametrize("place", ["evil_package.inner.nets", "evil_package.inner", "evil_package.inner.__main__"])
+def test_that_its_parent_is_imported_opens_no_module(
+    path: Path, tmp_path: Path, sign: Path, monkeypatch: pytest.MonkeyPatch, trust: Any, place: str
+) -> None:
+    """Whoever can write a manifest would else choose among all modules of torch, unittest and whatever is imported."""
+    monkeypatch.syspath_prepend(str(tmp_path / "other"))
+    executes(tmp_path / "other/evil_package", sign)
+    monkeypatch.setitem(sys.modules, "evil_package", ModuleType("evil_package"))
+    sys.modules["evil_package"].__path__ = [str(tmp_path / "other/evil_package")]
+    before = set(sys.modules)
+    run = la.Run(names_class(path, f"{place}:Net"), trust=trust)
+    with pytest.raises(la.RunError, match=r"nothing here has imported|is a program") as error:
+        run.module()
+    assert not sign.exists()
+    assert set(sys.modules) == before
+    assert "\n" not in str(error.value)
+    if "__main__" not in place:
+        assert f"trust=['{place}']" in str(error.value)
+        type_name = type(la.Run(path, trust=[place]).module()).__name__
+        assert (type_name, sign.exists()) == ("Net", True)
+
+
+@pytest.mark.parametrize("place", ["unittest.__main__", "evil_package.__main__", "evil_package.__main__.x"])
+@pytest.mark.parametrize("trust", [False, True])
+def test_programs_are_never_imported(path: Path, sign: Path, trust: bool, place: str) -> None:
+    (sign.parent / "path/evil_package/__main__.py").write_text(EVIL.format(sign=str(sign)))
+    with pytest.raises(la.RunError, match="is a program, which is never imported"):
+        la.Run(names_class(path, f"{place}:Net"), trust=trust).module()
+    assert not sign.exists()
+    assert place not in sys.modules
+
+
+def test_names_are_looked_up_without_executing_anything(path: Path, sign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("lazy_package")
+
+    def answers(name: str) -> Any:
+        sign.touch()
+        return Net
+
+    class Touches:
+        def __get__(self, *_: Any) -> Any:
+            return answers("")
+
+    module.__getattr__ = answers  # type: ignore[method-assign]
+    module.Outer = type("Outer", (), {"Net": Touches()})  # type: ignore[attr-defined]
+    module.Meta = type("Meta", (type,), {"Net": property(answers)})("Meta", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lazy_package", module)
+    for name in ("Net", "Outer.Net", "Meta.Net"):
+        with pytest.raises(la.RunError, match=r"cannot be imported here|is no LightningModule"):
+            la.Run(names_class(path, f"lazy_package:{name}"), trust=True).module()
+        assert not sign.exists(), name
+
+
+class Ends(pl.LightningModule):
+    def __init__(self, how: str) -> None:
+        raise {"SystemExit": SystemExit, "GeneratorExit": GeneratorExit, "BaseException": BaseException}[how]("a\nb")
+
+
+@pytest.mark.parametrize("how", ["SystemExit", "GeneratorExit", "BaseException"])
+def test_whatever_building_raises_is_one_sentence(path: Path, sign: Path, how: str) -> None:
+    with pytest.raises(la.RunError, match=r"cannot be rebuilt from its saved hyper-parameters \['how'\] \(a\)") as error:
+        la.Run(names_class(path, f"{__name__}:Ends", how=how)).module()
+    assert "\n" not in str(error.value)
+    (sign.parent / "path/evil_package/nets.py").write_text(f"raise {how}('a\\nb')")
+    with pytest.raises(la.RunError, match=r"cannot be imported here \(a\)") as error:
+        la.Run(names_class(path, "evil_package.nets:Net"), trust=True).module()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("described", [{}, {"class": "problems:Net"}, {"class": "problems:Net", "hyper_parameters": 3}, 3])
+def test_a_module_that_is_not_described_is_one_sentence(path: Path, described: Any) -> None:
+    with pytest.raises(la.RunError, match="names no module, as a class with its hyper-parameters"):
+        la.Run(edit(path, module=described)).module()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os:system", "subprocess:Popen", "builtins:eval", "torch:load", "problems:data", "torch.nn:Linear", "builtins:type"],
+)
 def test_only_modules_are_ever_called(path: Path, tmp_path: Path, name: str) -> None:
     command = f"touch {tmp_path / 'executed'}"
     run = la.Run(names_class(path, name, command=command, args=command), trust=True)
-    with pytest.raises(la.RunError, match=rf"{name} as its module, which is no torch.nn.Module and is not called"):
+    with pytest.raises(la.RunError, match=rf"{name} as its module, which is no LightningModule and is not called"):
         run.module()
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil:Net", ":Net", "evil package:Net", "problems:", "problems:Net.__init__.x", "a/b:C", 3]
+    "name", ["../evil:Net", ":Net", "evil package:Net", "problems:", "problems:Net.__init__.x", "a/b:C", 3, "a\nb:C"]
 )
 def test_strange_names_of_classes_are_one_sentence(path: Path, name: Any) -> None:
     with pytest.raises(la.RunError, match="cannot be imported here"):
@@ -355,3 +451,57 @@ def test_a_worker_is_given_the_module_itself(tmp_path: Path) -> None:
     run = rebuild.portable(record(tmp_path / "run", make()))
     sent = pickle.loads(pickle.dumps(run))
     assert type(sent.given_module).__name__ == "Net"
+
+
+def picture(kind: str, size: tuple[int, int] = (40, 40)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+
+def bomb(side: int) -> bytes:
+    """A small PNG of many pixels."""
+    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+    rows = zlib.compress(bytes((side // 8 + 1) * side))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+NO_PICTURES = {
+    "eps": picture("EPS"),  # which Pillow gives to Ghostscript
+    "eps of a header alone": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%Page: 1 1\n",
+    "tiff": picture("TIFF"),
+    "bmp": picture("BMP"),
+    "truncated": picture("PNG")[:1000],
+    "many pixels": bomb(12000),
+    "very many pixels": bomb(20000),
+    "many bytes": picture("PNG") + bytes(samples.MOST_BYTES),
+    "damaged text": picture("PNG")[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27))) + picture("PNG")[33:],
+    "nothing": b"",
+    "text": "a.png",
+    "mapping": {"bytes": picture("PNG"), "path": "/etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("kind", NO_PICTURES)
+def test_what_is_no_picture_is_left_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    data: Any = NO_PICTURES[kind]
+    assert samples.opened_picture(data) is None
+    assert report._thumbnail(data) is None
+    assert panels.image(data) is None
+
+
+def test_what_hangs_behind_a_picture_is_not_embedded() -> None:
+    assert len(report._thumbnail(picture("PNG") + bytes(2**20)) or "") < 2**14
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_pictures_are_shown(kind: str) -> None:
+    for size in ((40, 40), (300, 100)):
+        data = picture(kind, size)
+        assert panels.image(data).format == "png"
+        assert (report._thumbnail(data) or "").startswith(f"data:image/{kind.lower() if size == (40, 40) else 'jpeg'};base64,")

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_acc.cli.verbs import LISTS, VERBS
 from lightning_acc.errors import InfluenceError
+from lightning_acc.record.credentials import without_credentials
 
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 DESCRIPTION = (
@@ -74,7 +75,7 @@ def main(args: list[str] | None = None) -> None:
             dashed = [_OPTION.sub(_underscored, arg, count=1) if arg.startswith("--") else arg for arg in listed]
             auto_cli(VERBS, args=dashed, parser_class=DashedParser, prog="lightning-acc", description=DESCRIPTION)
     except InfluenceError as error:
-        print(f"lightning-acc: {error}", file=sys.stderr)
+        print(f"lightning-acc: {without_credentials(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("lightning-acc: interrupted; what was finished before is kept", file=sys.stderr)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lightning_acc import arguments
 from lightning_acc.errors import RunError
+from lightning_acc.record.credentials import without_credentials
 from lightning_acc.studies.grid import Study
 
 
@@ -30,10 +32,11 @@ def audit(run: str) -> None:
     """
     from lightning_acc.run import Run
 
-    report = Run(run).audit()
+    opened = Run(run)
+    report = opened.audit()
     print(report)
     if not report:
-        raise RunError(f"{run} did not pass its audit.")
+        raise RunError(f"{opened.path} did not pass its audit.")
 
 
 def repair(run: str) -> None:
@@ -119,6 +122,7 @@ def score(
     from lightning_acc.scoring.score import score as compute
     from lightning_acc.scoring.selection import most, select
 
+    top = arguments.whole("top", top, "removals cannot be printed")
     opened = Run(run)
     scores = compute(
         opened,
@@ -226,11 +230,11 @@ def export(
         raise RequestError("Nothing to write: name a file with --csv or --ids.")
     if csv is not None:
         exports.write_ranking_csv(opened, tables[scores], csv)
-        print(f"ranking: {csv}")
+        print(f"ranking: {without_credentials(csv)}")
     if ids is not None:
         drop = exports.ids_to_drop(tables[scores], fraction=fraction)
         exports.write_ids(drop, ids)
-        print(f"{len(drop)} ids to drop: {ids}")
+        print(f"{len(drop)} ids to drop: {without_credentials(ids)}")
 
 
 def report(run: str) -> None:
@@ -255,7 +259,7 @@ def study(study: Study, ray_address: str | None = "local") -> None:
 
     table = run_study(study, ray_address)
     print(summary(table))
-    print(f"{len(table)} rows: {study.directory}/study.parquet")
+    print(f"{len(table)} rows: {without_credentials(study.directory)}/study.parquet")
 
 
 def track(run: str, project: str | None = None) -> None:

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from lightning_acc.arguments import shown
 from lightning_acc.core.fingerprint import describe
 from lightning_acc.core.objective import LossFunction, Objective, loss_function
-from lightning_acc.errors import RequestError, RunError
+from lightning_acc.core.process import is_out_of_memory
+from lightning_acc.errors import InfluenceError, RequestError, RunError
 from lightning_acc.record import batches, manifest
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.record import Record
@@ -47,8 +51,15 @@ class Query:
     """
 
     def __init__(self, name: str, data: Iterable[Any], function: LossFunction | None = None) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise RequestError(f"{name!r} is no name for a query: use letters, digits, '_', '.' and '-'.")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise RequestError(f"{shown(name)} is no name for a query: use letters, digits, '_', '.' and '-'.")
+        if function is not None and not _takes_two(function):
+            raise RequestError(
+                f"function={shown(function)} of the query {name!r} cannot be called with a module and a batch: give a function "
+                "of these two, or None for the loss."
+            )
+        if isinstance(data, (str, bytes, Mapping)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+            raise RequestError(f"data={shown(data)} of the query {name!r} holds no batches: give a DataLoader, or [batch].")
         self.name = name
         self.function = function
         self.batches: list[tuple[Leaves, Structure]] = []
@@ -84,7 +95,7 @@ class Query:
     def values(self, objective: Objective, thetas: Tensor) -> Tensor:
         """The query at each of ``thetas`` (n, p); returns (n,), which nothing differentiates any more."""
         total = thetas.new_zeros(len(thetas))
-        with objective.evaluating():
+        with self.reading(objective):
             for leaves, structure in self.batches:
                 leaves = batches.cast(leaves, objective.dtype)
                 values = objective.each(
@@ -106,9 +117,14 @@ class Query:
         """Gradient (p,) of the query at ``theta`` (p,)."""
         total = torch.zeros_like(theta)
         leaf = theta.detach().requires_grad_()
-        with objective.evaluating():
+        with self.reading(objective):
             for leaves, structure in self.batches:
                 value = self.batch_sum(objective, leaf, batches.cast(leaves, objective.dtype), structure)
+                if not value.requires_grad:
+                    raise RequestError(
+                        f"The function of the query {self.name!r} has no gradient: its values are detached, counted or do not "
+                        "depend on the parameters; return what torch can differentiate, or read it with readout='exact'."
+                    )
                 total += torch.autograd.grad(value, leaf)[0]
         return total / self.n_examples
 
@@ -118,17 +134,50 @@ class Query:
         values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
         return values.sum() if values.ndim else values * size
 
+    @contextmanager
+    def reading(self, objective: Objective) -> Iterator[None]:
+        """In here the module is in evaluation mode, and what the function fails of becomes one sentence.
+
+        Not inside of ``batch_sum``: what cannot be vectorised is tried one by one.
+        """
+        try:
+            with objective.evaluating():
+                yield
+        except (InfluenceError, NotImplementedError):
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            words = " ".join(str(error).split())[:200].rstrip(".")
+            raise RequestError(
+                f"The query {self.name!r} cannot be evaluated ({type(error).__name__}: {words}): check that its function and "
+                "its batches are of the kind that the module takes."
+            ) from error
+
     def _checked(self, values: Any, size: int) -> Tensor:
         """What the function gave for a batch of ``size`` examples, where it is what a query can be read from."""
         if isinstance(values, Tensor) and values.is_floating_point() and values.shape in ((size,), ()):
             return values
-        what = repr(values)[:80]
+        what = shown(values)
         if isinstance(values, Tensor):
             what = f"a tensor of shape {tuple(values.shape)} and {values.dtype}"
         raise RequestError(
             f"The function of the query {self.name!r} returned {what} for a batch of {size} examples: it must return a tensor "
             f"of floating point of shape ({size},), a value for each example, or one value for them all."
         )
+
+
+def _takes_two(function: object) -> bool:
+    """Whether ``function(module, batch)`` is a call that can be made."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # of some that are written in C nothing is known
+        pass
+    return True
 
 
 def _loss(module: torch.nn.Module, batch: Any) -> Tensor:
@@ -141,7 +190,7 @@ def add(record: Record, name: str, data: Iterable[Any]) -> Query:
     Raises:
         RequestError: the name or the data cannot be used, or the name is that of a query recorded with the run.
     """
-    if _file(name) in record.manifest["files"]:
+    if isinstance(name, str) and _file(name) in record.manifest["files"]:
         raise RequestError(f"The query {name!r} was recorded with the run and stays as it is: choose another name.")
     query = Query(name, data)
     encoded = query.encoded()
@@ -167,10 +216,10 @@ def find(record: Record, query: str | Query) -> Query:
     if isinstance(query, Query):
         return query
     name, known = query, record.query_names()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none, as training had no validation data"
         raise RequestError(
-            f"This run has no query {name!r}: {has}. Add one with run.add_query({name!r}, loader), or pass a Query."
+            f"This run has no query {shown(name)}: {has}. Add one with run.add_query(name, loader), or pass a Query."
         )
     file = record.manifest["files"].get(_file(name))
     data = _read_added(record, name) if file is None else manifest.read_file(record.store, _file(name), file["sha256"])

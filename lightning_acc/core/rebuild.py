@@ -25,6 +25,9 @@ REMEDY = (
 
 TRUST_VARIABLE = "LIGHTNING_ACC_TRUST"
 """Environment variable with further ones, separated by commas."""
+OWN, PROGRAM = "lightning_acc", "__main__"
+LIGHTNING = ("pytorch_lightning.", "lightning.pytorch.")
+"""Where Lightning's own classes are, under its two names."""
 _trusted: set[str] = set()
 
 LIVE: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
@@ -36,15 +39,25 @@ def allow(packages: Iterable[str]) -> None:
     _trusted.update([packages] if isinstance(packages, str) else packages)
 
 
-def place_of(description: dict[str, Any]) -> str:
-    """The Python module that the class of a manifest is in."""
-    return str(description["class"]).partition(":")[0]
+def place_of(description: Any) -> str:
+    """The Python module that the class of a manifest is in; empty where the manifest names none."""
+    named = description.get("class") if isinstance(description, dict) else None
+    return str(named or "").partition(":")[0]
 
 
 def is_allowed(place: str, trust: Trust = False) -> bool:
-    """Whether the Python module ``place`` may be imported: importing one executes it."""
-    top = place.partition(".")[0]
-    if trust is True or top == "lightning_acc" or top in sys.modules:
+    """Whether the class of a module may be taken from the Python module ``place``, by its full name.
+
+    What is imported already executes nothing any more. Importing ``a.b.c`` executes ``a`` and ``a.b`` too: that something
+    beside it is imported says nothing about it, and whoever trusts ``a.b`` trusts ``a``, which holds it. A program
+    (``__main__``) is executed as a whole, and never for its class.
+    """
+    if place in sys.modules:
+        return True
+    parts = place.split(".")
+    if PROGRAM in parts:
+        return False
+    if trust is True or parts[0] == OWN:
         return True
     variable = [entry.strip() for entry in os.environ.get(TRUST_VARIABLE, "").split(",")]
     trusted = [*(names(trust) or ()), *_trusted, *variable]  # type: ignore[misc]
@@ -72,38 +85,50 @@ def describe(module: torch.nn.Module) -> dict[str, Any]:
 def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
     """Make the module a manifest describes.
 
-    Nothing is imported from packages that this process has not imported and the caller does not trust, and nothing is
-    called that is not a class of modules.
+    Nothing is imported that this process has not imported and the caller does not trust, and nothing is called that is not
+    the class of a LightningModule.
 
     Args:
         description: what ``describe`` gave.
         trust: packages that may be imported for it.
 
     Raises:
-        RunError: its class may not or cannot be imported here, is no module, or refuses the saved hyper-parameters.
+        RunError: its class may not or cannot be imported here, is no LightningModule, or refuses the saved
+            hyper-parameters.
     """
-    place, _, name = str(description["class"]).partition(":")
+    place = place_of(description)
+    if not (isinstance(description, dict) and "class" in description and isinstance(description.get("hyper_parameters"), dict)):
+        raise RunError(
+            "The run names no module, as a class with its hyper-parameters: get the run anew from whoever recorded it, or "
+            "open it as Run(path, module=...)."
+        )
+    words = str(description["class"])
+    name, shown = words.partition(":")[2], " ".join(words.split())  # on one line, whatever stands there
     try:
         found = _find(place, name, trust)
-    except (ImportError, AttributeError) as error:
+    except (KeyboardInterrupt, RunError):
+        raise
+    except BaseException as error:  # what is imported may raise anything, SystemExit among it
         remedy = "put its folder on the PYTHONPATH"
-        if place == "__main__":
+        if PROGRAM in place.split("."):
             remedy = "it was defined in the script that trained; define it in a file of its own and import it there"
         raise RunError(
-            f"The run's module {description['class']} cannot be imported here ({error}): {remedy}, or open the run as "
+            f"The run's module {shown} cannot be imported here ({_words(error)}): {remedy}, or open the run as "
             "Run(path, module=...)."
         ) from error
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+    if not _is_lightning_module(found):
         raise RunError(
-            f"The run names {description['class']} as its module, which is no torch.nn.Module and is not called: get the run "
+            f"The run names {shown} as its module, which is no LightningModule and is not called: get the run "
             "anew from whoever recorded it, or open it as Run(path, module=...)."
         )
     try:
-        return found(**description["hyper_parameters"])
-    except Exception as error:
+        return found(**description["hyper_parameters"])  # type: ignore[no-any-return]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise RunError(
-            f"The run's module {description['class']} cannot be rebuilt from its saved hyper-parameters "
-            f"{sorted(description['hyper_parameters'])} ({error}): {REMEDY}."
+            f"The run's module {shown} cannot be rebuilt from its saved hyper-parameters "
+            f"{sorted(description['hyper_parameters'])} ({_words(error)}): {REMEDY}."
         ) from error
 
 
@@ -125,7 +150,7 @@ def module_of(record: Record) -> torch.nn.Module:
 
 def portable_trust(record: Record) -> tuple[str, ...]:
     """Whom a worker may trust with this record: what may be built here may be built there, and nothing else."""
-    place = place_of(record.manifest["module"]) if "module" in record.manifest else ""
+    place = place_of(record.manifest.get("module"))
     return (place,) if place and is_allowed(place, record.trust) else ()
 
 
@@ -145,19 +170,35 @@ def _find(place: str, name: str, trust: Trust) -> Any:
     top = place.partition(".")[0]
     if not all(part.isidentifier() for part in place.split(".")):
         raise ImportError(f"{place!r} is no Python module")
+    if PROGRAM in place.split(".") and place not in sys.modules:
+        raise ImportError(f"{place} is a program, which is never imported")
     # Looking for a package executes nothing; importing it does.
     if top not in sys.modules and importlib.util.find_spec(top) is None:
         raise ModuleNotFoundError(f"No module named {top!r}")
     if not is_allowed(place, trust):
+        kind, needed = ("module", place) if top in sys.modules else ("package", top)
         raise RunError(
-            f"The run's module {place}:{name} is in the package {top!r}, which importing would execute and nothing here has "
-            f"imported: if you trust it, import it first, or open the run as Run(path, trust=[{top!r}]), with --trust {top}, "
-            f"or with {TRUST_VARIABLE}={top} in the environment."
+            f"The run's module {place}:{name} is in the {kind} {needed!r}, which importing would execute and nothing here has "
+            f"imported: if you trust it, import it first, or open the run as Run(path, trust=[{needed!r}]), with --trust "
+            f"{needed}, or with {TRUST_VARIABLE}={needed} in the environment."
         )
-    found: Any = sys.modules.get(place) or importlib.import_module(place)
+    found: Any = sys.modules[place] if place in sys.modules else importlib.import_module(place)
     for part in name.split("."):
-        found = getattr(found, part)
+        found = inspect.getattr_static(found, part)  # a module's __getattr__ and descriptors would execute
     return found
+
+
+def _is_lightning_module(found: Any) -> bool:
+    """Told by names, as Lightning, which takes seconds to import, may not be imported."""
+    if not issubclass(type(found), type):  # isinstance would ask the thing itself
+        return False
+    line = type.__getattribute__(found, "__mro__")
+    return any(kind.__name__ == "LightningModule" and kind.__module__.startswith(LIGHTNING) for kind in line)
+
+
+def _words(error: BaseException) -> str:
+    """The first line of what went wrong, which may quote a hyper-parameter."""
+    return str(without_credentials(str(error).strip().partition("\n")[0])) or type(error).__name__
 
 
 def why_not_rebuildable(module: torch.nn.Module) -> str | None:

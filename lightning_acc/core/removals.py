@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_acc import arguments
 from lightning_acc.errors import RequestError
 
 Removal = tuple[int, ...]
@@ -29,33 +31,36 @@ def named(removals: Wanted, n_samples: int) -> tuple[list[Removal], dict[Removal
     return parsed, {removal: str(name) for removal, name in zip(parsed, removals, strict=True)}
 
 
-def parse(removals: Iterable[int] | Iterable[Iterable[int]] | None, n_samples: int) -> list[Removal]:
+def parse(removals: Iterable[int] | Iterable[Iterable[int]] | None, n_samples: int, name: str = "removals") -> list[Removal]:
     """Removals as sorted tuples of ids.
 
     Raises:
-        RequestError: an id does not exist.
+        RequestError: an id does not exist; ``name`` is the argument that it is in.
     """
     if removals is None:
         return [(i,) for i in range(n_samples)]
     parsed: list[Removal] = []
-    for removal in removals:
-        ids = removal if isinstance(removal, Iterable) and not isinstance(removal, str) else [removal]
-        try:
-            parsed.append(tuple(sorted({_index(i) for i in ids})))
-        except TypeError:
-            raise RequestError(f"{removal!r} is no removal: give sample ids, or lists of sample ids.") from None
+    for removal in arguments.listed(name, removals, "sample ids, or of lists of sample ids"):
+        single = arguments.index(removal)
+        ids = [single] if single is not None else [arguments.index(i) for i in _members(removal)]
+        if None in ids:
+            raise RequestError(f"{arguments.shown(removal)} is no removal: give sample ids, or lists of sample ids.")
+        parsed.append(tuple(sorted({i for i in ids if i is not None})))
         wrong = [i for i in parsed[-1] if not 0 <= i < n_samples]
         if wrong:
             raise RequestError(
-                f"There is no sample {wrong[0]}: the training data of this run has the ids 0 to {n_samples - 1}."
+                f"There is no sample {arguments.shown(wrong[0])}: the training data of this run has the ids 0 to "
+                f"{n_samples - 1}."
             )
     return parsed
 
 
-def _index(value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError
-    return int(value.__index__())
+def _members(removal: Any) -> list[Any]:
+    """What a removal that is a list holds; of anything else, something that is no id."""
+    try:
+        return arguments.listed("removals", removal, "sample ids")
+    except RequestError:
+        return [None]
 
 
 class Removals:

@@ -9,12 +9,13 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from lightning_acc import arguments
 from lightning_acc.core.objective import AUTOCAST, Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
 from lightning_acc.core.process import threads
 from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.step import Batch, Step
-from lightning_acc.errors import RequestError, RunError
+from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.record import Record
 
@@ -33,9 +34,7 @@ class Replay:
 
     def __init__(self, run: Record, dtype: str | None = None) -> None:
         self.run = run
-        name = dtype or run.dtype
-        if name not in DTYPES:
-            raise RequestError(f"There is no dtype {name!r} to replay in; choose {' or '.join(DTYPES)}.")
+        name = arguments.choice("dtype", run.dtype if dtype is None else dtype, DTYPES, " to replay in")
         self.dtype = DTYPES[name]
         manifest = run.manifest
         self.layout = ParameterLayout(manifest["layout"])

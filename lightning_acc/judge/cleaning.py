@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from lightning_acc import arguments
 from lightning_acc.core import queries, rebuild
 from lightning_acc.core.process import threads
 from lightning_acc.core.queries import Query
@@ -91,26 +92,24 @@ def clean(
         RequestError: a fraction, method or query cannot be used.
         RunError: the run cannot be read, or its module not be built anew.
     """
-    run = opened(run)
-    methods = [method] if isinstance(method, str) else list(method)
+    run = opened(arguments.recorded(run))
+    methods = [method] if isinstance(method, str) else arguments.listed("method", method, "names of methods")
     for name in methods:
         registry.find(name)
-    for name in controls:
-        if name not in CONTROLS:
-            raise RequestError(f"There is no control {name!r}; choose from {', '.join(CONTROLS)}.")
-    for fraction in fractions:
-        if not 0 < fraction < 1:
-            raise RequestError(f"The fraction {fraction} cannot be removed: choose between 0 and 1.")
-    if seeds < 2:
-        raise RequestError(f"seeds={seeds} gives no interval: choose at least 2.")
-    job = _Job(rebuild.portable(run), _test_query(run, test), int(memory_gb * 2**30))
+    controls = [arguments.choice("control", name, CONTROLS) for name in arguments.listed("controls", controls, "names")]
+    shares = [_share(fraction) for fraction in arguments.listed("fractions", fractions, "shares of the samples")]
+    if not (methods and shares):
+        raise RequestError(f"method={methods} and fractions={shares} ask for nothing: name at least one of each.")
+    seeds = arguments.whole("seeds", seeds, "gives no interval", least=2)
+    ray_address, memory = arguments.ray_address(ray_address), arguments.memory_bytes(memory_gb)
+    job = _Job(rebuild.portable(run), _test_query(run, test), memory)
     orders = {name: _ranking(run, name, ray_address, memory_gb, progress) for name in methods}
     missing: dict[str, str] = {}
     orders.update(rankings(run, [name for name in controls if name not in ("none", "random", *methods)], job.memory, missing))
     # What the training never saw can neither be dropped nor kept.
     visited = visited_samples(run).numpy()
     orders = {name: order[np.isin(order, visited)] for name, order in orders.items()}
-    counts = {fraction: max(1, round(fraction * len(visited))) for fraction in sorted(fractions)}
+    counts = {fraction: max(1, round(fraction * len(visited))) for fraction in sorted(shares)}
     plans = [_plan(visited, seed, orders, counts, random="random" in controls) for seed in range(seeds)]
     keys = list(plans[0])
     trained = _train_all(job, [[plan[key] for key in keys] for plan in plans], ray_address, save, progress)
@@ -124,6 +123,13 @@ def clean(
     if save:
         cleaning_table.write(run, table)
     return table
+
+
+def _share(fraction: object) -> float:
+    share = arguments.real(fraction)
+    if share is None or not 0 < share < 1:
+        raise RequestError(f"The fraction {arguments.shown(fraction)} cannot be removed: choose between 0 and 1.")
+    return share
 
 
 def _test_query(run: Record, test: str | Query | None) -> Query:

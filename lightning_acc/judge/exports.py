@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightning_acc import arguments
 from lightning_acc.core import removals
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLE = "sample"
 """The column of sample ids in what is exported."""
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _DESCRIBED = ("label", "true_label", "corrupted")
 
 
@@ -63,8 +65,19 @@ def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str])
         name = [names.get(removal)] if names else []
         true = [] if expected is None else [expected.get(removal)]
         seen = [getattr(views[removal[0]], key) for key in _DESCRIBED] if len(removal) == 1 else [None] * len(_DESCRIBED)
-        writer.writerow([rank, " ".join(map(str, removal)), *name, score, source, *true, *seen])
+        cells = [rank, " ".join(map(str, removal)), *name, score, source, *true, *seen]
+        writer.writerow([_as_text(cell) if isinstance(cell, str) else cell for cell in cells])
     _write(path, buffer.getvalue())
+
+
+def _as_text(cell: str) -> str:
+    """What a table program would compute as a formula, after an apostrophe; numbers stay numbers."""
+    try:
+        float(cell)
+    except ValueError:
+        text = f"'{cell}" if cell.startswith(_FORMULA) else cell
+        return text.replace("\r\n", "\n").replace("\r", "\n")  # which csv would take for the end of a row
+    return cell
 
 
 def ids_to_drop(scores: Scores, fraction: float | None = None, count: int | None = None) -> list[int]:
@@ -88,15 +101,15 @@ def ids_to_drop(scores: Scores, fraction: float | None = None, count: int | None
         )
     if (fraction is None) == (count is None):
         raise RequestError(
-            f"How many samples to drop is not clear from fraction={fraction} and count={count}: give one of the two."
+            f"How many samples to drop is not clear from fraction={arguments.shown(fraction)} and "
+            f"count={arguments.shown(count)}: give one of the two."
         )
     if fraction is not None:
-        if not 0 <= fraction <= 1:
-            raise RequestError(f"fraction={fraction} is no share of the samples: choose from 0 to 1.")
-        count = round(fraction * len(single))
-    assert count is not None
-    if count < 0:
-        raise RequestError(f"count={count} samples cannot be dropped: choose 0 or more.")
+        share = arguments.real(fraction)
+        if share is None or not 0 <= share <= 1:
+            raise RequestError(f"fraction={arguments.shown(fraction)} is no share of the samples: choose from 0 to 1.")
+        count = round(share * len(single))
+    count = arguments.whole("count", count, "samples cannot be dropped")
     values = np.array([score for _, score in single])
     order = np.argsort(values, kind="stable")[:count]
     return [single[i][0] for i in order if values[i] < 0]
@@ -114,10 +127,11 @@ def write_ids(ids: Iterable[int], path: str | os.PathLike[str]) -> None:
         RunError: the file cannot be written.
     """
     lines = []
-    for i in ids:
-        if isinstance(i, bool) or not hasattr(i, "__index__") or i < 0:
-            raise RequestError(f"{i!r} is no sample id: ids are whole numbers from 0.")
-        lines.append(f"{i.__index__()}\n")
+    for i in arguments.listed("ids", ids, "sample ids"):
+        number = arguments.index(i)
+        if number is None or number < 0:
+            raise RequestError(f"{arguments.shown(i)} is no sample id: ids are whole numbers from 0.")
+        lines.append(f"{number}\n")
     _write(path, "".join(lines))
 
 
@@ -138,12 +152,17 @@ def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset 
     Raises:
         RequestError: an id does not exist, nothing is left, or ``dataset`` has another length than the training set.
     """
-    (dropped,) = removals.parse([list(drop)], run.n_samples)
+    (dropped,) = removals.parse([arguments.listed("drop", drop, "sample ids")], run.n_samples, "drop")
     gone = set(dropped)
     kept = [i for i in range(run.n_samples) if i not in gone]
     if not kept:
         raise RequestError(f"All {run.n_samples} samples would be dropped and nothing is left to train on: drop fewer.")
     if dataset is not None:
+        if not hasattr(dataset, "select"):
+            raise RequestError(
+                f"dataset={arguments.shown(dataset)} is no Hugging Face data set: give a datasets.Dataset, or none to take "
+                "what the run recorded."
+            )
         if len(dataset) != run.n_samples:
             raise RequestError(
                 f"The data set has {len(dataset)} rows, but {run.path} was trained on {run.n_samples} samples: "
@@ -180,6 +199,7 @@ def _leaves(run: Record, kept: list[int]) -> dict[str, list[Any]]:
 
 
 def _write(path: str | os.PathLike[str], text: str) -> None:
-    folder, _, name = os.fspath(path).replace(os.sep, "/").rpartition("/")
-    store = Store(folder or ("/" if os.fspath(path).startswith("/") else "."))
+    where = arguments.path("path", path).replace(os.sep, "/")
+    folder, _, name = where.rpartition("/")
+    store = Store(folder or ("/" if where.startswith("/") else "."))
     store.write(name, text.encode())

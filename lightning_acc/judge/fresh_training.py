@@ -123,7 +123,7 @@ def fresh_parameters(run: Record, replay: Replay, seed: int) -> Tensor:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = rebuild.build(run.manifest["module"])
+        module = rebuild.build(run.manifest["module"], run.trust)
     return replay.layout.flat(dict(module.named_parameters())).to(replay.dtype)
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from lightning_acc.record.record import Record
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
+"""Formats a picture may have. Pillow knows dozens, some of which start other programs."""
+MOST_BYTES, MOST_PIXELS = 2**25, 2**26
+"""Larger pictures are left out: a few kilobytes may unpack to gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class SampleView:
 
     Attributes:
         sample: its id.
-        image: a PNG file.
+        image: a picture file, for ``opened_picture`` alone to open.
         text: its text.
         label: its label in training.
         true_label: its label before a known corruption.
@@ -78,6 +88,24 @@ def _picture(leaf: Tensor) -> bytes | None:
     buffer = io.BytesIO()
     Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def opened_picture(data: bytes) -> Image.Image | None:
+    """A picture file from a run directory, decoded; None where it is no picture, damaged, or too large."""
+    from PIL import Image
+
+    if not isinstance(data, bytes) or len(data) > MOST_BYTES:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its size, which is looked at here
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            if picture.width * picture.height > MOST_PIXELS:
+                return None
+            picture.load()
+    except Exception:  # decoders raise what they like
+        return None
+    return picture
 
 
 def detection_precision(scores: np.ndarray, corrupted: np.ndarray) -> np.ndarray:

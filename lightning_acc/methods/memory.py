@@ -89,7 +89,7 @@ def _query_saved(replay: Replay, query: Query, without_data: bool = False) -> in
     leaves = batches.cast(leaves, replay.dtype)
     objective = replay.objective
     shared = [*objective.tensors(), *leaves.values()] if without_data else []
-    with objective.evaluating():
+    with query.reading(objective):
         return saved_bytes(lambda theta: query.batch_sum(objective, theta, leaves, structure), replay.initial[0], shared)
 
 

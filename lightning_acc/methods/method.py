@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_acc.arguments import shown
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
@@ -77,7 +78,9 @@ class Method(ABC):
         """
         for option, value in options.items():
             if value is not None:
-                raise RequestError(f"{option}={value!r} is no option of {self.name}: leave it out, or choose another method.")
+                raise RequestError(
+                    f"{option}={shown(value)} is no option of {self.name}: leave it out, or choose another method."
+                )
         return self
 
     def settled(self, run: Record, keep_shifts: bool) -> Method:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_acc.errors import RequestError
+from lightning_acc import arguments
 from lightning_acc.methods.low_rank.entry import LowRank
 from lightning_acc.methods.memory import TRAINING, Copies
 from lightning_acc.methods.method import Method
@@ -30,9 +30,7 @@ def find(name: str) -> Method:
     Raises:
         RequestError: there is none.
     """
-    if name not in METHODS:
-        raise RequestError(f"There is no method {name!r}; choose one of {', '.join(METHODS)}.")
-    return METHODS[name]
+    return METHODS[arguments.choice("method", name, METHODS)]
 
 
 def is_truth(name: str) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from lightning_acc import arguments
 from lightning_acc.core import queries
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.process import as_scored, resident_bytes
@@ -154,16 +155,15 @@ def plan(
         RunError: the run directory cannot be read.
         RequestError: there is no such query, sample or dtype, or not as many workers or as much memory.
     """
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise RequestError(f"workers={workers!r} cannot compute anything: give a whole number, 1 or more.")
-    if not memory_gb > 0:
-        raise RequestError(f"memory_gb={memory_gb} leaves nothing to compute with: give a positive number.")
+    if workers is not None:
+        workers = arguments.whole("workers", workers, "cannot compute anything", least=1)
+    memory, ray_address = arguments.memory_bytes(memory_gb), arguments.ray_address(ray_address)
     if ray_address not in (None, "local") and workers is None:
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
-    run = opened(run)
+    run = opened(arguments.recorded(run))
     distinct = list(dict.fromkeys(removal_sets.named(removals, run.n_samples)[0]))
     query = queries.find(run, query)
-    n, memory = len(distinct), int(memory_gb * 2**30)
+    n = len(distinct)
     costs: dict[str, Cost] = {}
     peaks: dict[str, int] = {}
     reasons: list[str] = []

@@ -81,7 +81,7 @@ class SampleTap:
         self.loaders += 1
         self.n_samples = len(loader.dataset)
         attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        recording = _RecordingSampler(getattr(loader, attribute))
+        recording = _RecordingSampler(getattr(loader, attribute), len(loader.dataset))
         collate = CheckedCollate(loader.collate_fn, whole=loader.batch_sampler is None)
         collate.done = collate.done or not self._check_rows
         tap = self
@@ -124,10 +124,15 @@ def _refusals_in_one_sentence(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class _RecordingSampler:
-    """A sampler that notes what it yields, in a new queue for every iterator."""
+    """A sampler that notes what it yields, in a new queue for every iterator.
 
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
+    Args:
+        sampler: of samples or of batches.
+        n_samples: length of the data set.
+    """
+
+    def __init__(self, sampler: Any, n_samples: int) -> None:
+        self._sampler, self._n_samples = sampler, n_samples
         self.pending: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
@@ -135,10 +140,15 @@ class _RecordingSampler:
         self.pending = pending
         return self._note(iter(self._sampler), pending)
 
-    @staticmethod
-    def _note(samples: Iterator[Any], pending: deque[list[int]]) -> Iterator[Any]:
+    def _note(self, samples: Iterator[Any], pending: deque[list[int]]) -> Iterator[Any]:
         for index in samples:
             pending.append(_ids(index))
+            for i in pending[-1]:
+                if not 0 <= i < self._n_samples:
+                    raise RecordingRefused(
+                        f"The sampler yields the index {i}, but the training data set says that it has {self._n_samples} "
+                        "samples: let its __len__ count all of them, and the sampler yield indices from 0."
+                    )
             yield index
 
     def __len__(self) -> int:

@@ -30,12 +30,14 @@ class Snapshots:
         budget: bytes for all of them.
 
     Raises:
-        RequestError: there is no such policy.
+        RequestError: there is no such policy, or no budget.
     """
 
     def __init__(self, policy: str, size: int, steps: float, budget: float) -> None:
         if policy not in POLICIES:
             raise RequestError(f"parameters={policy!r} is no way to keep snapshots; choose one of {', '.join(POLICIES)}.")
+        if not budget > 0:
+            raise RequestError(f"budget_gb={budget / 2**30:g} has no room for snapshots: give a positive number.")
         self.policy, self.size, self.budget, self._steps = policy, size, budget, steps
         whole = size * (steps + 1)
         self.every = 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
+from lightning_acc import arguments
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
@@ -47,9 +48,14 @@ def parse(check: object) -> Check:
     Raises:
         RequestError: it is none.
     """
-    if check == "auto" or (isinstance(check, int) and not isinstance(check, bool) and check >= 0):
+    if isinstance(check, str) and check == "auto":
         return check
-    raise RequestError(f'check={check!r} is no number of removals to retrain without: give "auto", or 0 or more.')
+    number = arguments.index(check)
+    if number is None or number < 0:
+        raise RequestError(
+            f'check={arguments.shown(check)} is no number of removals to retrain without: give "auto", or 0 or more.'
+        )
+    return number
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_acc import arguments
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.scoring.worker import Desk, Done, work_for_desk, work_in_steps
@@ -248,8 +249,7 @@ def connect(address: str) -> Iterator[Any]:
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # by default 20: a busy machine may take longer
     import ray
 
-    if address not in ("local", "auto") and "://" not in address and ":" not in address:
-        raise RequestError(f'{address!r} is no Ray address: use "local", "auto", "ray://host:port", or None for no Ray.')
+    arguments.ray_address(address)
     ours = not ray.is_initialized()
     if ours:
         _initialise(ray, address)

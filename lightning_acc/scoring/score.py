@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_acc import arguments
 from lightning_acc.core import queries, rebuild
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
-from lightning_acc.errors import RequestError, RunError
+from lightning_acc.errors import RunError
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
 from lightning_acc.progress import Progress
@@ -96,16 +97,15 @@ def score(
         RequestError: there is no such method, query, sample, readout or dtype; or groups too large for an estimate take more
             than an hour to be retrained without.
     """
-    run = opened(run)
-    if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 0:
-        raise RequestError(f"confirm={confirm!r} is no number of removals to retrain without: give 0 or more.")
+    run = opened(arguments.recorded(run))
+    confirm = arguments.whole("confirm", confirm, "is no number of removals to retrain without")
+    ray_address = arguments.ray_address(ray_address)
+    memory = arguments.memory_bytes(memory_gb)
     chosen = registry.find(method).configured(directions=directions, followed=followed).settled(run, keep_shifts)
-    readout = chosen.default_readout(keep_shifts) if readout is None else readout
-    if readout not in READOUTS:
-        raise RequestError(f"There is no readout {readout!r}; choose one of {', '.join(READOUTS)}.")
+    readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
     wanted, names = removal_sets.named(removals, run.n_samples)
-    question = Question(queries.find(run, query), readout, keep_shifts, int(memory_gb * 2**30))
+    question = Question(queries.find(run, query), readout, keep_shifts, memory)
     job = Job(rebuild.portable(run), chosen, question, dtype)
     replay = Replay(run, dtype)  # refuses what cannot be replayed before any worker starts
     distinct = list(dict.fromkeys(wanted))

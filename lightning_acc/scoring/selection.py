@@ -48,12 +48,12 @@ def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None
             f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, group:COLUMN, or a file with a removal "
             "on each line."
         )
-    with open(words, encoding="utf-8") as file:
-        lines = [line.partition("#")[0].replace(",", " ").split() for line in file]
     try:
+        with open(words, encoding="utf-8") as file:
+            lines = [line.partition("#")[0].replace(",", " ").split() for line in file]
         return parse([[int(word) for word in line] for line in lines if line], run.n_samples)
     except ValueError as error:
-        raise RequestError(f"The file {words} names no removals: {error}") from error
+        raise RequestError(f"The file {words} names no removals, lines of sample ids: {str(error).rstrip('.')}.") from error
 
 
 def groups(run: Record, column: str) -> dict[str, Removal]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_acc.judge.cleaning import clean
 from lightning_acc.judge.cleaning_table import as_text as as_lines
 from lightning_acc.methods import registry
 from lightning_acc.progress import watched_by
+from lightning_acc.record.credentials import without_credentials
 from lightning_acc.record.store import Store
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.run import Run
@@ -86,7 +88,7 @@ def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
     cli = _build(verb, args)
     options = cli.config.influence
     if options.wandb and cli.config.trainer.logger is None:
-        cli.trainer.logger = _wandb_logger(cli)
+        cli.trainer.logger = wandb_logger(cli.config.recorder.directory, options.project)
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     finally:
@@ -106,14 +108,17 @@ def _keep_test_data(cli: RecordingCLI) -> None:
         Run(cli.config.recorder.directory).add_query("test", cli.datamodule.test_dataloader())
 
 
-def _wandb_logger(cli: RecordingCLI) -> Any:
-    from pytorch_lightning.loggers import WandbLogger
+def wandb_logger(directory: str, project: str) -> Any:
+    """Lightning's logger to W&B, which is told no credentials among the hyper-parameters."""
+    from pytorch_lightning import loggers
 
-    directory = cli.config.recorder.directory
-    name = directory.rstrip("/").rsplit("/", 1)[-1]
+    class WandbLogger(loggers.WandbLogger):
+        def log_hyperparams(self, params: Any) -> None:
+            super().log_hyperparams(without_credentials(vars(params) if isinstance(params, Namespace) else params))
+
     return WandbLogger(
-        project=cli.config.influence.project,
-        group=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        project=project,
+        group=f"{tracking.last_part(directory)}-{time.strftime('%Y%m%d-%H%M%S')}",
         job_type="training",
         **tracking.logger_options(),
     )

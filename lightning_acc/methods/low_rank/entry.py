@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_acc import arguments
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
@@ -62,8 +63,10 @@ class LowRank(Method):
         directions, followed = options.pop("directions", None), options.pop("followed", None)
         super().configured(**options)
         for option, value in (("directions", directions), ("followed", followed)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise RequestError(f"{option}={value!r} is no number for {self.name}: give a whole one, 0 or more.")
+            number = arguments.index(value)
+            if value is not None and (number is None or number < 0):
+                words = f"{option}={arguments.shown(value)} is no number for {self.name}"
+                raise RequestError(f"{words}: give a whole one, 0 or more.")
         if directions is not None and followed is not None:
             raise RequestError(
                 f"directions={directions} and followed={followed} ask {self.name} for its two forms at once: give one of them."

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from lightning_acc import arguments
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
-from lightning_acc.judge.samples import SampleViews, detection_precision
+from lightning_acc.judge.samples import SampleViews, detection_precision, opened_picture
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring.figures import shown
@@ -31,8 +32,8 @@ WHOLE = 2000
 """Rankings up to this long are embedded whole, and so are scatter plots of so many points."""
 ENDS = 500
 """Samples embedded from each end of a longer ranking."""
-THUMBNAIL = 96
-"""Longest side of an embedded picture, in pixels."""
+THUMBNAIL, THUMBNAIL_BYTES = 96, 2**17
+"""Longest side of an embedded picture, in pixels, and its largest file: what is larger is made smaller."""
 TEXT = 400
 """Characters of a sample's text that are embedded."""
 CONTROLS = ("none", "random", "loss", "cleanlab", "oracle")
@@ -51,7 +52,7 @@ def write_report(run: Record | str | os.PathLike[str]) -> str:
     Raises:
         RequestError: there are no scores to show.
     """
-    run = opened(run)
+    run = opened(arguments.recorded(run))
     run.store.write("report/index.html", render(run.name, _facts(run), collect(run)).encode())
     return run.store.locate("report/index.html")
 
@@ -235,19 +236,16 @@ def _sample(views: SampleViews, sample: int) -> dict[str, Any]:
 
 def _thumbnail(image: bytes) -> str | None:
     """A picture file as a data URL, made smaller where it is large; None if it cannot be read."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(image)) as picture:
-            kind = str(picture.format).lower()
-            if max(picture.size) > THUMBNAIL or kind not in ("png", "jpeg", "gif", "webp"):
-                small = picture.convert("RGB")
-                small.thumbnail((THUMBNAIL, THUMBNAIL))
-                buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=85)
-                image, kind = buffer.getvalue(), "jpeg"
-    except (UnidentifiedImageError, OSError):
+    picture = opened_picture(image)
+    if picture is None:
         return None
+    kind = str(picture.format).lower()
+    if max(picture.size) > THUMBNAIL or len(image) > THUMBNAIL_BYTES:
+        small = picture.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=85)
+        image, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 

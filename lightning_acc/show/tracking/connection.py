@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from lightning_acc.judge.agreement import as_json
-from lightning_acc.record.credentials import without_credentials
+from lightning_acc.record.credentials import is_secret, without_credentials
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring.scores import Scores
@@ -52,9 +52,18 @@ def finish() -> None:
 
 def group_of(run: Record) -> str:
     """The W&B group of everything that belongs to a training run: that of its logger, else name and content hash."""
-    logger = run.manifest["logger"] or {}
-    name = without_credentials(run.path).rstrip("/").rsplit("/", 1)[-1]
-    return str(logger.get("group") or f"{name[:100]}-{run.hash[:8]}")  # W&B allows 128 characters
+    group = _training(run).get("group") or f"{last_part(run.path)[:100]}-{run.hash[:8]}"  # W&B allows 128 characters
+    return str(group)
+
+
+def last_part(path: str) -> str:
+    """The last part of a path or URL; never a part of its credentials."""
+    return str(without_credentials(path)).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _training(run: Record) -> dict[str, Any]:
+    """Project, group and id of the W&B run of the training, where it had one."""
+    return dict(without_credentials(run.manifest["logger"] or {}))
 
 
 def start(run: Record, job: str, project: str | None = None, directory: str | None = None) -> Any:
@@ -68,18 +77,18 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
     """
     import wandb
 
-    logger = run.manifest["logger"] or {}
+    training = _training(run)
     directory = directory or os.environ.get("WANDB_DIR") or "."
     os.makedirs(directory, exist_ok=True)
     manifest = {key: value for key, value in run.manifest.items() if key not in ("files", "layout")}
     config = {
         "run": run.path,
-        "training_run": logger.get("id"),
+        "training_run": training.get("id"),
         "manifest": {**manifest, "n_parameters": run.n_parameters},
         "content": {"manifest": run.hash},
     }
     return wandb.init(
-        project=project or logger.get("project") or PROJECT,
+        project=project or training.get("project") or PROJECT,
         group=group_of(run),
         job_type=job,
         config=without_credentials(config),
@@ -95,7 +104,8 @@ def _settings() -> Any:
     import wandb
 
     # W&B notes the words of the command line. It must not where one of them holds a password.
-    secret = any(without_credentials(word) != word for word in sys.argv)
+    words = sys.argv[1:]
+    secret = any(without_credentials(word) != word or (word.startswith("-") and is_secret(word)) for word in words)
     return wandb.Settings(silent=True, console="off", x_disable_meta=secret)
 
 
@@ -128,7 +138,7 @@ def tie(tracked: Any, run: Record, tables: dict[str, Scores], files: dict[str, b
         f"influence-{run.hash[:12]}",
         type="influence",
         description=f"Score tables and evaluation of {group_of(run)}",
-        metadata={"content": content, "training_run": (run.manifest["logger"] or {}).get("id"), "group": group_of(run)},
+        metadata={"content": content, "training_run": _training(run).get("id"), "group": group_of(run)},
     )
     for name, data in files.items():
         with artifact.new_file(name, mode="wb") as file:

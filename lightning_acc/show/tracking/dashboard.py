@@ -13,6 +13,7 @@ from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
+from lightning_acc.record.credentials import without_credentials
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.show.tracking import panels
@@ -115,7 +116,7 @@ def _log_over_time(tracked: Any, run: Record, tables: dict[str, Scores], count: 
     try:
         visits = influence_over_time(run, list(titles), conditions["query"], dtype=dtype)
     except RequestError as error:  # a loss without a second derivative has all the rest
-        tracked.summary["over time/left out"] = str(error)
+        tracked.summary["over time/left out"] = without_credentials(str(error))
         return
     logged = panels.over_time(visits, titles)
     if logged:

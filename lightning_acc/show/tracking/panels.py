@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
-from lightning_acc.judge.samples import SampleView, SampleViews, detection_precision
+from lightning_acc.judge.samples import SampleView, SampleViews, detection_precision, opened_picture
 from lightning_acc.scoring.scores import Scores
 
 SHOWN = 100
@@ -44,13 +42,14 @@ class Pictures:
         return [view.label, view.true_label, view.corrupted, self._images[view.sample], view.text]
 
 
-def image(png: bytes | None, caption: str | None = None) -> Any:
-    """A PNG file as a W&B image; None for None."""
-    if png is None:
+def image(file: bytes | None, caption: str | None = None) -> Any:
+    """A picture file as a W&B image; None for none, and for what cannot be read."""
+    picture = None if file is None else opened_picture(file)
+    if picture is None:
         return None
     import wandb
 
-    return wandb.Image(Image.open(io.BytesIO(png)), caption=caption)
+    return wandb.Image(picture, caption=caption)
 
 
 def ranking(table: Scores, truth: Scores | None, pictures: Pictures) -> Any:
@@ -88,7 +87,7 @@ def gallery(table: Scores, views: SampleViews) -> list[Any]:
         if view.image is not None:
             was = f" (was {view.true_label})" if view.corrupted and view.true_label is not None else ""
             found.append(image(view.image, f"#{sample}: {view.label}{was}, {scores[sample]:+.2e}"))
-    return found
+    return [picture for picture in found if picture is not None]
 
 
 def scatter(name: str, table: Scores, truth: Scores, views: SampleViews) -> Any:

@@ -1,0 +1,112 @@
+"""What users pass: each check gives the value in the form it is worked with, or says in one sentence what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lightning_acc.errors import RequestError
+
+
+def shown(value: object) -> str:
+    """The value as a sentence shows it: short, on one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of a class of the user's own, or of a number with thousands of digits
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def index(value: object) -> int | None:
+    """A whole number, of NumPy or torch as well; None for anything else, truth values among it."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except Exception:
+        return None
+
+
+def real(value: object) -> float | None:
+    """A finite number, of NumPy as well; None for anything else, truth values among it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def whole(name: str, value: object, wrong: str, least: int = 0) -> int:
+    """A whole number from ``least``.
+
+    Raises:
+        RequestError: ``<name>=<value> <wrong>``, and what to give, as all below.
+    """
+    number = index(value)
+    if number is None or number < least:
+        raise RequestError(f"{name}={shown(value)} {wrong}: give a whole number, {least} or more.")
+    return number
+
+
+def memory_bytes(memory_gb: object) -> int:
+    """``memory_gb`` in bytes."""
+    number = real(memory_gb)
+    if number is None or not number > 0:
+        raise RequestError(f"memory_gb={shown(memory_gb)} leaves nothing to compute with: give a positive number.")
+    return int(number * 2**30)
+
+
+def choice(name: str, value: object, choices: Collection[str], purpose: str = "") -> str:
+    """One of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise RequestError(f"There is no {name} {shown(value)}{purpose}; choose one of {', '.join(choices)}.")
+    return value
+
+
+def listed(name: str, value: Any, what: str) -> list[Any]:
+    """What a list holds, or a tuple, set, array, iterator: no text, no mapping, and not a thing by itself."""
+    if not isinstance(value, (str, bytes, Mapping)):
+        try:
+            return list(value)
+        except TypeError:  # also of arrays without a dimension, which call themselves iterable
+            pass
+    raise RequestError(f"{name}={shown(value)} is no list: give a list of {what}.")
+
+
+def path(name: str, value: object) -> str:
+    """A path or URL as a string."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise RequestError(f"{name}={shown(value)} is no path: give a string or a pathlib.Path.")
+    return str(os.fspath(value))
+
+
+def recorded(run: Any) -> Any:
+    """A recorded run, or the path of one."""
+    return run if hasattr(run, "manifest") else path("run", run)
+
+
+def ray_address(value: object) -> str | None:
+    """Where Ray is, as far as can be told without asking; None for no Ray."""
+    if value is None or (isinstance(value, str) and (value in ("local", "auto") or ":" in value)):
+        return value
+    raise RequestError(
+        f'ray_address={shown(value)} is no Ray address: use "local", "auto", "ray://host:port", or None for no Ray.'
+    )
+
+
+def trust(value: Any) -> Any:
+    """Names of packages that are trusted, or True for any."""
+    if isinstance(value, (bool, str)):
+        return value
+    names = tuple(listed("trust", value, "names of packages, or True for any"))
+    if not all(isinstance(name, str) for name in names):
+        raise RequestError(f"trust={shown(value)} names no packages: give their names, such as ['mine'], or True for any.")
+    return names
