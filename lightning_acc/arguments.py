@@ -58,9 +58,9 @@ def whole(name: str, value: object, wrong: str, least: int = 0) -> int:
 
 def memory_bytes(memory_gb: object) -> int:
     """``memory_gb`` in bytes."""
-    number = real(memory_gb)
-    if number is None or not number > 0:
-        raise RequestError(f"memory_gb={shown(memory_gb)} leaves nothing to compute with: give a positive number.")
+    number = positive("memory_gb", memory_gb, "leaves nothing to compute with")
+    if math.isinf(number):
+        raise RequestError("memory_gb=inf is no budget: give the memory there is.")
     return int(number * 2**30)
 
 
@@ -69,6 +69,20 @@ def choice(name: str, value: object, choices: Collection[str], purpose: str = ""
     if not isinstance(value, str) or value not in choices:
         raise RequestError(f"There is no {name} {shown(value)}{purpose}; choose one of {', '.join(choices)}.")
     return value
+
+
+def option(name: str, value: object, choices: Collection[str]) -> None:
+    """One of the ways in which something can be done."""
+    if not isinstance(value, str) or value not in choices:
+        raise RequestError(f"{name}={shown(value)} is none of its choices: give one of {', '.join(map(repr, choices))}.")
+
+
+def positive(name: str, value: object, wrong: str) -> float:
+    """A positive number, or infinity."""
+    number = math.inf if isinstance(value, float) and value == math.inf else real(value)
+    if number is None or not number > 0:
+        raise RequestError(f"{name}={shown(value)} {wrong}: give a positive number.")
+    return number
 
 
 def listed(name: str, value: Any, what: str) -> list[Any]:
@@ -86,11 +100,6 @@ def path(name: str, value: object) -> str:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise RequestError(f"{name}={shown(value)} is no path: give a string or a pathlib.Path.")
     return str(os.fspath(value))
-
-
-def recorded(run: Any) -> Any:
-    """A recorded run, or the path of one."""
-    return run if hasattr(run, "manifest") else path("run", run)
 
 
 def ray_address(value: object) -> str | None:

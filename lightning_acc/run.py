@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from lightning_acc.core.rebuild import module_of, portable_trust
 from lightning_acc.core.replay import parameters_at
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.exports import cleaned_dataset
-from lightning_acc.record.record import Record, Trust
+from lightning_acc.record.record import Record
 
 if TYPE_CHECKING:
     import datasets
@@ -39,11 +38,6 @@ class Run(Record):
         RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
         RequestError: what is given is no path, module or names.
     """
-
-    def __init__(self, path: str | os.PathLike[str], module: torch.nn.Module | None = None, trust: Trust = False) -> None:
-        if module is not None and not isinstance(module, torch.nn.Module):
-            raise RequestError(f"module={arguments.shown(module)} is no module: give an instance of your LightningModule.")
-        super().__init__(arguments.path("path", path), module, arguments.trust(trust))
 
     def parameters(self, t: int) -> Tensor:
         """Flat trained parameters (p,) before step ``t``; ``t = n_steps`` gives the final ones."""

@@ -307,13 +307,21 @@ def test_options_are_one_line(run: la.Run, tmp_path: Path, words: list[str], cap
 RECORDER: list[dict[str, Any]] = [
     {"parameters": "x"},
     {"parameters": 3},
-    *({"budget_gb": value, "parameters": "every-k"} for value in (NAN, 0, -1)),
+    *({"budget_gb": value, "parameters": "every-k"} for value in (NAN, 0, -1, "4", None)),
+    *({name: value} for name in ("batch_norm", "mixed_rows", "on_error") for value in ("no", 0, None)),
 ]
+
+
+@pytest.mark.parametrize("verb", [la.evaluate, la.plan, la.clean, la.write_report], ids=lambda verb: verb.__name__)
+def test_what_is_no_run_is_one_sentence(verb: Any) -> None:
+    with pytest.raises(la.RequestError, match="run=3 is no path") as error:
+        verb(3)
+    one_sentence(error.value)
 
 
 @pytest.mark.parametrize("arguments", RECORDER, ids=repr)
 def test_a_recorder_that_cannot_record_is_one_sentence(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    with pytest.raises(la.RequestError, match=r"parameters=|budget_gb=") as error:
+    with pytest.raises(la.RequestError, match=r"^(parameters|budget_gb|batch_norm|mixed_rows|on_error)=") as error:
         record(tmp_path / "run", make(), recorder=arguments)
     one_sentence(error.value)
 

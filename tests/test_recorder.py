@@ -349,7 +349,7 @@ def test_auto_keeps_what_two_percent_of_the_time_pays_for(tmp_path: Path, monkey
     assert run.snapshots[-1] == run.n_steps == 80
     assert len(run.snapshots) < 80
     assert run.audit().max_abs_error == 0
-    with pytest.raises(la.RequestError, match="parameters='sometimes' is no way to keep snapshots; choose one of auto"):
+    with pytest.raises(la.RequestError, match="parameters='sometimes' is none of its choices: give one of 'auto'"):
         fit(make(), None, la.TrajectoryRecorder(tmp_path / "no", parameters="sometimes"))  # type: ignore[arg-type]
 
 

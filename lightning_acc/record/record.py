@@ -18,13 +18,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_acc.errors import RunError
+from lightning_acc import arguments
+from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import manifest, tables
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.store import Store
 
 Trust = bool | str | Iterable[str]
-"""Packages that a record's module may be imported from, besides those this process has imported already; True: any."""
+"""Packages that a record's module may be imported from, besides modules this process has imported already; True: any."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ class Record:
         module: the LightningModule to evaluate the losses with. By default it is rebuilt from the class and the saved
             hyper-parameters named in the manifest; pass it where that cannot work. Its parameters are not used.
         trust: packages that class may be imported from, or True for any. Importing executes code, so that by default only
-            packages which this process has imported already will do, this one, and those named in the environment
+            modules which this process has imported already will do, this package, and those named in the environment
             variable ``LIGHTNING_ACC_TRUST``, separated by commas.
         partial: open the whole steps of a record that was not finished, as its training goes on or was killed.
 
     Raises:
         RunError: there is no finished run at ``path``, or a file is missing, truncated or damaged.
+        RequestError: what is given is no path, module or names.
     """
 
     def __init__(
@@ -115,8 +117,10 @@ class Record:
         trust: Trust = False,
         partial: bool = False,
     ) -> None:
-        self.store = Store(path)
-        self.trust: bool | tuple[str, ...] = names(trust)
+        if module is not None and not isinstance(module, torch.nn.Module):
+            raise RequestError(f"module={arguments.shown(module)} is no module: give an instance of your LightningModule.")
+        self.store = Store(arguments.path("path", path))
+        self.trust: bool | tuple[str, ...] = names(arguments.trust(trust))
         self.partial = partial
         self.manifest = manifest.read(self.store, unfinished=partial)
         if self.manifest["status"] != "complete":
@@ -305,7 +309,7 @@ class Record:
 
 def opened(record: Record | str | os.PathLike[str]) -> Record:
     """The record itself, or what is at the path."""
-    return record if isinstance(record, Record) else Record(record)
+    return record if isinstance(record, Record) else Record(arguments.path("run", record))
 
 
 def names(trust: Trust) -> bool | tuple[str, ...]:

@@ -6,9 +6,9 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from lightning_acc.errors import RequestError, RunError
+from lightning_acc.errors import RunError
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.credentials import without_credentials
 from lightning_acc.record.lock import Lock
@@ -17,19 +17,7 @@ from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
-OnError = Literal["warn", "stop"]
-ON_ERROR = ("warn", "stop")
 Hook = TypeVar("Hook", bound=Callable[..., None])
-
-
-def check_on_error(value: str) -> None:
-    """Refuse what is no way to meet errors.
-
-    Raises:
-        RequestError: it is none.
-    """
-    if value not in ON_ERROR:
-        raise RequestError(f"on_error={value!r} is no way to meet errors; choose one of {', '.join(ON_ERROR)}.")
 
 
 def costs_no_training(hook: Hook) -> Hook:

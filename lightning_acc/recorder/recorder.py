@@ -13,16 +13,18 @@ try:
 except ModuleNotFoundError:  # the same library under its other name; its Callback has the same hooks
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
+from lightning_acc import arguments
 from lightning_acc.core import rebuild
 from lightning_acc.record.writer import NotFinite
 from lightning_acc.recorder import resume
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
-from lightning_acc.recorder.ending import OnError, check_on_error, costs_no_training, in_words, warn_that_it_ended
+from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that_it_ended
 from lightning_acc.recorder.following import Following
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.resume import Place
+from lightning_acc.recorder.snapshots import POLICIES
 from lightning_acc.recorder.writers import Writers
 
 
@@ -75,13 +77,16 @@ class TrajectoryRecorder(Callback):
         batch_norm: Literal["refuse", "keep-batch-statistics"] = "refuse",
         allow_untested: bool = False,
         mixed_rows: Literal["refuse", "as-they-are"] = "refuse",
-        on_error: OnError = "warn",
+        on_error: Literal["warn", "stop"] = "warn",
     ) -> None:
-        check_on_error(on_error)
-        self.directory = os.fspath(directory)
+        arguments.option("parameters", parameters, POLICIES)
+        arguments.option("batch_norm", batch_norm, ("refuse", "keep-batch-statistics"))
+        arguments.option("mixed_rows", mixed_rows, ("refuse", rows.AS_THEY_ARE))
+        arguments.option("on_error", on_error, ("warn", "stop"))
+        self.directory = arguments.path("directory", directory)
         self.overwrite = overwrite
         self.parameters = parameters
-        self.budget_gb = budget_gb
+        self.budget_gb = arguments.positive("budget_gb", budget_gb, "leaves no room for parameters")
         self.batch_norm = batch_norm
         self.allow_untested = allow_untested
         self.mixed_rows = mixed_rows

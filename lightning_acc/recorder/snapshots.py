@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-from lightning_acc.errors import RequestError
 from lightning_acc.record.store import Store
 from lightning_acc.recorder.checks.steps import CHECKED_STEPS
 
@@ -34,10 +33,6 @@ class Snapshots:
     """
 
     def __init__(self, policy: str, size: int, steps: float, budget: float) -> None:
-        if policy not in POLICIES:
-            raise RequestError(f"parameters={policy!r} is no way to keep snapshots; choose one of {', '.join(POLICIES)}.")
-        if not budget > 0:
-            raise RequestError(f"budget_gb={budget / 2**30:g} has no room for snapshots: give a positive number.")
         self.policy, self.size, self.budget, self._steps = policy, size, budget, steps
         whole = size * (steps + 1)
         self.every = 1

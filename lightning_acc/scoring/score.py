@@ -97,7 +97,7 @@ def score(
         RequestError: there is no such method, query, sample, readout or dtype; or groups too large for an estimate take more
             than an hour to be retrained without.
     """
-    run = opened(arguments.recorded(run))
+    run = opened(run)
     confirm = arguments.whole("confirm", confirm, "is no number of removals to retrain without")
     ray_address = arguments.ray_address(ray_address)
     memory = arguments.memory_bytes(memory_gb)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from lightning_acc import arguments
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews, detection_precision, opened_picture
@@ -52,7 +51,7 @@ def write_report(run: Record | str | os.PathLike[str]) -> str:
     Raises:
         RequestError: there are no scores to show.
     """
-    run = opened(arguments.recorded(run))
+    run = opened(run)
     run.store.write("report/index.html", render(run.name, _facts(run), collect(run)).encode())
     return run.store.locate("report/index.html")
 
