@@ -264,15 +264,13 @@ def track(run: str, project: str | None = None) -> None:
         run: the run directory.
         project: by default that of the training's own logger, else lightning-acc.
     """
-    import json
-
+    from lightning_acc.judge import agreement
     from lightning_acc.run import Run
     from lightning_acc.show.tracking import mode
     from lightning_acc.show.tracking import track as log
 
     opened = Run(run)
-    rows = json.loads(opened.store.read("evaluation.json"))["rows"] if opened.store.exists("evaluation.json") else None
-    print(f"W&B ({mode()}): {log(opened, rows, project)}")
+    print(f"W&B ({mode()}): {log(opened, agreement.read(opened), project)}")
 
 
 def dashboards(project: str | None = None) -> None:

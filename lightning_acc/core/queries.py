@@ -17,11 +17,13 @@ from torch import Tensor
 from lightning_acc.core.fingerprint import describe
 from lightning_acc.core.objective import LossFunction, Objective, loss_function
 from lightning_acc.errors import RequestError, RunError
-from lightning_acc.record import batches, manifest
+from lightning_acc.record import batches, manifest, seal
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.record.writer import RunWriter
+
+ADD_AGAIN = "store it again with run.add_query"
 
 
 class Query:
@@ -146,8 +148,8 @@ def add(record: Record, name: str, data: Iterable[Any]) -> Query:
     query = Query(name, data)
     encoded = query.encoded()
     record.store.write(_file(name), encoded)
-    seal = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
-    record.store.write(f"queries/{name}.json", json.dumps(seal).encode())
+    about = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
+    record.store.write(_sidecar(name), seal.to_json(about, _sidecar(name)))
     return query
 
 
@@ -187,16 +189,17 @@ def _file(name: str) -> str:
     return f"queries/{name}.safetensors"
 
 
+def _sidecar(name: str) -> str:
+    """What tells of an added query which run it belongs to, and its hash."""
+    return f"queries/{name}.json"
+
+
 def _read_added(record: Record, name: str) -> bytes:
     store, where = record.store, record.store.locate(_file(name))
+    about = seal.from_json(store, _sidecar(name), ADD_AGAIN)
     data = store.read(_file(name))
-    try:
-        seal = json.loads(store.read(f"queries/{name}.json"))
-        intact, run_id = seal["sha256"] == digest(data), seal.get("run_id", record.manifest["run_id"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact, run_id = False, None
-    if not intact:
-        raise RunError(f"{where} is damaged: its content does not match its hash. Store it again with run.add_query.")
-    if run_id != record.manifest["run_id"]:
-        raise RunError(f"{where} belongs to another run, {run_id}. Store it again with run.add_query.")
+    if about.get("sha256") != digest(data):
+        raise RunError(f"{where} is damaged: its content does not match its hash. {ADD_AGAIN.capitalize()}.")
+    if about.get("run_id") != record.manifest["run_id"]:
+        raise RunError(f"{where} belongs to another run, {about.get('run_id')}. {ADD_AGAIN.capitalize()}.")
     return data
