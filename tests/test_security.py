@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import safetensors
 import torch
-from problems import make, record
+from problems import N, make, record
 
 import lightning_acc as la
 from lightning_acc.core import rebuild
@@ -187,7 +187,7 @@ def test_only_modules_are_ever_called(path: Path, tmp_path: Path, name: str) -> 
     "name", ["../evil:Net", ":Net", "evil package:Net", "problems:", "problems:Net.__init__.x", "a/b:C", 3]
 )
 def test_strange_names_of_classes_are_one_sentence(path: Path, name: Any) -> None:
-    with pytest.raises(la.RunError, match="cannot be imported here"):
+    with pytest.raises(la.RunError, match=r"cannot be imported here|module\.class is 3 and not a text"):
         la.Run(names_class(path, name), trust=True).module()
 
 
@@ -244,7 +244,7 @@ def test_no_name_leads_outside(path: Path, name: str) -> None:
 @pytest.mark.parametrize("column", ["../../x", "/etc/x", "a\\..\\b", "a\0b", ".."])
 def test_columns_that_are_paths_are_refused(path: Path, column: str) -> None:
     content = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.table({"and/or": [1], column: [2]}), content)
+    pyarrow.parquet.write_table(pa.table({"and/or": [1] * N, column: [2] * N}), content)
     data = content.getvalue().to_pybytes()
     (path / "samples/info.parquet").write_bytes(data)
     files = json.loads((path / "manifest.json").read_text())["files"]

@@ -20,6 +20,7 @@ from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import batches, manifest, seal
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.record import Record
+from lightning_acc.record.schema import files
 from lightning_acc.record.store import digest
 from lightning_acc.record.writer import RunWriter
 
@@ -175,14 +176,15 @@ def find(record: Record, query: str | Query) -> Query:
             f"This run has no query {name!r}: {has}. Add one with run.add_query({name!r}, loader), or pass a Query."
         )
     file = record.manifest["files"].get(_file(name))
-    data = _read_added(record, name) if file is None else manifest.read_file(record.store, _file(name), file["sha256"])
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    structures = json.loads(header["__metadata__"]["structures"])
-    leaves: list[Leaves] = [{} for _ in structures]
-    for key, leaf in safetensors.torch.load(data).items():
-        index, _, leaf_name = key.partition(":")
-        leaves[int(index)][leaf_name] = leaf
-    return Query(name, (batches.unflatten(s, x) for s, x in zip(structures, leaves, strict=True)))
+    if file is None:
+        data, remedy = _read_added(record, name), f"{ADD_AGAIN.capitalize()}."
+    else:
+        data, remedy = manifest.read_file(record.store, _file(name), file["sha256"], file["bytes"]), manifest.REMEDY
+    try:
+        recorded = files.query_batches(*files.unpacked(data))
+    except ValueError as error:
+        raise RunError(f"{record.store.locate(_file(name))} is no query: {error}. {remedy}") from error
+    return Query(name, (batches.unflatten(structure, leaves) for structure, leaves in recorded))
 
 
 def _file(name: str) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from lightning_acc.core import queries, rebuild
 from lightning_acc.core.process import threads
 from lightning_acc.core.queries import Query
-from lightning_acc.core.replay import Replay
+from lightning_acc.core.replay import Replay, explained
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.judge import cleaning_table
 from lightning_acc.judge.controls import NotAClassifier, correct, rankings
@@ -50,6 +50,7 @@ class _Job:
         return f"cleaning-{digest(json.dumps(same).encode())[:16]}"
 
 
+@explained
 def clean(
     run: Record | str | os.PathLike[str],
     method: str | Sequence[str] = "acc-sgd-ie",
@@ -135,7 +136,7 @@ def _test_query(run: Record, test: str | Query | None) -> Query:
             warnings.warn(
                 "Cleaning is tested on val, which the rankings have seen: add other data with run.add_query('test', loader).",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return queries.find(run, test)
 

@@ -6,7 +6,6 @@ What is done with it is in ``core`` and above; users open it as ``la.Run``, whic
 from __future__ import annotations
 
 import bisect
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
 from lightning_acc.record import manifest, tables
 from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.schema import files, keys
 from lightning_acc.record.store import Store
 
 Trust = bool | str | Iterable[str]
@@ -148,7 +147,7 @@ class Record:
     @property
     def n_parameters(self) -> int:
         """Number p of trained parameters."""
-        return sum(torch.Size(shape).numel() for _, shape in self.manifest["layout"])
+        return keys.numel(self.manifest)
 
     @property
     def dtype(self) -> str:
@@ -184,8 +183,10 @@ class Record:
     def contents(self, numbers: Tensor) -> Leaves:
         """The leaves of the contents with these numbers, which must be alike in shape."""
         place = self._content_places[numbers]
-        (file,) = place[:, 0].unique().tolist()
-        tensors, _ = self._load(self._names("samples")[file])
+        alike = place[:, 0].unique().tolist()
+        if len(alike) != 1:
+            raise self._fault(self._names("samples")[alike[0]], "samples of a batch have different shapes")
+        tensors, _ = self._load(self._names("samples")[alike[0]])
         return {name: leaf[place[:, 1]] for name, leaf in tensors.items() if name != "#"}
 
     def content_of(self, sample_id: int) -> Leaves | None:
@@ -205,20 +206,29 @@ class Record:
 
     def query_names(self) -> list[str]:
         """Names of the queries recorded with the run, and of those added since."""
-        files = [*self._names("queries"), *(name for name in self.store.names("queries") if name.endswith(".json"))]
-        return sorted({name.partition("/")[2].rpartition(".")[0] for name in files})
+        added = [name for name in self.store.names("queries") if name.endswith(".json")]
+        return sorted({name.partition("/")[2].rpartition(".")[0] for name in [*self._names("queries"), *added]})
 
     def sample_info(self) -> pa.Table | None:
         """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""
         if "samples/info.parquet" not in self.manifest["files"]:
             return None
-        data = manifest.read_file(self.store, "samples/info.parquet", self._file("samples/info.parquet")["sha256"])
-        table = tables.read(data)
-        manifest.check_columns(self.store.locate("samples/info.parquet"), table.column_names)
+        name = "samples/info.parquet"
+        try:
+            table = tables.read(self._read(name), self.n_samples)
+        except ValueError as error:
+            raise self._fault(name, str(error)) from error
+        manifest.check_columns(self.store.locate(name), table.column_names)
         return table
 
     def _file(self, name: str) -> dict[str, Any]:
         return dict(self.manifest["files"][name])
+
+    def _read(self, name: str) -> bytes:
+        return manifest.read_file(self.store, name, self._file(name)["sha256"], self._file(name)["bytes"])
+
+    def _fault(self, name: str, fault: str) -> RunError:
+        return RunError(f"{self.store.locate(name)} is none of a run: {fault}. {manifest.REMEDY}")
 
     def _names(self, folder: str) -> list[str]:
         return sorted(
@@ -227,13 +237,13 @@ class Record:
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name not in self._loaded:
-            data = manifest.read_file(self.store, name, self._file(name)["sha256"])
             try:
-                tensors = safetensors.torch.load(data)
-            except safetensors.SafetensorError as error:
-                raise RunError(f"{self.store.locate(name)} holds no tensors: restore it, or record the run again.") from error
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
+                tensors, metadata = files.unpacked(self._read(name))
+            except ValueError as error:
+                raise self._fault(name, str(error)) from error
+            fault = files.fault_of(name, tensors, metadata, self.manifest)
+            if fault:
+                raise self._fault(name, fault)
             if name.startswith("parameters/"):
                 # Large and read in order: only the newest file is kept.
                 self._loaded = {key: value for key, value in self._loaded.items() if not key.startswith("parameters/")}
@@ -261,6 +271,9 @@ class Record:
             signature = tuple(sorted((key, leaf.dtype, tuple(leaf.shape[1:])) for key, leaf in tensors.items()))
             merged.setdefault(signature, []).append(name)
         count = sum(self._file(name)["count"] for name in names)
+        numbers = torch.cat([self._load(name)[0]["#"] for name in names])
+        if not torch.equal(numbers.sort().values, torch.arange(count)):
+            raise self._fault(names[0], "its # and those of the files beside it do not number the contents from 0")
         places = torch.empty(count, 2, dtype=torch.int64)
         for alike in merged.values():
             parts = [self._loaded[name][0] for name in alike]
