@@ -146,23 +146,25 @@ def explained(verb: Verb) -> Verb:
 
 def _refuse_unusable(run: Record) -> None:
     replay = Replay(run)
-    theta = replay.initial[0]
+    theta = replay.initial[0].detach().requires_grad_()
 
     def refuse(what: str, error: Exception) -> RunError:
         words = " ".join(str(error).split())[:200]
         return RunError(_not_the_module(run, f"which fails on {what}: {type(error).__name__}: {words}"))
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for t in range(len(replay)):
             try:
-                replay.step(t).losses(theta)
+                for leaves in run.batches(t):
+                    losses = replay.objective.losses(theta, batches.cast(leaves, replay.dtype))
+                    torch.autograd.grad(losses.sum(), theta)
             except InfluenceError:
                 raise
             except OF_DATA as error:
                 raise refuse(f"the batches of step {t}", error) from error
         for name in run.query_names():
             try:
-                queries.find(run, name).value(replay.objective, theta)
+                queries.find(run, name).gradient(replay.objective, theta)
             except InfluenceError:
                 raise
             except OF_DATA as error:

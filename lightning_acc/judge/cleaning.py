@@ -171,7 +171,7 @@ def _train_all(
     """
     # What a function of one's own computes may change under the same name.
     keep = save and job.test.function is None
-    known = shards.stored_figures(job.run, job.kind) if keep else {}
+    known = shards.stored_figures(job.run, job.kind, count=2) if keep else {}
     wanted = [Retraining(seed, list(dict.fromkeys(sets))) for seed, sets in enumerate(dropped)]
     left = [
         Retraining(piece.seed, new)

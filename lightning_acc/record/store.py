@@ -130,13 +130,13 @@ class Store:
             return None
 
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
-        """The files directly in ``folder``, by relative name."""
+        """The files directly in ``folder``, by relative name; pipes and the like too, for the reader to be told of."""
         path = self._path(folder)
         try:
             entries = self._attempt(folder, "cannot be listed", lambda files: files.ls(path, detail=True), fresh=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        places = ((str(entry["name"]).rsplit("/", 1)[-1], entry) for entry in entries if entry["type"] == "file")
+        places = ((str(entry["name"]).rsplit("/", 1)[-1], entry) for entry in entries if entry["type"] != "directory")
         return {f"{folder}/{name}".lstrip("/"): entry for name, entry in places if name}
 
     def read(self, name: str, size: int | None = None) -> bytes:

@@ -139,19 +139,21 @@ def write_figures(run: Record, kind: str, figures: dict[str, list[float]]) -> No
     run.store.write(file, seal.to_json(figures, file))
 
 
-def stored_figures(run: Record, kind: str) -> dict[str, list[float]]:
-    """All figures of a kind that are stored."""
+def stored_figures(run: Record, kind: str, count: int) -> dict[str, list[float]]:
+    """All figures of a kind that are stored, ``count`` by each name."""
     files = [file for file in run.store.names(FOLDER) if file.startswith(f"{FOLDER}/{kind}-") and file.endswith(".json")]
     figures: dict[str, list[float]] = {}
     for file in files:
-        figures.update(_intact(run, file, partial(_figures, run, file)) or {})
+        figures.update(_intact(run, file, partial(_figures, run, file, count)) or {})
     return figures
 
 
-def _figures(run: Record, file: str) -> dict[str, list[float]]:
+def _figures(run: Record, file: str, count: int) -> dict[str, list[float]]:
     remedy = "delete it and repeat the command"
     figures = seal.from_json(run.store, file, remedy)
-    if not all(isinstance(row, list) and all(isinstance(one, float) for one in row) for row in figures.values()):
+    if not all(
+        isinstance(row, list) and len(row) == count and all(isinstance(one, float) for one in row) for row in figures.values()
+    ):
         raise seal.damaged(run.store, file, remedy)
     return figures
 
