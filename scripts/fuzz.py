@@ -105,7 +105,10 @@ def restore(path: Path, files: Files) -> None:
 
 
 def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
-    """What is asked of a run, and in which order: what writes comes last."""
+    """What is asked of a run, and in which order: what writes comes last.
+
+    Of scores the estimates: what was retrained without to check a table goes, with a warning, with the table.
+    """
     cleaning = {"seeds": 2, "test": "more", "controls": ["random"], "ray_address": None, "progress": False}
     return {
         "repr": lambda: repr(run).partition(": ")[2],
@@ -122,12 +125,12 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
         **{
             method: lambda method=method: la.score(
                 run, method, ray_address=None, check=0, progress=False
-            ).values.tolist()
+            ).estimates.tolist()
             for method in METHODS
         },
         "more": lambda: la.score(
             run, "sgd-ie", query="more", ray_address=None, check=0, save=False, progress=False
-        ).values.tolist(),
+        ).estimates.tolist(),
     }  # fmt: skip
 
 

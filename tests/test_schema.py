@@ -241,12 +241,13 @@ def test_groups_that_make_no_sense_are_refused(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": float("nan")}, "of its groups its lr is nan and not finite"),
+        ({"lr": float("nan")}, "of its groups its lr is nan and not null, truth values, texts and finite numbers"),
         ({"lr": None}, "cannot be used"),
         ({"lr": "fast"}, "cannot be used"),
         ({"momentum": 0.9}, "need 1 slots, but the record has 0"),
         ({"step": 0}, "its step is 0"),
         ({"gradient_clip_algorithm": "none"}, "its gradient_clip_algorithm is 'none'"),
+        ({"gradient_clip_val": float("nan")}, "its gradient_clip_val is nan"),
         ({"gradient_clip_val": [1]}, "its gradient_clip_val is"),
     ],
 )
@@ -367,3 +368,11 @@ def test_an_error_of_the_users_own_function_stays_one(path: Path) -> None:
 
     with pytest.raises(KeyError, match="mine"):
         la.score(path, "loo", [0], la.Query("own", [tuple(data(n=5).tensors)], fails), ray_address=None, check=0)
+
+
+def test_the_schema_knows_what_the_replay_knows() -> None:
+    from lightning_acc.core import objective, replay
+    from lightning_acc.record.schema import keys
+
+    assert set(keys.PRECISIONS) == set(objective.AUTOCAST)
+    assert keys.DTYPES == replay.DTYPES

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_acc.record import seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
-from lightning_acc.record.schema.kinds import NUMBER, PLAIN, STRUCTURE, Kind, among, first_fault, several, short, whole
+from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, short, whole
 
 Shape = tuple[str, ...]
 STEPS: dict[str, tuple[torch.dtype, Shape]] = {
@@ -29,7 +29,7 @@ RANDOM: dict[str, tuple[torch.dtype, Shape]] = {
 }
 GROUP: dict[str, Kind] = {
     "step": whole(1, 10**12),
-    "gradient_clip_val": NUMBER.or_none(),
+    "gradient_clip_val": LIMIT.or_none(),
     "gradient_clip_algorithm": among("norm", "value"),
 }
 """What stands in the hyper-parameters of every parameter group; those of the optimizer are beside it."""
@@ -97,7 +97,7 @@ def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]
             if fault:
                 yield f"of its groups {fault}"
             for key, value in group.items():
-                if not (value is None or PLAIN.holds(value) or several(PLAIN).holds(value)):
+                if not PLAIN.holds(value):
                     yield f"of its groups its {key} is {short(value)} and not {PLAIN.words}"
 
 

@@ -11,6 +11,8 @@ from lightning_acc.record.batches import leaf_names
 
 LARGEST = 1e300
 """What a hyper-parameter may be."""
+_UNSHOWN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Characters that no terminal or file can show."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def several(kind: Kind) -> Kind:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
+    return isinstance(value, str) and _UNSHOWN.search(value) is None
 
 
 def _is_number(value: Any) -> bool:
@@ -72,13 +74,19 @@ def _is_structure(value: Any) -> bool:
     return 0 < len(names) == len(set(names))
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (bool, str)) or _is_number(value)
+
+
 TEXT = Kind("a text", _is_text)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-NUMBER = Kind("a finite number", _is_number)
+LIMIT = Kind("a number", lambda value: _is_number(value) or value == float("inf"))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 SHAPE = Kind("a name and a list of sizes", _is_shape)
 STRUCTURE = Kind("the structure of a batch", _is_structure)
-PLAIN = Kind("finite numbers, true, false or text", lambda value: isinstance(value, (bool, str)) or _is_number(value))
+PLAIN = Kind("null, truth values, texts and finite numbers, or lists and mappings of them", _is_plain)
 HASH = Kind("a SHA-256", lambda value: isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None)
 _MISSING = object()
 
