@@ -111,10 +111,12 @@ def ray_address(value: object) -> str | None:
     )
 
 
-def trust(value: Any) -> Any:
-    """Names of packages that are trusted, or True for any."""
-    if isinstance(value, (bool, str)):
+def trust(value: Any) -> bool | tuple[str, ...]:
+    """Names of packages that are trusted, or True for any, in a form that can be kept and sent to workers."""
+    if isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return (value,)
     names = tuple(listed("trust", value, "names of packages, or True for any"))
     if not all(isinstance(name, str) for name in names):
         raise RequestError(f"trust={shown(value)} names no packages: give their names, such as ['mine'], or True for any.")

@@ -12,7 +12,7 @@ from problems import make, record
 
 import lightning_acc as la
 from lightning_acc.core import rebuild
-from lightning_acc.record.credentials import is_secret, without_credentials
+from lightning_acc.credentials import is_secret, without_credentials
 from lightning_acc.show import tracking
 from lightning_acc.show.tracking import connection
 from lightning_acc.studies import fit

@@ -22,7 +22,7 @@ import pytorch_lightning as pl
 import safetensors
 import torch
 from PIL import Image
-from problems import Net, make, record
+from problems import N, Net, make, record
 
 import lightning_acc as la
 from lightning_acc.core import rebuild
@@ -263,8 +263,8 @@ def test_whatever_building_raises_is_one_sentence(path: Path, sign: Path, how: s
 
 @pytest.mark.parametrize("described", [{}, {"class": "problems:Net"}, {"class": "problems:Net", "hyper_parameters": 3}, 3])
 def test_a_module_that_is_not_described_is_one_sentence(path: Path, described: Any) -> None:
-    with pytest.raises(la.RunError, match="names no module, as a class with its hyper-parameters"):
-        la.Run(edit(path, module=described)).module()
+    with pytest.raises(la.RunError, match=r"is no manifest of a run: it.* module"):
+        la.Run(edit(path, module=described))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_only_modules_are_ever_called(path: Path, tmp_path: Path, name: str) -> 
     "name", ["../evil:Net", ":Net", "evil package:Net", "problems:", "problems:Net.__init__.x", "a/b:C", 3, "a\nb:C"]
 )
 def test_strange_names_of_classes_are_one_sentence(path: Path, name: Any) -> None:
-    with pytest.raises(la.RunError, match="cannot be imported here"):
+    with pytest.raises(la.RunError, match=r"cannot be imported here|module\.class is .* and not a text"):
         la.Run(names_class(path, name), trust=True).module()
 
 
@@ -340,7 +340,7 @@ def test_no_name_leads_outside(path: Path, name: str) -> None:
 @pytest.mark.parametrize("column", ["../../x", "/etc/x", "a\\..\\b", "a\0b", ".."])
 def test_columns_that_are_paths_are_refused(path: Path, column: str) -> None:
     content = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.table({"and/or": [1], column: [2]}), content)
+    pyarrow.parquet.write_table(pa.table({"and/or": [1] * N, column: [2] * N}), content)
     data = content.getvalue().to_pybytes()
     (path / "samples/info.parquet").write_bytes(data)
     files = json.loads((path / "manifest.json").read_text())["files"]

@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 from lightning_acc.cli.verbs import LISTS, VERBS
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import InfluenceError
-from lightning_acc.record.credentials import without_credentials
 
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 DESCRIPTION = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning_acc import arguments
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
-from lightning_acc.record.credentials import without_credentials
 from lightning_acc.studies.grid import Study
 
 
@@ -269,15 +269,13 @@ def track(run: str, project: str | None = None) -> None:
         run: the run directory.
         project: by default that of the training's own logger, else lightning-acc.
     """
-    import json
-
+    from lightning_acc.judge import agreement
     from lightning_acc.run import Run
     from lightning_acc.show.tracking import mode
     from lightning_acc.show.tracking import track as log
 
     opened = Run(run)
-    rows = json.loads(opened.store.read("evaluation.json"))["rows"] if opened.store.exists("evaluation.json") else None
-    print(f"W&B ({mode()}): {log(opened, rows, project)}")
+    print(f"W&B ({mode()}): {log(opened, agreement.read(opened), project)}")
 
 
 def dashboards(project: str | None = None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.process import threads
-from lightning_acc.core.replay import Replay
+from lightning_acc.core.replay import Replay, explained
 from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record.record import Record
@@ -66,6 +66,7 @@ class AuditReport:
         )
 
 
+@explained
 def audit(run: Record) -> AuditReport:
     """Replay every step from the recorded parameters before it and compare with the recorded parameters after it.
 

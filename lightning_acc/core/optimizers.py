@@ -147,6 +147,7 @@ class Update:
         self.layout = layout
         self.group_of = group_of
         self.slots = slots
+        self._usable: list[Hyperparameters] | None = None
 
     def initial(self, theta: Tensor) -> State:
         """The state before the first step: parameters ``theta`` and zero slots."""
@@ -163,6 +164,29 @@ class Update:
         pieces = zip(self.group_of, gradients, *(part.split(sizes, -1) for part in state), strict=True)
         updated = [self._one(tuple(piece), g, groups[group]) for group, g, *piece in pieces]
         return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
+
+    def check(self, groups: list[Hyperparameters]) -> None:
+        """See that the hyper-parameters of the parameter groups are such as this optimizer takes.
+
+        Raises:
+            RunError: they are not, as where a record is not what a recorder writes.
+        """
+        lasting = [{key: value for key, value in h.items() if key != "step"} for h in groups]
+        if lasting == self._usable:
+            return
+        zero = torch.zeros(1, dtype=torch.float64)
+        remedy = "restore the run, or record it again"
+        for h in groups:
+            try:
+                used = len(self.rule.slots({key: h[key] for key in self.rule.hyperparameters}))
+                self.rule.update(tuple(zero for _ in range(1 + used)), zero, h)
+            except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                raise RunError(
+                    f"The hyper-parameters {h} cannot be used ({type(error).__name__}: {error}): {remedy}."
+                ) from error
+            if used > self.slots:
+                raise RunError(f"The hyper-parameters {h} need {used} slots, but the record has {self.slots}: {remedy}.")
+        self._usable = lasting
 
     def _one(self, state: State, gradient: Tensor, h: Hyperparameters) -> State:
         """The state of one parameter after the update; slots that only other groups use stay as they are."""

@@ -21,11 +21,14 @@ from lightning_acc.core.fingerprint import describe
 from lightning_acc.core.objective import LossFunction, Objective, loss_function
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import InfluenceError, RequestError, RunError
-from lightning_acc.record import batches, manifest
+from lightning_acc.record import batches, manifest, seal
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.record import Record
+from lightning_acc.record.schema import files
 from lightning_acc.record.store import digest
 from lightning_acc.record.writer import RunWriter
+
+ADD_AGAIN = "store it again with run.add_query"
 
 
 class Query:
@@ -195,8 +198,8 @@ def add(record: Record, name: str, data: Iterable[Any]) -> Query:
     query = Query(name, data)
     encoded = query.encoded()
     record.store.write(_file(name), encoded)
-    seal = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
-    record.store.write(f"queries/{name}.json", json.dumps(seal).encode())
+    about = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
+    record.store.write(_sidecar(name), seal.to_json(about, _sidecar(name)))
     return query
 
 
@@ -222,30 +225,32 @@ def find(record: Record, query: str | Query) -> Query:
             f"This run has no query {shown(name)}: {has}. Add one with run.add_query(name, loader), or pass a Query."
         )
     file = record.manifest["files"].get(_file(name))
-    data = _read_added(record, name) if file is None else manifest.read_file(record.store, _file(name), file["sha256"])
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    structures = json.loads(header["__metadata__"]["structures"])
-    leaves: list[Leaves] = [{} for _ in structures]
-    for key, leaf in safetensors.torch.load(data).items():
-        index, _, leaf_name = key.partition(":")
-        leaves[int(index)][leaf_name] = leaf
-    return Query(name, (batches.unflatten(s, x) for s, x in zip(structures, leaves, strict=True)))
+    if file is None:
+        data, remedy = _read_added(record, name), f"{ADD_AGAIN.capitalize()}."
+    else:
+        data, remedy = manifest.read_file(record.store, _file(name), file["sha256"], file["bytes"]), manifest.REMEDY
+    try:
+        recorded = files.query_batches(*files.unpacked(data))
+    except ValueError as error:
+        raise RunError(f"{record.store.locate(_file(name))} is no query: {error}. {remedy}") from error
+    return Query(name, (batches.unflatten(structure, leaves) for structure, leaves in recorded))
 
 
 def _file(name: str) -> str:
     return f"queries/{name}.safetensors"
 
 
+def _sidecar(name: str) -> str:
+    """What tells of an added query which run it belongs to, and its hash."""
+    return f"queries/{name}.json"
+
+
 def _read_added(record: Record, name: str) -> bytes:
     store, where = record.store, record.store.locate(_file(name))
+    about = seal.from_json(store, _sidecar(name), ADD_AGAIN)
     data = store.read(_file(name))
-    try:
-        seal = json.loads(store.read(f"queries/{name}.json"))
-        intact, run_id = seal["sha256"] == digest(data), seal.get("run_id", record.manifest["run_id"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact, run_id = False, None
-    if not intact:
-        raise RunError(f"{where} is damaged: its content does not match its hash. Store it again with run.add_query.")
-    if run_id != record.manifest["run_id"]:
-        raise RunError(f"{where} belongs to another run, {run_id}. Store it again with run.add_query.")
+    if about.get("sha256") != digest(data):
+        raise RunError(f"{where} is damaged: its content does not match its hash. {ADD_AGAIN.capitalize()}.")
+    if about.get("run_id") != record.manifest["run_id"]:
+        raise RunError(f"{where} belongs to another run, {about.get('run_id')}. {ADD_AGAIN.capitalize()}.")
     return data

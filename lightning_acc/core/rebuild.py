@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from lightning_acc import arguments
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
-from lightning_acc.record.credentials import without_credentials
-from lightning_acc.record.record import Record, Trust, names
+from lightning_acc.record.record import Record, Trust
 
 REMEDY = (
     "call self.save_hyperparameters() in its __init__, with arguments JSON can hold, or open the run as Run(path, module=...)"
@@ -39,10 +40,9 @@ def allow(packages: Iterable[str]) -> None:
     _trusted.update([packages] if isinstance(packages, str) else packages)
 
 
-def place_of(description: Any) -> str:
-    """The Python module that the class of a manifest is in; empty where the manifest names none."""
-    named = description.get("class") if isinstance(description, dict) else None
-    return str(named or "").partition(":")[0]
+def place_of(description: dict[str, Any]) -> str:
+    """The Python module that the class of a manifest is in."""
+    return str(description["class"]).partition(":")[0]
 
 
 def is_allowed(place: str, trust: Trust = False) -> bool:
@@ -60,7 +60,7 @@ def is_allowed(place: str, trust: Trust = False) -> bool:
     if trust is True or parts[0] == OWN:
         return True
     variable = [entry.strip() for entry in os.environ.get(TRUST_VARIABLE, "").split(",")]
-    trusted = [*(names(trust) or ()), *_trusted, *variable]  # type: ignore[misc]
+    trusted = [*(arguments.trust(trust) or ()), *_trusted, *variable]  # type: ignore[misc]
     return any(place == name or place.startswith(f"{name}.") for name in trusted if name)
 
 
@@ -97,11 +97,6 @@ def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
             hyper-parameters.
     """
     place = place_of(description)
-    if not (isinstance(description, dict) and "class" in description and isinstance(description.get("hyper_parameters"), dict)):
-        raise RunError(
-            "The run names no module, as a class with its hyper-parameters: get the run anew from whoever recorded it, or "
-            "open it as Run(path, module=...)."
-        )
     words = str(description["class"])
     name, shown = words.partition(":")[2], " ".join(words.split())  # on one line, whatever stands there
     try:
@@ -150,8 +145,8 @@ def module_of(record: Record) -> torch.nn.Module:
 
 def portable_trust(record: Record) -> tuple[str, ...]:
     """Whom a worker may trust with this record: what may be built here may be built there, and nothing else."""
-    place = place_of(record.manifest.get("module"))
-    return (place,) if place and is_allowed(place, record.trust) else ()
+    place = place_of(record.manifest["module"])
+    return (place,) if is_allowed(place, record.trust) else ()
 
 
 def portable(record: Record) -> Record:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from torch import Tensor
 from lightning_acc import arguments
 from lightning_acc.core.objective import AUTOCAST, Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
-from lightning_acc.core.process import threads
+from lightning_acc.core.process import is_out_of_memory, threads
 from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.step import Batch, Step
-from lightning_acc.errors import RunError
+from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
-from lightning_acc.record.record import Record
+from lightning_acc.record.record import Record, opened
 
 CACHE_BYTES = 2**20
 """Activations that Hessian-vector products work on at once: what a core's second-level cache holds. More is slower."""
@@ -38,17 +39,25 @@ class Replay:
         self.dtype = DTYPES[name]
         manifest = run.manifest
         self.layout = ParameterLayout(manifest["layout"])
-        self.objective = Objective(
-            module_of(run),
-            self.layout,
-            run.structure(),
-            evaluation_modules=manifest["evaluation_modules"],
-            tensors=run.frozen_tensors(),
-            dtype=self.dtype,
-            independent_rows=manifest["loss"]["independent_rows"],
-            vectorised=manifest["loss"]["vectorised"],
-            autocast=AUTOCAST[manifest.get("precision", "32-true")],
-        )
+        module = module_of(run)
+        _refuse_misfit(run, module, self.layout)
+        frozen = run.frozen_tensors()
+        try:
+            self.objective = Objective(
+                module,
+                self.layout,
+                run.structure(),
+                evaluation_modules=manifest["evaluation_modules"],
+                tensors=frozen,
+                dtype=self.dtype,
+                independent_rows=manifest["loss"]["independent_rows"],
+                vectorised=manifest["loss"]["vectorised"],
+                autocast=AUTOCAST[manifest.get("precision", "32-true")],
+            )
+        except (RuntimeError, AttributeError) as error:  # tensors of other shapes, submodules that are not there
+            if is_out_of_memory(error):
+                raise
+            raise RunError(_not_the_module(run, " ".join(str(error).split())[:300])) from error
         optimizer = manifest["optimizer"]
         self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])
 
@@ -89,6 +98,68 @@ class Replay:
         )
 
 
+def _not_the_module(run: Record, why: str) -> str:
+    return (
+        f"{run.path} is not a record of the module {run.manifest['module']['class']} ({why}): open it as Run(path, module=...) "
+        "with the module that was trained, restore it, or record the run again."
+    )
+
+
+def _refuse_misfit(run: Record, module: torch.nn.Module, layout: ParameterLayout) -> None:
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters(remove_duplicate=False)}
+    for name, shape in layout.shapes:
+        if shapes.get(name) != tuple(shape):
+            has = f"of shape {shapes[name]}" if name in shapes else "not there"
+            raise RunError(_not_the_module(run, f"its parameter {name!r} is {has}, the recorded one of shape {tuple(shape)}"))
+
+
+OF_DATA = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+"""What torch raises where tensors are not such as an operation takes."""
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def explained(verb: Verb) -> Verb:
+    """``verb``, of a ``run``; where it fails because the module cannot take what is recorded, says so.
+
+    Only what has failed is looked into: until then it costs nothing.
+
+    Raises:
+        RunError: the module fails on a recorded batch, at the first parameters.
+    """
+
+    @wraps(verb)
+    def explaining(*arguments: Any, **options: Any) -> Any:
+        try:
+            return verb(*arguments, **options)
+        except InfluenceError:
+            raise
+        except OF_DATA as error:
+            run = (*arguments, options.get("run"))[0]
+            if not is_out_of_memory(error) and run is not None:
+                _refuse_unusable(opened(run))
+            raise
+
+    return cast(Verb, explaining)
+
+
+def _refuse_unusable(run: Record) -> None:
+    replay = Replay(run)
+    theta = replay.initial[0].detach().requires_grad_()
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        for t in range(len(replay)):
+            try:
+                for leaves in run.batches(t):
+                    losses = replay.objective.losses(theta, batches.cast(leaves, replay.dtype))
+                    torch.autograd.grad(losses.sum(), theta)
+            except InfluenceError:
+                raise
+            except OF_DATA as error:
+                words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise RunError(_not_the_module(run, f"which fails on the batches of step {t}: {words}")) from error
+
+
+@explained
 def parameters_at(run: Record, t: int) -> Tensor:
     """Flat trained parameters (p,) before step ``t``; ``t = n_steps`` gives the final ones.
 

@@ -77,6 +77,7 @@ class Step:
         self.rows_at_once = rows_at_once
         self._own_rows = own_rows
         self._update = update
+        update.check(groups)
 
     def update(self, state: State, gradient: Tensor) -> State:
         """U_t: the state after the update; all tensors (..., p)."""

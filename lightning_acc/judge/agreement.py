@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from typing import Any
@@ -12,15 +11,20 @@ import pyarrow as pa
 
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import registry
+from lightning_acc.record import seal
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.figures import shown
 from lightning_acc.scoring.scores import Scores
 
+NAME = "evaluation.json"
+WORDS = ("method", "query", "readout", "dtype", "removals", "verdict")
+"""Of a row of ``evaluate``; all else are figures."""
+
 
 def stored_scores(run: Record) -> dict[str, Scores]:
     """The tables of a run that belong to its present content, by file name."""
-    tables = {name: scores.read(run.store, name) for name in scores.names(run.store)}
+    tables = {name: scores.read(run.store, name, n_samples=run.n_samples) for name in scores.names(run.store)}
     return {name: table for name, table in tables.items() if table.conditions["manifest_hash"] == run.hash}
 
 
@@ -88,7 +92,7 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
             "query and some of the same removals."
         )
     if save:
-        run.store.write("evaluation.json", as_json(run, rows))
+        run.store.write(NAME, as_json(run, rows))
     return pa.Table.from_pylist(rows)
 
 
@@ -99,7 +103,31 @@ def as_json(run: Record, rows: list[dict[str, Any]]) -> bytes:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     plain_rows = [{key: plain(value) for key, value in row.items()} for row in rows]
-    return json.dumps({"manifest_hash": run.hash, "rows": plain_rows}, indent=1, allow_nan=False).encode()
+    return seal.to_json({"manifest_hash": run.hash, "rows": plain_rows}, NAME)
+
+
+def read(run: Record) -> list[dict[str, Any]] | None:
+    """The rows of ``evaluate`` stored with the run; None where there are none that belong to its present content.
+
+    Raises:
+        RunError: the file is damaged, or cannot be read.
+    """
+    if not run.store.exists(NAME):
+        return None
+    remedy = "delete it and evaluate again"
+    content = seal.from_json(run.store, NAME, remedy)
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        raise seal.damaged(run.store, NAME, remedy)
+    return rows if content.get("manifest_hash") == run.hash else None
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(key), str) for key in WORDS)
+        and all(isinstance(value, (int, float, type(None))) for key, value in row.items() if key not in WORDS)
+    )
 
 
 def as_text(table: pa.Table) -> str:

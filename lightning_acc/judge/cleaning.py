@@ -20,7 +20,7 @@ from lightning_acc import arguments
 from lightning_acc.core import queries, rebuild
 from lightning_acc.core.process import threads
 from lightning_acc.core.queries import Query
-from lightning_acc.core.replay import Replay
+from lightning_acc.core.replay import Replay, explained
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.judge import cleaning_table
 from lightning_acc.judge.controls import NotAClassifier, correct, rankings
@@ -51,6 +51,7 @@ class _Job:
         return f"cleaning-{digest(json.dumps(same).encode())[:16]}"
 
 
+@explained
 def clean(
     run: Record | str | os.PathLike[str],
     method: str | Sequence[str] = "acc-sgd-ie",
@@ -141,7 +142,7 @@ def _test_query(run: Record, test: str | Query | None) -> Query:
             warnings.warn(
                 "Cleaning is tested on val, which the rankings have seen: add other data with run.add_query('test', loader).",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return queries.find(run, test)
 
@@ -176,7 +177,7 @@ def _train_all(
     """
     # What a function of one's own computes may change under the same name.
     keep = save and job.test.function is None
-    known = shards.stored_figures(job.run, job.kind) if keep else {}
+    known = shards.stored_figures(job.run, job.kind, count=2) if keep else {}
     wanted = [Retraining(seed, list(dict.fromkeys(sets))) for seed, sets in enumerate(dropped)]
     left = [
         Retraining(piece.seed, new)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import textwrap
 from typing import Any
@@ -12,10 +11,11 @@ import pyarrow as pa
 from scipy import stats
 
 from lightning_acc.methods import registry
-from lightning_acc.record import tables
+from lightning_acc.record import seal, tables
 from lightning_acc.record.record import Record
 
 NAME = "cleaning.parquet"
+REMEDY = "delete it and clean again"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 INTERVALS = (
     "95 %, by Student's t over the seeds of new initial parameters and orders, the same ones for all methods; another draw of "
@@ -27,6 +27,14 @@ SCHEMA = pa.schema(
     + [("accuracies", pa.list_(pa.float64())), ("losses", pa.list_(pa.float64())), ("test", pa.string())]
     + [("against", pa.list_(pa.struct([("method", pa.string()), *((end, pa.float64()) for end in DIFFERENCE)])))]
 )
+SHOWN = (
+    "method",
+    "fraction",
+    "n_removed",
+    "seeds",
+    *(f"{what}{end}" for what in ("loss", "gain") for end in ("", "_low", "_high")),
+)
+"""Columns that no row of a stored table may lack."""
 
 
 def build(rows: list[dict[str, Any]], about: dict[str, str]) -> pa.Table:
@@ -37,21 +45,31 @@ def build(rows: list[dict[str, Any]], about: dict[str, str]) -> pa.Table:
 
 def write(run: Record, table: pa.Table) -> None:
     """Store a table of ``clean`` in the run directory."""
-    import pyarrow.parquet
-
     if b"manifest_hash" not in (table.schema.metadata or {}):
         table = table.replace_schema_metadata({"manifest_hash": run.hash})
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer)
-    run.store.write(NAME, buffer.getvalue())
+    run.store.write(NAME, tables.sealed(table, NAME))
 
 
 def read(run: Record) -> pa.Table | None:
-    """The table of ``clean`` stored with the run; None where there is none that belongs to its present content."""
+    """The table of ``clean`` stored with the run; None where there is none that belongs to its present content.
+
+    Raises:
+        RunError: it is damaged, or cannot be read.
+    """
     if not run.store.exists(NAME):
         return None
-    table = tables.read(run.store.read(NAME))
+    table = tables.opened(run.store, NAME, REMEDY)
+    if table.schema.remove_metadata() != SCHEMA or not all(map(_is_whole, table.to_pylist())):
+        raise seal.damaged(run.store, NAME, REMEDY)
     return table if (table.schema.metadata or {}).get(b"manifest_hash") == run.hash.encode() else None
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row has all that is shown of it; where the accuracy is not known, all of it is not."""
+    accuracy = [row[f"accuracy{end}"] for end in ("", "_low", "_high")]
+    return (
+        accuracy.count(None) in (0, 3) and all(row[name] is not None for name in SHOWN) and None not in (row["against"] or ())
+    )
 
 
 def as_text(table: pa.Table) -> str:

@@ -55,7 +55,7 @@ class SampleViews:
     def corrupted(self) -> np.ndarray | None:
         """Whether each sample is known to be corrupted, (n_samples,) of bool; None where nothing is known."""
         column = self._columns.get("corrupted")
-        return None if column is None else np.array(column, dtype=bool)
+        return None if column is None or not all(map(_is_flag, column)) else np.array(column, dtype=bool)
 
     def __getitem__(self, sample: int) -> SampleView:
         if self._columns:
@@ -63,16 +63,20 @@ class SampleViews:
             names = {name: str(known[name]) for name in ("label", "true_label") if known.get(name) is not None}
             return SampleView(
                 sample,
-                image=known.get("image"),
-                text=known.get("text"),
+                image=image if isinstance(image := known.get("image"), bytes) else None,
+                text=None if known.get("text") is None else str(known["text"]),
                 label=names.get("label"),
                 true_label=names.get("true_label"),
-                corrupted=known.get("corrupted"),
+                corrupted=known.get("corrupted") if _is_flag(known.get("corrupted")) else None,
             )
         leaves = self._run.content_of(sample) or {}
         images = [picture for picture in map(_picture, leaves.values()) if picture is not None]
         labels = [str(int(leaf)) for leaf in leaves.values() if leaf.ndim == 0 and not leaf.is_floating_point()]
         return SampleView(sample, image=images[0] if images else None, label=labels[-1] if labels else None)
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float))
 
 
 def _picture(leaf: Tensor) -> bytes | None:

@@ -86,6 +86,25 @@ def unflatten(structure: Structure, leaves: Mapping[str, Any]) -> Any:
     return tuple(parts) if kind == "tuple" else parts
 
 
+def leaf_names(structure: Any) -> list[str]:
+    """The names of the leaves of a structure.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(structure, dict) or len(structure) != 1:
+        raise ValueError("no structure of a batch")
+    ((kind, content),) = structure.items()
+    if kind == "leaf" and isinstance(content, str):
+        return [content]
+    if kind == "constant" and (content is None or isinstance(content, (bool, int, float, str))):
+        return []
+    if (kind == "dict" and isinstance(content, dict)) or (kind in ("tuple", "list") and isinstance(content, list)):
+        parts = content.values() if isinstance(content, dict) else content
+        return [name for part in parts for name in leaf_names(part)]
+    raise ValueError("no structure of a batch")
+
+
 def batch_size(leaves: Leaves) -> int:
     """The number of samples: the common first dimension of all leaves.
 

@@ -1,8 +1,8 @@
 """``manifest.json``: what a run directory holds, with the size and hash of every file, and a hash over all of it.
 
-Opening a run trusts nothing: the schema, the status, the hash of the manifest and the size of each file are checked
-when the run is opened, and the hash of a file when it is read. No name in it leads outside the directory, and no
-credentials get into it.
+Opening a run trusts nothing: the schema, the status, the hash of the manifest, every value in it and the size of each file
+are checked when the run is opened, and the hash of a file and what it holds when it is read. No name in it leads outside
+the directory, and no credentials get into it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
-from lightning_acc.record.credentials import without_credentials
+from lightning_acc.record import seal
+from lightning_acc.record.schema import keys
 from lightning_acc.record.store import Store, digest
 
 NAME = "manifest.json"
+REMEDY = "Restore it, or record the run again."
 FORMAT = "lightning_acc run"
 SCHEMA = 1
 CONVENTION = "fixed-denominator"
@@ -38,6 +41,8 @@ FROM_OUTSIDE = ("module", "data", "logger")
 """What holds the user's own words, among which there may be credentials."""
 
 _FILE = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PART = re.compile(r"/ranks/\d+$")
+"""Where one process of several keeps its part, whose manifest has no header."""
 _PATH_LIKE = re.compile(r"[\x00-\x1f\x7f]|^[/\\]|(^|[/\\])\.\.([/\\]|$)")
 
 Manifest = dict[str, Any]
@@ -72,20 +77,20 @@ def identify(store: Store) -> Manifest:
             f"{store} is not a run directory: it has no {NAME}. Name the directory that was given to TrajectoryRecorder."
         )
     try:
-        manifest = json.loads(store.read(NAME))
+        manifest = seal.parsed(store.read(NAME))
         known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
     except ValueError:
         known = False
     if not known:
-        raise RunError(f"{where} is damaged: it is not the manifest of a run. Restore it, or record the run again.")
-    if not isinstance(manifest.get("schema"), int):
-        raise RunError(f"{where} is damaged: it has no schema. Restore it, or record the run again.")
+        raise RunError(f"{where} is damaged: it is not the manifest of a run. {REMEDY}")
+    if type(manifest.get("schema")) is not int:
+        raise RunError(f"{where} is damaged: it has no schema. {REMEDY}")
     if manifest["schema"] > SCHEMA:
         raise RunError(
             f"{where} has schema {manifest['schema']}, but this version reads up to {SCHEMA}: upgrade lightning_acc."
         )
     if manifest.get("hash") != content_hash(manifest):
-        raise RunError(f"{where} is damaged: its content does not match its hash. Restore it, or record the run again.")
+        raise RunError(f"{where} is damaged: its content does not match its hash. {REMEDY}")
     return dict(manifest)
 
 
@@ -96,21 +101,24 @@ def read(store: Store, unfinished: bool = False) -> Manifest:
         RunError: there is no run, it is unfinished, damaged, or written by a newer version; names the file and the remedy.
     """
     manifest, where = identify(store), store.locate(NAME)
-    if manifest["status"] == REFUSED:
+    if manifest.get("status") == REFUSED:
         raise RunError(f"{store} is no run: its recording was refused. {manifest.get('reason')}")
+    _check_files(where, manifest)
+    fault = keys.fault_of(manifest, part=_PART.search(store.path) is not None)
+    if fault:
+        raise RunError(f"{where} is no manifest of a run: {fault}. {REMEDY}")
     if manifest["status"] != "complete" and not unfinished:
         raise RunError(
             f"{store} is half written: the training that recorded it has not finished, or was killed. Wait for it, resume it "
             "from a checkpoint (trainer.fit(..., ckpt_path=...)), take the whole steps that are there "
             "(la.Run(path, partial=True), or lightning-acc repair), or delete the directory and record the run again."
         )
-    _check_files(where, manifest)
     sizes = store.sizes(manifest["files"])
     for name, file in manifest["files"].items():
         size = sizes[name]
         if size != file["bytes"]:
             state = "is missing" if size < 0 else f"is truncated: {size:,} bytes instead of {file['bytes']:,}"
-            raise RunError(f"{store.locate(name)} {state}. Restore it, or record the run again.")
+            raise RunError(f"{store.locate(name)} {state}. {REMEDY}")
     return manifest
 
 
@@ -129,14 +137,15 @@ def remove_run(store: Store) -> None:
 
 
 def _check_files(where: str, manifest: Manifest) -> None:
-    for name, file in manifest["files"].items():
+    files = manifest.get("files")
+    for name, file in files.items() if isinstance(files, dict) else ():
         if not _FILE.fullmatch(name):
             raise RunError(
                 f"{where} names the file {name!r}, which is not one of a run directory or lies outside of it, and is refused: "
                 "get the run anew from whoever recorded it."
             )
         if not (isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)):
-            raise RunError(f"{where} is damaged: it tells no size and hash of {name}. Restore it, or record the run again.")
+            raise RunError(f"{where} is damaged: it tells no size and hash of {name}. {REMEDY}")
 
 
 def check_columns(where: str, columns: Iterable[str]) -> None:
@@ -150,16 +159,13 @@ def check_columns(where: str, columns: Iterable[str]) -> None:
             raise RunError(f"{where} has a column {name!r}, which is a path: rename it in describe_samples, and record again.")
 
 
-def read_file(store: Store, name: str, sha256: str) -> bytes:
-    """Read a file the manifest names and check its hash.
+def read_file(store: Store, name: str, sha256: str, size: int | None = None) -> bytes:
+    """Read a file the manifest names and check its hash, and before, where it can be had at once, its size.
 
     Raises:
         RunError: the content is not what was written.
     """
-    data = store.read(name)
+    data = store.read(name, size)
     if digest(data) != sha256:
-        raise RunError(
-            f"{store.locate(name)} is damaged: its content does not match its hash in the manifest. "
-            "Restore it, or record the run again."
-        )
+        raise RunError(f"{store.locate(name)} is damaged: its content does not match its hash in the manifest. {REMEDY}")
     return data

@@ -6,7 +6,6 @@ What is done with it is in ``core`` and above; users open it as ``la.Run``, whic
 from __future__ import annotations
 
 import bisect
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,6 +20,8 @@ from lightning_acc import arguments
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import manifest, tables
 from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.contents import Contents
+from lightning_acc.record.schema import files, keys
 from lightning_acc.record.store import Store
 
 Trust = bool | str | Iterable[str]
@@ -120,7 +120,7 @@ class Record:
         if module is not None and not isinstance(module, torch.nn.Module):
             raise RequestError(f"module={arguments.shown(module)} is no module: give an instance of your LightningModule.")
         self.store = Store(arguments.path("path", path))
-        self.trust: bool | tuple[str, ...] = names(arguments.trust(trust))
+        self.trust: bool | tuple[str, ...] = arguments.trust(trust)
         self.partial = partial
         self.manifest = manifest.read(self.store, unfinished=partial)
         if self.manifest["status"] != "complete":
@@ -170,7 +170,7 @@ class Record:
     @property
     def n_parameters(self) -> int:
         """Number p of trained parameters."""
-        return sum(torch.Size(shape).numel() for _, shape in self.manifest["layout"])
+        return keys.numel(self.manifest)
 
     @property
     def dtype(self) -> str:
@@ -202,21 +202,14 @@ class Record:
     def batches(self, t: int) -> list[Leaves]:
         """The leaves of each batch whose gradient step ``t`` accumulated; usually one."""
         step = self.steps[t]
-        return [self.contents(numbers) for numbers in step.contents.split(step.sizes)]
-
-    def contents(self, numbers: Tensor) -> Leaves:
-        """The leaves of the contents with these numbers, which must be alike in shape."""
-        place = self._content_places[numbers]
-        (file,) = place[:, 0].unique().tolist()
-        tensors, _ = self._load(self._names("samples")[file])
-        return {name: leaf[place[:, 1]] for name, leaf in tensors.items() if name != "#"}
+        return [self._contents[numbers] for numbers in step.contents.split(step.sizes)]
 
     def content_of(self, sample_id: int) -> Leaves | None:
         """The leaves of a sample as it was first seen, without the batch dimension; None if it never was."""
         number = self._first_contents.get(sample_id)
         if number is None:
             return None
-        return {name: leaf[0] for name, leaf in self.contents(torch.tensor([number])).items()}
+        return {name: leaf[0] for name, leaf in self._contents[torch.tensor([number])].items()}
 
     def structure(self) -> Structure:
         """How the leaves make up a batch."""
@@ -228,20 +221,29 @@ class Record:
 
     def query_names(self) -> list[str]:
         """Names of the queries recorded with the run, and of those added since."""
-        files = [*self._names("queries"), *(name for name in self.store.names("queries") if name.endswith(".json"))]
-        return sorted({name.partition("/")[2].rpartition(".")[0] for name in files})
+        added = [name for name in self.store.names("queries") if name.endswith(".json")]
+        return sorted({name.partition("/")[2].rpartition(".")[0] for name in [*self._names("queries"), *added]})
 
     def sample_info(self) -> pa.Table | None:
         """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""
         if "samples/info.parquet" not in self.manifest["files"]:
             return None
-        data = manifest.read_file(self.store, "samples/info.parquet", self._file("samples/info.parquet")["sha256"])
-        table = tables.read(data)
-        manifest.check_columns(self.store.locate("samples/info.parquet"), table.column_names)
+        name = "samples/info.parquet"
+        try:
+            table = tables.read(self._read(name), self.n_samples)
+        except ValueError as error:
+            raise self._fault(name, str(error)) from error
+        manifest.check_columns(self.store.locate(name), table.column_names)
         return table
 
     def _file(self, name: str) -> dict[str, Any]:
         return dict(self.manifest["files"][name])
+
+    def _read(self, name: str) -> bytes:
+        return manifest.read_file(self.store, name, self._file(name)["sha256"], self._file(name)["bytes"])
+
+    def _fault(self, name: str, fault: str) -> RunError:
+        return RunError(f"{self.store.locate(name)} is none of a run: {fault}. {manifest.REMEDY}")
 
     def _names(self, folder: str) -> list[str]:
         return sorted(
@@ -250,13 +252,13 @@ class Record:
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name not in self._loaded:
-            data = manifest.read_file(self.store, name, self._file(name)["sha256"])
             try:
-                tensors = safetensors.torch.load(data)
-            except safetensors.SafetensorError as error:
-                raise RunError(f"{self.store.locate(name)} holds no tensors: restore it, or record the run again.") from error
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
+                tensors, metadata = files.unpacked(self._read(name))
+            except ValueError as error:
+                raise self._fault(name, str(error)) from error
+            fault = files.fault_of(name, tensors, metadata, self.manifest)
+            if fault:
+                raise self._fault(name, fault)
             if name.startswith("parameters/"):
                 # Large and read in order: only the newest file is kept.
                 self._loaded = {key: value for key, value in self._loaded.items() if not key.startswith("parameters/")}
@@ -275,25 +277,11 @@ class Record:
         return tensors, step - self._firsts[file], metadata
 
     @cached_property
-    def _content_places(self) -> Tensor:
-        """File and row of every content, shape (contents, 2); files of equal shapes are merged into one first."""
-        merged: dict[tuple[Any, ...], list[str]] = {}
-        names = self._names("samples")
-        for name in names:
-            tensors, _ = self._load(name)
-            signature = tuple(sorted((key, leaf.dtype, tuple(leaf.shape[1:])) for key, leaf in tensors.items()))
-            merged.setdefault(signature, []).append(name)
-        count = sum(self._file(name)["count"] for name in names)
-        places = torch.empty(count, 2, dtype=torch.int64)
-        for alike in merged.values():
-            parts = [self._loaded[name][0] for name in alike]
-            whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if len(parts) > 1 else parts[0]
-            for name in alike:
-                del self._loaded[name]
-            self._loaded[alike[0]] = whole, {}
-            places[whole["#"], 0] = names.index(alike[0])
-            places[whole["#"], 1] = torch.arange(len(whole["#"]))
-        return places
+    def _contents(self) -> Contents:
+        files = {name: self._load(name)[0] for name in self._names("samples")}
+        for name in files:
+            del self._loaded[name]  # its tensors are the contents' now
+        return Contents(files, self._fault)
 
     @cached_property
     def _first_contents(self) -> dict[int, int]:
@@ -310,10 +298,3 @@ class Record:
 def opened(record: Record | str | os.PathLike[str]) -> Record:
     """The record itself, or what is at the path."""
     return record if isinstance(record, Record) else Record(arguments.path("run", record))
-
-
-def names(trust: Trust) -> bool | tuple[str, ...]:
-    """``trust`` in a form that can be kept and sent to workers."""
-    if isinstance(trust, bool):
-        return trust
-    return (trust,) if isinstance(trust, str) else tuple(trust)

@@ -14,6 +14,7 @@ import hashlib
 import os
 import random
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -21,9 +22,9 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.record import local
-from lightning_acc.record.credentials import without_credentials
 
 T = TypeVar("T")
 
@@ -106,6 +107,8 @@ class Store:
     def size(self, name: str) -> int:
         """Bytes of the file ``name``, or -1 where it does not exist."""
         info = self._info(name)
+        if info is not None:
+            self._refuse_irregular(name)
         return -1 if info is None else int(info["size"])
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
@@ -127,22 +130,38 @@ class Store:
             return None
 
     def _list(self, folder: str) -> dict[str, dict[str, Any]]:
-        """The files directly in ``folder``, by relative name."""
+        """The files directly in ``folder``, by relative name; pipes and the like too, for the reader to be told of."""
         path = self._path(folder)
         try:
             entries = self._attempt(folder, "cannot be listed", lambda files: files.ls(path, detail=True), fresh=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        places = ((str(entry["name"]).rsplit("/", 1)[-1], entry) for entry in entries if entry["type"] == "file")
+        places = ((str(entry["name"]).rsplit("/", 1)[-1], entry) for entry in entries if entry["type"] != "directory")
         return {f"{folder}/{name}".lstrip("/"): entry for name, entry in places if name}
 
-    def read(self, name: str) -> bytes:
-        """The whole file ``name``."""
+    def read(self, name: str, size: int | None = None) -> bytes:
+        """The whole file ``name``; a local one of another ``size`` is refused unread."""
         path = self._path(name)
+        self._refuse_irregular(name, size)
         try:
             return bytes(self._attempt(name, "cannot be read", lambda files: files.cat_file(path)))
         except FileNotFoundError:
             raise RunError(f"{self.locate(name)} is missing: restore it, or record the run again.") from None
+
+    def _refuse_irregular(self, name: str, size: int | None = None) -> None:
+        """Refuse what is no file of that size: reading from a pipe or a device may never end."""
+        if not self.local:
+            return
+        try:
+            status = os.stat(self._path(name))
+        except (OSError, ValueError):  # for the reader to tell
+            return
+        if not stat.S_ISREG(status.st_mode):
+            raise RunError(f"{self.locate(name)} is no regular file: restore it, or record the run again.")
+        if size is not None and status.st_size != size:
+            raise RunError(
+                f"{self.locate(name)} has {status.st_size:,} bytes and not {size:,}: restore it, or record the run again."
+            )
 
     def write(self, name: str, data: bytes) -> None:
         """Write the file ``name``; it replaces an older one in a single step, or leaves it as it was."""

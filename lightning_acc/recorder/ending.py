@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.record import manifest as manifests
-from lightning_acc.record.credentials import without_credentials
 from lightning_acc.record.lock import Lock
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import RunWriter
@@ -46,7 +46,7 @@ def costs_no_training(hook: Hook) -> Hook:
 
 def in_words(error: BaseException) -> str:
     """Why a record ended, in one line that holds no credentials."""
-    text = " ".join(str(error).split())[:500]
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in str(error)).split())[:500]
     text = text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"
     return str(without_credentials(text)).rstrip(".")
 

@@ -43,6 +43,7 @@ class Writers:
         self._lock: Lock | None = None
         self._end: int | None = None
         """Steps of a record that has ended before its training."""
+        self._reason: str | None = None
 
     def claim(self, trainer: Any, place: Place | None, overwrite: bool) -> bool:
         """Take the directory for this training, and decide what becomes of a run that is already there.
@@ -158,7 +159,8 @@ class Writers:
         failed: list[Exception] = []
         facts = {"stopped": stopped, **({"reason": reason} if reason else {})}
         if self.own is not self.main:
-            _attempt(failed, self.own.finish if self._end is None else lambda: self.own.seal(self._end or 0))
+            if self._end is None:
+                _attempt(failed, self.own.finish)
             trainer.strategy.barrier("recorded")
         if self.main is not None:
             _attempt(failed, lambda: self._finish_main(module, theta, facts))
@@ -177,6 +179,9 @@ class Writers:
             self.main.finish(**facts)
         else:
             n_steps = ranks.merge(self.main, self.processes, self._end)
+            if n_steps < self.own.n_steps:
+                reason = self._reason or "the recording of another process ended before"
+                facts = {"stopped": "error", "reason": reason, **{key: value for key, value in facts.items() if value}}
             self.main.finish(n_steps, **facts)
             ranks.remove_parts(self.store)
 
@@ -193,6 +198,7 @@ class Writers:
             if writer is not None:
                 with contextlib.suppress(Exception):
                     writer.wait()
+        self._reason = reason
         self._end = min(self.own.written(), self.own.n_steps if at is None else at)
         if self._end and self.own is self.main:
             try:

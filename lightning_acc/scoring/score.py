@@ -20,7 +20,7 @@ from lightning_acc.core import queries, rebuild
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
-from lightning_acc.core.replay import Replay
+from lightning_acc.core.replay import Replay, explained
 from lightning_acc.errors import RunError
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
@@ -38,6 +38,7 @@ READOUTS = ("exact", "linear")
 DEFAULT_MEMORY_GB = 2.0
 
 
+@explained
 def score(
     run: Record | str | os.PathLike[str],
     method: str = "acc-sgd-ie",
@@ -151,7 +152,7 @@ def score(
     shifts = _shifts(run, wanted, finished) if keep_shifts else None
     scores = scores.picked(wanted, scores.conditions, shifts)
     for text in [*_without_a_score(scores), *chosen.warnings(told)]:
-        warnings.warn(text, UserWarning, stacklevel=2)
+        warnings.warn(text, UserWarning, stacklevel=3)
     return scores
 
 

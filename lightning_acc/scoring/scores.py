@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
 from lightning_acc.core.removals import Removal
-from lightning_acc.errors import RunError
-from lightning_acc.methods.registry import TRUTH
-from lightning_acc.record import tables
+from lightning_acc.methods.registry import METHODS, TRUTH
+from lightning_acc.record import seal, tables
 from lightning_acc.record.store import Store
 from lightning_acc.scoring.verdict import FAITHFUL, Verdict, unchecked
 
@@ -26,6 +24,12 @@ SIGN = "query(without) - query(with): positive helps, negative harms; rank 1 is 
 COLUMNS = ("removal", "score", "rank", "source", "estimate")
 _NUMBERS = ("n", "seconds", "wall_seconds", "peak_memory_gb")
 """Conditions that are numbers; all others are strings."""
+_NEEDED = ("query", "query_fingerprint", "readout", "dtype", "convention", "manifest_hash")
+"""Conditions that every stored table has, beside its method."""
+_TYPES = (pa.list_(pa.int64()), pa.float64(), pa.int64(), pa.string(), pa.float64())
+_FURTHER = {"name": lambda kind: pa.types.is_string(kind) or pa.types.is_null(kind), "diverged": pa.types.is_boolean}
+"""Types of the columns after these; all others are numbers."""
+REMEDY = "delete it and score again"
 
 
 @dataclass(frozen=True)
@@ -209,31 +213,58 @@ def in_words(removal: Removal) -> str:
 
 def write(store: Store, name: str, scores: Scores, folder: str = "scores") -> None:
     """Store a table in a run directory, as ``scores/<name>.parquet`` or in another folder."""
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(scores.table, buffer)
-    store.write(f"{folder}/{name}.parquet", buffer.getvalue())
+    file = f"{folder}/{name}.parquet"
+    store.write(file, tables.sealed(scores.table, file))
 
 
-def read(store: Store, name: str, folder: str = "scores") -> Scores:
-    """The table stored as ``scores/<name>.parquet``, or in another folder.
+def read(store: Store, name: str, folder: str = "scores", n_samples: int | None = None) -> Scores:
+    """The table stored as ``scores/<name>.parquet``, or in another folder, of a run with ``n_samples`` where that is known.
 
     Raises:
-        RunError: it is missing or damaged.
+        DamagedResult: it is not what was written there.
+        RunError: it cannot be read.
     """
     file = f"{folder}/{name}.parquet"
+    table = tables.opened(store, file, REMEDY)
     try:
-        table = tables.read(store.read(file))
         conditions = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         numbers = {key: float(conditions[key]) for key in _NUMBERS}
-        if table.column_names[: len(COLUMNS)] != list(COLUMNS):
-            raise ValueError("its columns are others")
-        if "verdict" in conditions:
-            Verdict.from_json(conditions["verdict"])
-    except (pa.ArrowException, AttributeError, KeyError, ValueError) as error:
-        raise RunError(
-            f"{store.locate(file)} is damaged, or was written by an older version: delete it and score again."
-        ) from error
+        _check(table, conditions, list(numbers.values()), math.inf if n_samples is None else n_samples)
+    except (KeyError, ValueError) as error:
+        raise seal.damaged(store, file, REMEDY) from error
     return Scores(table, {**conditions, **numbers})
+
+
+def _check(table: pa.Table, conditions: Mapping[str, str], numbers: list[float], n_samples: float) -> None:
+    """See that a table with a seal is one of scores.
+
+    Raises:
+        ValueError, KeyError: it is not.
+    """
+    further = [field for field in table.schema if field.name not in COLUMNS]
+    if table.column_names != [*COLUMNS, *dict.fromkeys(field.name for field in further)]:
+        raise ValueError("its columns are others")
+    if table.select(COLUMNS).schema.types != list(_TYPES) or any(table[name].null_count for name in COLUMNS):
+        raise ValueError("its columns are of other types")
+    if not all(_FURTHER.get(field.name, _is_number)(field.type) for field in further):
+        raise ValueError("its further columns are of other types")
+    removals = table["removal"].to_pylist()
+    if any(i is None or not 0 <= i < n_samples for removal in removals for i in removal):
+        raise ValueError("its removals are none of this run")
+    if len({*map(tuple, removals)}) < len(removals):
+        raise ValueError("a removal is in it twice")
+    if set(table["source"].to_pylist()) - {TRUTH, "estimate"}:
+        raise ValueError("its scores are of other sources")
+    if conditions["method"] not in METHODS or not all(conditions[name] for name in _NEEDED):
+        raise ValueError("its conditions are others")
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        raise ValueError("its costs are none")
+    if "verdict" in conditions:
+        Verdict.from_json(conditions["verdict"])
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def names(store: Store) -> list[str]:

@@ -37,7 +37,7 @@ def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None
             raise RequestError(
                 f"{words} needs the scores of {match[2]}, but this run has none of them: {has}. Score them first."
             )
-        table = scores.read(run.store, match[2])
+        table = scores.read(run.store, match[2], n_samples=run.n_samples)
         if table.conditions["manifest_hash"] != run.hash:
             raise RequestError(f"The scores of {match[2]} belong to a run that was here before: score this one first.")
         return table.most_harmful(int(match[1]))

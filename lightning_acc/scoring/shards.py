@@ -5,21 +5,27 @@ whole or not at all, and the same shard written twice is the same file: commands
 that were stopped and repeated, do no harm. The table of a method is the union of its shards and what it held before.
 
 Figures that are no scores, such as what a training of ``clean`` ended with, are kept in the same way, as JSON by name.
+
+What is damaged, or answers another question than its name says, is left out with a warning, deleted, and computed again.
 """
 
 from __future__ import annotations
 
 import json
-from functools import reduce
-from typing import Any
+import warnings
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, TypeVar
 
 from lightning_acc.core.removals import Removal
-from lightning_acc.errors import RunError
+from lightning_acc.record import seal
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.verdict import UNCHECKED
+
+T = TypeVar("T")
 
 FOLDER = "shards"
 SAME = (
@@ -37,7 +43,6 @@ SAME = (
 )
 """Conditions under which two scores of one removal are the same number."""
 
-
 COST = ("seconds", "wall_seconds", "peak_memory_gb")
 
 
@@ -54,9 +59,10 @@ def write(run: Record, shard: Scores) -> None:
 
 def stored(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
     """Everything there is under these conditions: the table ``name`` where it is of the same kind, and the shards."""
-    table = _table(run, conditions, name)
-    parts = [scores.read(run.store, part, FOLDER) for part in _parts(run, conditions)]
-    tables = [*([] if table is None else [table]), *parts]
+    parts = [
+        _intact(run, f"{FOLDER}/{part}.parquet", partial(_part, run, conditions, part)) for part in _parts(run, conditions)
+    ]
+    tables = [table for table in (_table(run, conditions, name), *parts) if table is not None]
     return reduce(Scores.merged, tables) if tables else None
 
 
@@ -95,25 +101,60 @@ def _table(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
     """The table ``name``, where it holds scores under these conditions."""
     if name not in scores.names(run.store):
         return None
-    table = scores.read(run.store, name)
-    return table if all(str(table.conditions.get(one)) == str(conditions.get(one)) for one in SAME) else None
+    table = _intact(run, f"scores/{name}.parquet", partial(scores.read, run.store, name, n_samples=run.n_samples))
+    return table if table is not None and _same(table, conditions) else None
+
+
+def _part(run: Record, conditions: dict[str, Any], part: str) -> Scores:
+    """The shard ``part``.
+
+    Raises:
+        DamagedResult: it is not what was written, or under other conditions.
+    """
+    shard = scores.read(run.store, part, FOLDER, run.n_samples)
+    if not _same(shard, conditions):
+        raise seal.damaged(run.store, f"{FOLDER}/{part}.parquet", scores.REMEDY)
+    return shard
+
+
+def _same(table: Scores, conditions: dict[str, Any]) -> bool:
+    return all(str(table.conditions.get(one)) == str(conditions.get(one)) for one in SAME)
+
+
+def _intact(run: Record, file: str, read: Callable[[], T]) -> T | None:
+    """What ``read`` reads from a file; None, with a warning, where that is damaged. It goes, so that all can be as new."""
+    try:
+        return read()
+    except seal.DamagedResult as error:
+        run.store.remove(file)
+        what, _, _ = str(error).rpartition(": ")
+        warnings.warn(f"{what}: it is left out, and computed again where it is needed.", UserWarning, stacklevel=4)
+        return None
 
 
 def write_figures(run: Record, kind: str, figures: dict[str, list[float]]) -> None:
     """Store some figures of a kind: names that say all there is to know of what was done, and what came out."""
     which = digest(json.dumps(sorted(figures)).encode())[:16]
-    run.store.write(f"{FOLDER}/{kind}-{which}.json", json.dumps(figures).encode())
+    file = f"{FOLDER}/{kind}-{which}.json"
+    run.store.write(file, seal.to_json(figures, file))
 
 
-def stored_figures(run: Record, kind: str) -> dict[str, list[float]]:
-    """All figures of a kind that are stored."""
+def stored_figures(run: Record, kind: str, count: int) -> dict[str, list[float]]:
+    """All figures of a kind that are stored, ``count`` by each name."""
     files = [file for file in run.store.names(FOLDER) if file.startswith(f"{FOLDER}/{kind}-") and file.endswith(".json")]
     figures: dict[str, list[float]] = {}
     for file in files:
-        try:
-            figures.update(json.loads(run.store.read(file)))
-        except ValueError as error:
-            raise RunError(f"{run.store.locate(file)} is damaged: delete it and repeat the command.") from error
+        figures.update(_intact(run, file, partial(_figures, run, file, count)) or {})
+    return figures
+
+
+def _figures(run: Record, file: str, count: int) -> dict[str, list[float]]:
+    remedy = "delete it and repeat the command"
+    figures = seal.from_json(run.store, file, remedy)
+    if not all(
+        isinstance(row, list) and len(row) == count and all(isinstance(one, float) for one in row) for row in figures.values()
+    ):
+        raise seal.damaged(run.store, file, remedy)
     return figures
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from lightning_acc.core.removals import Removal
+from lightning_acc.record import seal
 from lightning_acc.scoring.figures import kendall, rmse, spearman
 
 FAITHFUL, ROUGH, UNRELIABLE, UNCHECKED = "faithful", "rough", "unreliable", "unchecked"
@@ -26,6 +27,8 @@ FEWEST = 12
 SHARE_OF_RANDOM = 0.9
 """A checked extreme is confirmed where its truth lies beyond this share of the random ones, on the side that was said."""
 DRAWS, LEVEL = 2000, 0.95
+_FIGURES = ("spearman", "spearman_low", "spearman_high", "kendall", "rmse_sd")
+"""All are there, or none."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,23 @@ class Verdict:
             ValueError: it is something else.
         """
         try:
-            values = json.loads(text)
+            values = seal.parsed(text)
             for name in ("random", "extremes"):
                 values[name] = [tuple(removal) for removal in values[name]]
-            return cls(**values)
-        except (TypeError, KeyError) as error:
+            verdict = cls(**values)
+            figures = [getattr(verdict, name) for name in _FIGURES]
+            if not (
+                verdict.word in (FAITHFUL, ROUGH, UNRELIABLE, UNCHECKED)
+                and isinstance(verdict.reason, str)
+                and all(type(count) is int and count >= 0 for count in (verdict.n, verdict.n_extreme, verdict.n_diverged))
+                and all(type(i) is int for removal in (*verdict.random, *verdict.extremes) for i in removal)
+                and (all(type(figure) is float for figure in figures) or figures == [None] * len(figures))
+                and isinstance(verdict.top_confirmed, (float, type(None)))
+            ):
+                raise ValueError("its figures are others")
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"no verdict: {error}") from error
+        return verdict
 
 
 def unchecked(reason: str) -> Verdict:

@@ -13,13 +13,13 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.judge.agreement import as_text, evaluate
 from lightning_acc.judge.cleaning import clean
 from lightning_acc.judge.cleaning_table import as_text as as_lines
 from lightning_acc.methods import registry
 from lightning_acc.progress import watched_by
-from lightning_acc.record.credentials import without_credentials
 from lightning_acc.record.store import Store
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.run import Run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import netrc
 import os
 import sys
@@ -10,10 +9,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pyarrow as pa
-import pyarrow.parquet
 
-from lightning_acc.judge.agreement import as_json
-from lightning_acc.record.credentials import is_secret, without_credentials
+from lightning_acc.credentials import is_secret, without_credentials
+from lightning_acc.judge import agreement, cleaning_table
+from lightning_acc.record import tables as parquet
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring.scores import Scores
@@ -115,12 +114,10 @@ def results(
     """The files of the run directory that hold its results, by name: score tables, evaluation and cleaning."""
     files = {f"scores/{name}.parquet": run.store.read(f"scores/{name}.parquet") for name in tables}
     if evaluation:
-        files["evaluation.json"] = as_json(run, evaluation)
+        files[agreement.NAME] = agreement.as_json(run, evaluation)
     if cleaning is not None:
-        buffer = io.BytesIO()
-        pyarrow.parquet.write_table(cleaning, buffer)
-        stored = run.store.exists("cleaning.parquet")
-        files["cleaning.parquet"] = run.store.read("cleaning.parquet") if stored else buffer.getvalue()
+        name = cleaning_table.NAME
+        files[name] = run.store.read(name) if run.store.exists(name) else parquet.sealed(cleaning, name)
     return files
 
 

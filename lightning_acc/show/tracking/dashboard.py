@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_acc.core import queries
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
-from lightning_acc.record.credentials import without_credentials
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.show.tracking import panels

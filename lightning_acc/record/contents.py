@@ -1,0 +1,53 @@
+"""The contents of a run: what its samples are made of, told apart by number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RunError
+from lightning_acc.record.batches import Leaves, signature
+
+NUMBERS = "#"
+"""Name of the tensor that says which contents a file holds."""
+
+
+class Contents:
+    """All contents of a run; ``contents[numbers]`` gives the leaves of some, which must be alike in shape.
+
+    Args:
+        files: the tensors of each file of samples, by its name.
+        fault: makes the error for what is wrong with a file.
+
+    Raises:
+        RunError: the files do not number the contents from 0.
+    """
+
+    def __init__(self, files: Mapping[str, dict[str, Tensor]], fault: Callable[[str, str], RunError]) -> None:
+        self._fault = fault
+        merged: dict[object, list[str]] = {}
+        for name, tensors in files.items():
+            merged.setdefault(signature(tensors), []).append(name)
+        numbers = torch.cat([tensors[NUMBERS] for tensors in files.values()]) if files else torch.empty(0, dtype=torch.int64)
+        if not torch.equal(numbers.sort().values, torch.arange(len(numbers))):
+            raise fault(next(iter(files)), f"its {NUMBERS} and those of the files beside it do not number the contents from 0")
+        # One tensor for contents that are alike, whatever file they are in.
+        self._alike = [(parts[0], _joined([files[name] for name in parts])) for parts in merged.values()]
+        self._places = torch.empty(len(numbers), 2, dtype=torch.int64)
+        for i, (_, tensors) in enumerate(self._alike):
+            self._places[tensors[NUMBERS], 0] = i
+            self._places[tensors[NUMBERS], 1] = torch.arange(len(tensors[NUMBERS]))
+
+    def __getitem__(self, numbers: Tensor) -> Leaves:
+        places = self._places[numbers]
+        kinds = places[:, 0].unique().tolist()
+        if len(kinds) > 1:
+            raise self._fault(self._alike[kinds[0]][0], "samples of a batch have different shapes")
+        _, tensors = self._alike[kinds[0]]
+        return {name: leaf[places[:, 1]] for name, leaf in tensors.items() if name != NUMBERS}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]

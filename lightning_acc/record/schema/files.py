@@ -1,0 +1,184 @@
+"""The files of a record: the tensors each kind holds, their types and sizes, and what must be true of their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_acc.record import seal
+from lightning_acc.record.batches import Leaves, Structure, leaf_names
+from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
+from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, short, whole
+
+Shape = tuple[str, ...]
+STEPS: dict[str, tuple[torch.dtype, Shape]] = {
+    "offsets": (torch.int64, ("ends of steps",)),
+    "sample_ids": (torch.int64, ("occurrences",)),
+    "contents": (torch.int64, ("occurrences",)),
+    "weights": (torch.float64, ("occurrences",)),
+    "batch_offsets": (torch.int64, ("ends of steps",)),
+    "batch_sizes": (torch.int64, ("batches",)),
+}
+RANDOM: dict[str, tuple[torch.dtype, Shape]] = {
+    "rng_batches": (torch.int64, ("random batches",)),
+    "rng": (torch.uint8, ("random batches", "state")),
+}
+GROUP: dict[str, Kind] = {
+    "step": whole(1, 10**12),
+    "gradient_clip_val": LIMIT.or_none(),
+    "gradient_clip_algorithm": among("norm", "value"),
+}
+"""What stands in the hyper-parameters of every parameter group; those of the optimizer are beside it."""
+
+
+def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file and its metadata, which is JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ArithmeticError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"it holds no tensors ({' '.join(str(error).split())[:100]})") from error
+    header = seal.parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, {key: seal.parsed(value) for key, value in header.get("__metadata__", {}).items()}
+
+
+def fault_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], manifest: Manifest) -> str | None:
+    """The first thing wrong with what a file of the record holds, in words that go on after its name; None where nothing is."""
+    found = NUMBERED.fullmatch(name)
+    if found is None:
+        return None
+    facts = manifest["files"][name]
+    checks = {"steps": _steps_faults, "parameters": _parameters_faults, "samples": _samples_faults}
+    return next(checks[found[1]](tensors, metadata, facts, manifest), None)
+
+
+def _steps_faults(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], facts: Manifest, manifest: Manifest
+) -> Iterator[str]:
+    random = "rng" in tensors or "rng_batches" in tensors
+    yield from _shape_faults(tensors, {**STEPS, **(RANDOM if random else {})}, {"ends of steps": facts["count"] + 1})
+    occurrences, batches = len(tensors["sample_ids"]), len(tensors["batch_sizes"])
+    yield from _ends_faults("offsets", tensors["offsets"], occurrences)
+    yield from _ends_faults("batch_offsets", tensors["batch_offsets"], batches)
+    stored = sum(one["count"] for name, one in manifest["files"].items() if name.startswith("samples/") and "count" in one)
+    yield from _range_faults("sample_ids", tensors["sample_ids"], manifest.get("n_samples", MOST_SAMPLES))
+    yield from _range_faults("contents", tensors["contents"], stored)
+    yield from _range_faults("batch_sizes", tensors["batch_sizes"], occurrences + 1)
+    if not torch.isfinite(tensors["weights"]).all():
+        yield "its weights are not all finite"
+    sums = torch.cat([torch.zeros(1, dtype=torch.int64), tensors["batch_sizes"].cumsum(0)])[tensors["batch_offsets"]]
+    if not torch.equal(sums, tensors["offsets"]):
+        yield "its batch_sizes do not add up to the occurrences of each step"
+    if random:
+        yield from _range_faults("rng_batches", tensors["rng_batches"], batches)
+        if not all(map(_is_random_state, tensors["rng"])):
+            yield "its rng holds no states of a random number generator"
+    yield from _groups_faults(metadata.get("groups"), facts["count"], manifest)
+
+
+def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]:
+    if not (isinstance(groups, list) and len(groups) == count and all(isinstance(step, list) and step for step in groups)):
+        yield f"its groups are no list of {count:,} lists"
+        return
+    least = 1 + max(manifest.get("optimizer", {}).get("group_of", ()), default=0)
+    for step in groups:
+        for group in step:
+            if not isinstance(group, dict) or group.keys() != step[0].keys() or len(step) < least:
+                yield f"its groups are {short(step)} and not hyper-parameters of {least} parameter groups"
+                return
+            fault = first_fault(group, GROUP)
+            if fault:
+                yield f"of its groups {fault}"
+            for key, value in group.items():
+                if not PLAIN.holds(value):
+                    yield f"of its groups its {key} is {short(value)} and not {PLAIN.words}"
+
+
+def _parameters_faults(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], facts: Manifest, manifest: Manifest
+) -> Iterator[str]:
+    shape = {"snapshots": facts["count"], "parameters": numel(manifest)}
+    yield from _shape_faults(tensors, {"theta": (DTYPES[manifest["dtype"]], ("snapshots", "parameters"))}, shape)
+    if not torch.isfinite(tensors["theta"]).all():
+        yield "its theta is not all finite"
+
+
+def _samples_faults(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], facts: Manifest, manifest: Manifest
+) -> Iterator[str]:
+    yield from _shape_faults(tensors, {"#": (torch.int64, ("contents",))}, {"contents": facts["count"]})
+    fault = leaves_fault({name: leaf for name, leaf in tensors.items() if name != "#"}, manifest["batch_structure"])
+    if fault or any(len(leaf) != facts["count"] for leaf in tensors.values()):
+        yield fault or f"its leaves are not of {facts['count']:,} samples each"
+
+
+def query_batches(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[tuple[Structure, Leaves]]:
+    """The batches in a file of a query, whose tensors are named ``<batch>:<leaf>``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    structures = metadata.get("structures")
+    if not several(STRUCTURE).holds(structures) or not structures:
+        raise ValueError(f"its structures are {short(structures)} and not {several(STRUCTURE).words}")
+    leaves: list[Leaves] = [{} for _ in structures]
+    for name, leaf in tensors.items():
+        number, _, leaf_name = name.partition(":")
+        if not (number.isdecimal() and len(number) < 10 and int(number) < len(leaves)):
+            raise ValueError(f"its {short(name)} is of none of its {len(leaves)} batches")
+        leaves[int(number)][leaf_name] = leaf
+    for i, (structure, batch) in enumerate(zip(structures, leaves, strict=True)):
+        fault = leaves_fault(batch, structure)
+        if fault:
+            raise ValueError(f"of batch {i} {fault}")
+    return list(zip(structures, leaves, strict=True))
+
+
+def leaves_fault(leaves: Mapping[str, Tensor], structure: Any) -> str | None:
+    """What is wrong with the leaves of batches of this structure; None where nothing is."""
+    names = leaf_names(structure)
+    if set(leaves) != set(names):
+        return f"its leaves are {short(sorted(leaves))} and not {short(sorted(names))}"
+    if any(not leaf.ndim for leaf in leaves.values()) or len({len(leaf) for leaf in leaves.values()}) > 1:
+        return "its leaves are of different numbers of samples"
+    return None
+
+
+def _shape_faults(
+    tensors: Mapping[str, Tensor], kinds: Mapping[str, tuple[torch.dtype, Shape]], sizes: dict[str, int]
+) -> Iterator[str]:
+    """Tensors that are missing, of another dtype, or of a size that ``sizes`` or an earlier tensor gives otherwise."""
+    for name, (dtype, shape) in kinds.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            yield f"it has no {name}"
+            return
+        expected = tuple(sizes.setdefault(word, size) for word, size in zip(shape, tensor.shape, strict=False))
+        if tensor.dtype != dtype or tensor.shape != expected or tensor.ndim != len(shape):
+            wanted = f"{dtype} of shape ({', '.join(str(sizes.get(word, word)) for word in shape)})"
+            yield f"its {name} is {tensor.dtype} of shape {tuple(tensor.shape)} and not {wanted}"
+
+
+def _ends_faults(name: str, ends: Tensor, last: int) -> Iterator[str]:
+    if int(ends[0]) != 0 or int(ends[-1]) != last or bool((ends.diff() <= 0).any()):
+        yield f"its {name} do not increase from 0 to {last:,}"
+
+
+def _range_faults(name: str, values: Tensor, end: int) -> Iterator[str]:
+    if len(values) and (int(values.min()) < 0 or int(values.max()) >= end):
+        yield f"its {name} go from {int(values.min()):,} to {int(values.max()):,}, beyond 0 to {end - 1:,}"
+
+
+def _is_random_state(state: Tensor) -> bool:
+    try:
+        torch.Generator().set_state(state.clone())  # memory that is not aligned, as inside a file, crashes it
+    except (RuntimeError, TypeError):
+        return False
+    return True
