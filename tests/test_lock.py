@@ -133,9 +133,12 @@ HERE = {"run_id": "r", "time": "2026-01-01T00:00:00+00:00", "token": "t", "start
             f"process {os.getpid()} on elsewhere, since 2026-01-01",
         ),
         ("{", "a training that cannot be told from it"),
+        (json.dumps({**HERE, "pid": 2**63, "host": socket.gethostname()}), "a training that cannot be told from it"),
+        ("[" * 10**5, "a training that cannot be told from it"),
+        (json.dumps({**HERE, "host": 3}), "a training that cannot be told from it"),
         (json.dumps({**HERE, "pid": -1, "host": socket.gethostname()}), "a training that cannot be told from it"),
     ],
-    ids=["elsewhere", "no JSON", "no process"],
+    ids=["elsewhere", "no JSON", "a huge number", "nested", "no text", "no process"],
 )
 def test_a_lock_whose_training_may_be_alive_is_respected(tmp_path: Path, content: str, held_by: str) -> None:
     (tmp_path / "run").mkdir()

@@ -164,6 +164,22 @@ def test_a_loss_that_is_not_finite_ends_the_record(tmp_path: Path, parameters: A
     assert la.score(run, "loo", [0, 1], ray_address=None, check=0).values.all()
 
 
+class Unscheduled(Net):
+    """Its scheduler comes to no number."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 5 else float("nan"))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+
+def test_a_rate_that_is_no_number_ends_the_record(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=rf"{ENDED}: The optimizer's lr is nan in step 5"):
+        run = record(tmp_path / "run", Unscheduled().double())
+    assert run.n_steps == 5
+    assert run.audit().max_abs_error == 0
+
+
 def test_an_exception_in_the_training_keeps_its_whole_steps(tmp_path: Path) -> None:
     def fault() -> None:
         raise ZeroDivisionError("the user's own")

@@ -216,7 +216,7 @@ def test_a_file_that_makes_no_sense_is_refused(path: Path, case: str) -> None:
     tensors = safetensors.torch.load(content)
     change(tensors)
     put(path, name, safetensors.torch.save(tensors, header.get("__metadata__")))
-    with pytest.raises(la.RunError, match=message) as error:
+    with pytest.raises(la.InfluenceError, match=message) as error:
         use(path)
     assert "\n" not in str(error.value)
 

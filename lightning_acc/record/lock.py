@@ -127,9 +127,12 @@ class Lock:
         if not self.store.exists(NAME):
             return None
         try:
-            holder = Holder(**json.loads(self.store.read(NAME)))
-            return holder if isinstance(holder.pid, int) and holder.pid > 0 else UNKNOWN
-        except (ValueError, TypeError):
+            words = json.loads(self.store.read(NAME))
+            number = words["pid"]
+            known = type(number) is int and 0 < number < 2**31
+            known = known and all(isinstance(value, str) for key, value in words.items() if key != "pid")
+            return Holder(**words) if known else UNKNOWN
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return UNKNOWN
         except RunError:
             return None

@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.record import seal
-from lightning_acc.record.schema import keys
+from lightning_acc.record.schema import files, keys
 from lightning_acc.record.store import Store, digest
 
 NAME = "manifest.json"
@@ -157,6 +159,28 @@ def check_columns(where: str, columns: Iterable[str]) -> None:
     for name in columns:
         if _PATH_LIKE.search(name):
             raise RunError(f"{where} has a column {name!r}, which is a path: rename it in describe_samples, and record again.")
+
+
+def fault(store: Store, name: str, words: str) -> RunError:
+    """What is wrong with a file of a run."""
+    return RunError(f"{store.locate(name)} is none of a run: {words}. {REMEDY}")
+
+
+def load(store: Store, manifest: Manifest, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file the manifest names, and its metadata, once they are what they should be.
+
+    Raises:
+        RunError: they are not.
+    """
+    facts = manifest["files"][name]
+    try:
+        tensors, metadata = files.unpacked(read_file(store, name, facts["sha256"], facts["bytes"]))
+    except ValueError as error:
+        raise fault(store, name, str(error)) from error
+    wrong = files.fault_of(name, tensors, metadata, manifest)
+    if wrong:
+        raise fault(store, name, wrong)
+    return tensors, metadata
 
 
 def read_file(store: Store, name: str, sha256: str, size: int | None = None) -> bytes:

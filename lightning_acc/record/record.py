@@ -21,7 +21,7 @@ from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import manifest, tables
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.contents import Contents
-from lightning_acc.record.schema import files, keys
+from lightning_acc.record.schema import keys
 from lightning_acc.record.store import Store
 
 Trust = bool | str | Iterable[str]
@@ -243,7 +243,7 @@ class Record:
         return manifest.read_file(self.store, name, self._file(name)["sha256"], self._file(name)["bytes"])
 
     def _fault(self, name: str, fault: str) -> RunError:
-        return RunError(f"{self.store.locate(name)} is none of a run: {fault}. {manifest.REMEDY}")
+        return manifest.fault(self.store, name, fault)
 
     def _names(self, folder: str) -> list[str]:
         return sorted(
@@ -252,13 +252,7 @@ class Record:
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if name not in self._loaded:
-            try:
-                tensors, metadata = files.unpacked(self._read(name))
-            except ValueError as error:
-                raise self._fault(name, str(error)) from error
-            fault = files.fault_of(name, tensors, metadata, self.manifest)
-            if fault:
-                raise self._fault(name, fault)
+            tensors, metadata = manifest.load(self.store, self.manifest, name)
             if name.startswith("parameters/"):
                 # Large and read in order: only the newest file is kept.
                 self._loaded = {key: value for key, value in self._loaded.items() if not key.startswith("parameters/")}

@@ -135,7 +135,7 @@ class RunWriter:
                     continue
                 self.snapshots += facts["steps"]
             if folder == "samples" and "count" in facts:
-                leaves = safetensors.torch.load(manifests.read_file(self.store, name, facts["sha256"]))
+                leaves, _ = manifests.load(self.store, recorded, name)
                 numbers = leaves.pop("#").tolist()
                 self._contents.update(zip(batches.digests(leaves), numbers, strict=True))
             self.files[name] = facts

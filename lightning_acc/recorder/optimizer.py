@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class TrainedOptimizer:
 
         Raises:
             RecordingRefused: a parameter without a gradient would be treated otherwise than F does.
+            RunError: one is no finite number, from which no parameters come.
         """
         algorithm = self._trainer.gradient_clip_algorithm
         for_all = {
@@ -102,6 +104,11 @@ class TrainedOptimizer:
             for group in self._optimizer.param_groups
         ]
         self._refuse_missing_gradients(groups, step)
+        for key, value in ((key, value) for group in groups for key, value in group.items() if key not in for_all):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RunError(
+                    f"The optimizer's {key} is {value} in step {step}: give the scheduler, or the optimizer, a number."
+                )
         return groups
 
     def _refuse_missing_gradients(self, groups: list[dict[str, Any]], step: int) -> None:
