@@ -305,5 +305,5 @@ def test_the_command_line_says_none(capsys: pytest.CaptureFixture[str], tmp_path
     "part", ["sk-", "://", "://a:", "://a:80/", "://a@", "eyJa.", "-----BEGIN PRIVATE KEY-----", "a=", " ", "aB"]
 )
 def test_no_text_takes_forever(part: str) -> None:
-    """Of a text from a run directory the time is not its square: 100 kB took minutes."""
-    without_credentials({part * 30_000: part * 30_000})
+    """Of a text from a run directory the time is not its square: 50 kB took a minute."""
+    without_credentials({part * 15_000: part * 15_000})

@@ -72,7 +72,7 @@ def test_bench_scaling() -> None:
 
 
 def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
-    load("soak", N=60, SECONDS_BETWEEN_KILLS=(0.5, 1.0), SECONDS_OF_RECORDING=(2.0, 4.0)).main(minutes=0, recordings=1)
+    load("soak", N=24, SECONDS_BETWEEN_KILLS=(0.5, 1.0), SECONDS_OF_RECORDING=(2.0, 4.0)).main(minutes=0, recordings=1)
     printed = capsys.readouterr().out
     assert "1 trainings killed: all records pass their audit" in printed
     assert sum(map(int, re.search(r"round 1: (\d+) workers and (\d+) drivers", printed).groups())) > 0  # type: ignore[union-attr]

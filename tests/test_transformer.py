@@ -61,7 +61,7 @@ def test_attention_adamw_clipping_dropout_and_warm_up(tmp_path: Path) -> None:
     assert run.audit().max_abs_error == 0
     rates = [step.hyperparameters["lr"] for step in run.steps]
     assert rates[0] < rates[4] > rates[-1] > 0
-    found = agreement(run, list(range(N)), ray_address=None)
+    found = agreement(run, list(range(0, N, 2)), ray_address=None)
     assert found["acc-sgd-ie"] >= 0.95
     assert found["acc-sgd-ie"] > found["sgd-ie"] > found["sgd-ie, optimizer ignored"]
 
@@ -72,9 +72,9 @@ def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = os.environ["LIGHTNING_ACC_DATA"] + "/SetFit/20_newsgroups"
     run = text_classifier.train(
-        str(tmp_path / "run"), text_classifier.Posts(path, "train", 128), text_classifier.Posts(path, "test", 100), epochs=6
+        str(tmp_path / "run"), text_classifier.Posts(path, "train", 128), text_classifier.Posts(path, "test", 100), epochs=4
     )
     assert run.audit().max_abs_error == 0
-    found = agreement(run, list(range(64)), ray_address=None)
+    found = agreement(run, list(range(40)), ray_address=None)
     assert found["acc-sgd-ie"] >= 0.95
     assert found["acc-sgd-ie"] > found["sgd-ie, optimizer ignored"]

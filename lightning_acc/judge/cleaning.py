@@ -99,8 +99,10 @@ def clean(
         registry.find(name)
     controls = [arguments.choice("control", name, CONTROLS) for name in arguments.listed("controls", controls, "names")]
     shares = [_share(fraction) for fraction in arguments.listed("fractions", fractions, "shares of the samples")]
-    if not (methods and shares):
-        raise RequestError(f"method={methods} and fractions={shares} ask for nothing: name at least one of each.")
+    if not (methods or set(controls) - {"none"}) or not shares:
+        raise RequestError(
+            f"method={methods}, controls={controls} and fractions={shares} ask for nothing: name a ranking and a share to drop."
+        )
     seeds = arguments.whole("seeds", seeds, "gives no interval", least=2)
     ray_address, memory = arguments.ray_address(ray_address), arguments.memory_bytes(memory_gb)
     job = _Job(rebuild.portable(run), _test_query(run, test), memory)

@@ -31,7 +31,9 @@ MOST_HALVINGS = 6
 SECONDS_TO_MAKE_ROOM = 2.0
 """Pause before a piece whose result found the object store full is given out again; twice as long every time."""
 SECONDS_UNTIL_HUNG = 600.0
-"""Without a word from a piece that has begun, its worker counts as hung."""
+"""Without a word from a piece that is being worked on, its worker counts as hung."""
+SECONDS_TO_UNPACK = 600.0
+"""Without a word from a piece that is being unpacked, which imports what it needs, its worker counts as hung, too."""
 
 Work = Callable[[Any, Any, Callable[[float], None]], Any]
 """A function ``(job, piece, progress) -> result`` that can be imported; ``progress`` is told the fraction done."""
@@ -108,7 +110,7 @@ class _Task:
         number: names it at the desk.
         halvings: how often it has been made smaller.
         heard: when it last said something; None before it begins.
-        done: the fraction of it that is done.
+        done: the fraction of it that is done; None until it is unpacked.
     """
 
     part: int
@@ -118,7 +120,12 @@ class _Task:
     number: int
     halvings: int = 0
     heard: float | None = None
-    done: float = 0.0
+    done: float | None = None
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which it counts as hung where it says nothing."""
+        return SECONDS_TO_UNPACK if self.done is None else SECONDS_UNTIL_HUNG
 
 
 class _Farm:
@@ -171,10 +178,10 @@ class _Farm:
                             self._running += [self._start(task.part, piece, tries, pause, halvings) for piece in smaller]
                 self._read_desk()
                 for task in self._running:
-                    if task.heard is not None and time.monotonic() - task.heard > SECONDS_UNTIL_HUNG:
+                    if task.heard is not None and time.monotonic() - task.heard > task.patience:
                         self._give_up(task)
                 for part in range(len(pieces)):
-                    done = finished[part] + sum(task.done for task in self._running if task.part == part)
+                    done = finished[part] + sum(task.done or 0.0 for task in self._running if task.part == part)
                     self._bar.update(part, min(1.0, done / shares[part]))
         finally:
             for task in self._running:
@@ -216,7 +223,7 @@ class _Farm:
                 return cause
             raise
         except exceptions.TaskCancelledError:
-            return TimeoutError(f"its worker said nothing for {SECONDS_UNTIL_HUNG:.0f} s")
+            return TimeoutError(f"its worker said nothing for {task.patience:.0f} s")
         except exceptions.RayError as error:  # the worker, its node or what it made is lost
             return error if isinstance(error, Exception) else None
         task.heard = time.monotonic()

@@ -22,9 +22,9 @@ class Done:
 
 
 def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float) -> Iterator[Any]:
-    """In a worker, after a pause: yields the fraction done now and then, and the result at last."""
+    """In a worker, after a pause: yields None once it has begun, the fraction done now and then, and the result at last."""
     time.sleep(pause)
-    yield 0.0  # it has begun: from here on it counts as hung where it is not heard, also while it unpacks
+    yield None  # it has begun: from here on it counts as hung where it is not heard, also while it unpacks
     sys.path.extend(entry for entry in path if entry not in sys.path)
     work, job = pickle.loads(shared)
     messages: queue.Queue[Any] = queue.Queue()
@@ -35,6 +35,7 @@ def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float) -> I
         except BaseException as error:
             messages.put(error)
 
+    yield 0.0
     threading.Thread(target=run, daemon=True).start()
     reported = time.monotonic()
     while True:
@@ -62,13 +63,13 @@ class Desk:
     """On the cluster: where pieces leave how far they are, until the driver collects it."""
 
     def __init__(self) -> None:
-        self._said: dict[int, float] = {}
+        self._said: dict[int, float | None] = {}
 
-    def say(self, number: int, done: float) -> None:
-        """A piece is done to this fraction."""
+    def say(self, number: int, done: float | None) -> None:
+        """A piece is done to this fraction; None while it is unpacked."""
         self._said[number] = done
 
-    def collect(self) -> dict[int, float]:
+    def collect(self) -> dict[int, float | None]:
         """What was said since the last time, by the number of the piece."""
         said, self._said = self._said, {}
         return said
