@@ -192,7 +192,7 @@ def remove_when_it_works(nodes: Any, tmp_path: Path) -> None:
     until(lambda: {node["NodeID"]: node["Alive"] for node in ray.nodes()}[nodes.second.node_id] is False)
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
+def until(true: Callable[[], bool], seconds: float = 150) -> None:
     started = time.monotonic()
     while not true():
         assert time.monotonic() - started < seconds, f"nothing happened in {seconds} s"

@@ -54,8 +54,9 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_bench_cluster(no_ray: None) -> None:
-    printed = script("bench_cluster.py", "--quick")
+def test_bench_cluster(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
+    load("bench_cluster", N=130, EPOCHS=2, SECONDS=0.5).main()
+    printed = capsys.readouterr().out
     assert float(re.search(r"^2 workers / 1 +([\d.]+)", printed, re.MULTILINE)[1]) > 0  # type: ignore[index]
     assert float(re.search(r"^resuming a finished job +([\d.]+) s", printed, re.MULTILINE)[1]) < 5  # type: ignore[index]
 
@@ -72,7 +73,9 @@ def test_bench_scaling() -> None:
 
 
 def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
-    load("soak", N=24, SECONDS_BETWEEN_KILLS=(0.5, 1.0), SECONDS_OF_RECORDING=(2.0, 4.0)).main(minutes=0, recordings=1)
+    load("soak", N=24, DRIVERS=0.0, SECONDS_BETWEEN_KILLS=(0.5, 1.0), SECONDS_OF_RECORDING=(2.0, 4.0)).main(
+        minutes=0, recordings=1
+    )
     printed = capsys.readouterr().out
     assert "1 trainings killed: all records pass their audit" in printed
     assert sum(map(int, re.search(r"round 1: (\d+) workers and (\d+) drivers", printed).groups())) > 0  # type: ignore[union-attr]
