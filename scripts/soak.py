@@ -121,6 +121,7 @@ def a_round(run: la.Run, address: str, workers: Path, killed: Counter[str]) -> d
     """Score anew, disturbed; returns what was stored."""
     run.store.remove("scores", "shards")
     log = workers.parent / "errors"
+    before = sum(killed.values())
     while True:
         with open(log, "w") as errors:  # Ray tells of every worker it lost
             driver = subprocess.Popen([sys.executable, __file__, "--drive", run.path, address], stdout=errors, stderr=errors)
@@ -129,7 +130,8 @@ def a_round(run: la.Run, address: str, workers: Path, killed: Counter[str]) -> d
                     time.sleep(random.uniform(*SECONDS_BETWEEN_KILLS))
                     while not any(workers.iterdir()) and driver.poll() is None:
                         time.sleep(0.02)
-                    time.sleep(random.uniform(0, 1))  # struck in the midst of its work, or some would never get any done
+                    if sum(killed.values()) > before:  # one strike is certain
+                        time.sleep(random.uniform(0, 1))  # in the midst of its work, or some would never get any done
                     victims = [int(note.name) for note in workers.iterdir()]
                     if victims and random.random() < DRIVERS:
                         driver.kill()

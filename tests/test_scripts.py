@@ -69,7 +69,8 @@ def test_bench_scaling() -> None:
         assert len(rows) == 7
         for row in rows[1:]:
             assert re.fullmatch(r"[a-z, -]+?( +~?[\d.e-]+){2} +-?\d\.\d\d", row), row
-            assert all(float(value) > 0 for value in re.findall(r" ~?(\d[\d.e-]*)", row)[:2]), row
+            values = [float(value) for value in re.findall(r" ~?(\d[\d.e-]*)", row)[:2]]
+            assert min(values) > 0 or title.startswith("GB"), row  # so little is added that it may fit where something was
 
 
 def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
