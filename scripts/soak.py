@@ -39,9 +39,9 @@ from lightning_acc.studies.models import Classifier
 N, CHUNK = 300, 12
 WORKERS = "LIGHTNING_ACC_SOAK"
 """Environment variable: a folder with a file for every worker at work, named by its process id."""
-SECONDS_BETWEEN_KILLS, DRIVERS = (0.3, 3.0), 0.1
+SECONDS_BETWEEN_KILLS, DRIVERS = (0.3, 3.0), 0.3
 """How long a worker is left in peace, and how often it is the driver that is killed."""
-SECONDS_OF_RECORDING = (0.5, 9.0)
+SECONDS_OF_RECORDING = (1.0, 9.0)
 """How long a training is recorded before it is killed."""
 
 

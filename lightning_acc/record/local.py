@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Collection
 
 from lightning_acc.errors import RunError
 
@@ -91,11 +92,19 @@ def status(pid: int) -> list[str]:
         return []
 
 
-def walk(root: str) -> list[str]:
-    """Sorted relative names of all files under ``root``; symbolic links to folders are named, not followed."""
+def walk(root: str, within: Collection[str]) -> list[str]:
+    """Sorted relative names of the files under ``root``; symbolic links to folders are named, not followed.
+
+    Of the folders in ``root`` itself those not named in ``within`` are not looked into: where anything is in one, its name is
+    given, and a slash.
+    """
     found = []
     for folder, folders, files in os.walk(root):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        if folder == root:
+            others = [name for name in folders if name not in (*within, *links)]
+            found += [f"{name}/" for name in others if os.listdir(os.path.join(root, name))]
+            folders[:] = [name for name in folders if name in within]
         found += [os.path.relpath(os.path.join(folder, name), root) for name in (*files, *links)]
     return sorted(name.replace(os.sep, "/") for name in found)
 

@@ -34,6 +34,7 @@ _OF_A_RUN = re.compile(
     r"|(matrices|bank)/[^/]+\.(safetensors|parquet|json)|report/index\.html)(\.[0-9a-f-]+\.(part|old))?"
 )
 """Names of all that lightning_acc itself writes into a run directory."""
+_FOLDERS = ("ranks", "steps", "parameters", "samples", "queries", "scores", "shards", "matrices", "bank", "report")
 REFUSED = "refused"
 """Status of a record that turned out to be another training's than the one that was seen."""
 NOT_OF_THE_HEADER = ("status", "n_steps", "files", "stopped", "reason", "hash", "format", "schema", "convention")
@@ -126,7 +127,7 @@ def read(store: Store, unfinished: bool = False) -> Manifest:
 
 def own_files(store: Store) -> tuple[list[str], list[str]]:
     """The files in a directory that lightning_acc writes there, by their names, and all others."""
-    names = store.walk()
+    names = store.walk(_FOLDERS)
     own = [name for name in names if _OF_A_RUN.fullmatch(name)]
     return own, sorted(set(names) - set(own))
 

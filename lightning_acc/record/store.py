@@ -16,7 +16,7 @@ import random
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec
@@ -187,10 +187,10 @@ class Store:
         """Sorted relative names of the files directly in ``folder``."""
         return sorted(self._list(folder))
 
-    def walk(self) -> list[str]:
-        """Sorted relative names of all files under the root; symbolic links to folders are named, not followed."""
+    def walk(self, within: Collection[str]) -> list[str]:
+        """Sorted relative names of the files under the root; locally of other folders than those in ``within`` their names."""
         if self.local:
-            return local.walk(self.path)
+            return local.walk(self.path, within)
         try:
             paths = self._attempt("", "cannot be listed", lambda files: files.find(self.path), fresh=True)
         except (FileNotFoundError, NotADirectoryError):

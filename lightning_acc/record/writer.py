@@ -30,8 +30,8 @@ from lightning_acc.record.store import Store, digest
 
 FLUSH_BYTES = 64 * 2**20
 FLUSH_STEPS = 1000
-SECONDS = 2.0
-"""After so long what has been collected is written for the time being."""
+SECONDS, SECONDS_AT_FIRST = 2.0, 0.5
+"""After so long what has been collected is written for the time being; a training that has just begun is killed most often."""
 SHARE = 0.05
 """Of the training's time, at most, that such writing takes: where the storage is slow, more is at risk."""
 
@@ -89,7 +89,8 @@ class RunWriter:
         self._drafts: list[str] = []
         """Files written for the time being, in the manifest until others take their place."""
         self._n_drafts = 0
-        self._next_draft = time.monotonic() + SECONDS
+        self._pause = SECONDS_AT_FIRST
+        self._next_draft = time.monotonic() + min(self._pause, SECONDS)
         self._background = Background()
 
     def begin(self, header: dict[str, Any]) -> None:
@@ -235,7 +236,8 @@ class RunWriter:
         if older:
             self.store.remove(*older)
         seconds = time.monotonic() - started
-        self._next_draft = time.monotonic() + max(SECONDS, seconds / SHARE)
+        self._pause = min(SECONDS, 2 * self._pause)
+        self._next_draft = time.monotonic() + max(self._pause, seconds / SHARE)
 
     def _write_collected(
         self,
