@@ -142,8 +142,12 @@ def test_storage_that_is_gone_when_a_checkpoint_is_written(tmp_path: Path, monke
 
 
 class Poisoned(Net):
+    """One of its steps comes to nothing."""
+
+    at = 5
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        factor = float("nan") if self.trainer.global_step == 5 else 1.0
+        factor = float("nan") if self.trainer.global_step == self.at else 1.0
         return super().training_step(batch, batch_idx) * factor
 
 
@@ -154,7 +158,7 @@ def test_a_loss_that_is_not_finite_ends_the_record(tmp_path: Path, parameters: A
     alone.load_state_dict(module.state_dict())
     fit(alone, None)
     recorder = la.TrajectoryRecorder(tmp_path / "run", parameters=parameters, budget_gb=1e-6)
-    with pytest.warns(UserWarning, match=rf"{ENDED}: The training has diverged: .* not finite"):
+    with pytest.warns(UserWarning, match=rf"{ENDED}: .* not finite"):
         fit(module, None, recorder)
     assert flat(module).isnan().all()
     assert torch.equal(flat(module).isnan(), flat(alone).isnan())
@@ -162,6 +166,50 @@ def test_a_loss_that_is_not_finite_ends_the_record(tmp_path: Path, parameters: A
     assert 3 <= run.n_steps <= 5
     assert run.audit().max_abs_error == 0
     assert la.score(run, "loo", [0, 1], ray_address=None, check=0).values.all()
+
+
+class Noticing(Poisoned):
+    """Stops, as its users wrote it to, once it has come to nothing."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step == 9 and not all(p.isfinite().all() for p in self.parameters()):
+            raise ZeroDivisionError("no number")
+
+
+@pytest.mark.filterwarnings("ignore:.*has ended, and the training goes on")
+@pytest.mark.parametrize("stops", ["the recorder", "the module"])
+@pytest.mark.parametrize("parameters", ["every-step", "every-k"])
+def test_what_is_kept_of_a_training_that_stops_at_a_nan_is_finite(tmp_path: Path, stops: str, parameters: Any) -> None:
+    torch.manual_seed(0)
+    options = {"parameters": parameters, "budget_gb": 1e-6}
+    if stops == "the recorder":
+        with pytest.raises(la.RunError, match="not finite"):
+            fit(Poisoned().double(), None, la.TrajectoryRecorder(tmp_path / "run", on_error="stop", **options), max_epochs=9)
+    else:
+        # It comes to the end of a step before the recorder has looked at the parameters again.
+        with pytest.raises(ZeroDivisionError):
+            fit(Noticing().double(), None, la.TrajectoryRecorder(tmp_path / "run", **options), max_epochs=9)
+    run = la.Run(tmp_path / "run")
+    assert 3 <= run.n_steps <= 5
+    assert run.manifest["stopped"] == "error"
+    assert run.parameters(run.n_steps).isfinite().all()
+    assert run.audit().max_abs_error == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*has ended, and the training goes on", "ignore:.*sync_dist")
+@pytest.mark.parametrize("at", [5, 11])  # in a step whose gradient is looked at, or in the last one, where none is
+@pytest.mark.parametrize("parameters", ["every-step", "every-k"])
+def test_what_is_kept_of_several_processes_is_finite(tmp_path: Path, parameters: Any, at: int) -> None:
+    recorder = {"parameters": parameters, "budget_gb": 1e-6}
+    options = {"batch_size": 4, "strategy": "ddp_fork", "devices": 2, "max_epochs": 4}
+    module = Poisoned().double()
+    module.at = at
+    run = record(tmp_path / "run", module, recorder=recorder, **options)
+    assert 3 <= run.n_steps <= at
+    assert run.manifest["stopped"] == "error"
+    assert "not finite" in run.manifest["reason"]
+    assert run.audit().ok
+    assert run.parameters(run.n_steps).isfinite().all()
 
 
 class Unscheduled(Net):

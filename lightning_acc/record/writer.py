@@ -40,19 +40,18 @@ class NotFinite(RunError):
     """The training has come to parameters, or to a gradient, that are no numbers."""
 
 
-def check_finite(theta: Tensor, step: int, gradient: Tensor | None = None) -> None:
-    """Refuse parameters (p,) before ``step``, or a gradient (p,) in it, that are not finite.
+def check_finite(theta: Tensor, step: int) -> None:
+    """Refuse parameters (p,) before ``step`` that are not finite.
 
     Raises:
         NotFinite: some are not.
     """
-    for what, values in (("parameters", theta), ("gradient", gradient)):
-        if values is not None and not torch.isfinite(values).all():
-            when = f"after step {step - 1} the parameters are" if what == "parameters" else f"the gradient of step {step} is"
-            raise NotFinite(
-                f"The training has diverged: {when} not finite ({int((~torch.isfinite(values)).sum())} of {values.numel()} "
-                "numbers). There is nothing to attribute from there on; lower the learning rate or look for a NaN in the data."
-            )
+    if not torch.isfinite(theta).all():
+        raise NotFinite(
+            f"The training has diverged: after step {step - 1} the parameters are not finite "
+            f"({int((~torch.isfinite(theta)).sum())} of {theta.numel()}). There is nothing to attribute from there on; "
+            "lower the learning rate or look for a NaN in the data."
+        )
 
 
 class SeenStep(TypedDict):

@@ -180,7 +180,7 @@ class Following:
         started = time.perf_counter()
         theta = self.optimizer.parameters()
         if not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
-            check_finite(theta, number, self.optimizer.gradient(number) if compare else None)
+            check_finite(theta, number)
         self._checks.parameters(number, theta, self._module)
         if compare:
             with random_state_kept():

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import RULES, State, Update
 from lightning_acc.errors import RunError
+from lightning_acc.record.writer import NotFinite
 from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 
@@ -71,12 +72,12 @@ class TrainedOptimizer:
         """The flat gradient (p,) of step number ``step``, before clipping.
 
         Raises:
-            RunError: it is not finite.
+            NotFinite: it is not finite.
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
         if not torch.isfinite(gradient).all():
-            raise RunError(
+            raise NotFinite(
                 f"The loss or its gradient is not finite in step {step} of the training, so there is nothing to attribute: "
                 "look for NaN or infinite values in the data, or lower the learning rate."
             )

@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
 
 from lightning_acc import arguments
 from lightning_acc.core import rebuild
-from lightning_acc.record.writer import NotFinite
+from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder import resume
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.randomness import random_state_kept
@@ -212,7 +212,7 @@ class TrajectoryRecorder(Callback):
                 reason = None if interrupted else in_words(exception)
                 self._finish(trainer, pl_module, "interrupted" if interrupted else "error", reason)
         except Exception as error:  # the training's own exception is the one to be seen
-            self._writers.end(in_words(error))
+            self._writers.end(error)
         finally:
             self._writers.release()
 
@@ -230,9 +230,7 @@ class TrajectoryRecorder(Callback):
 
     def end(self, error: Exception, within_step: bool) -> None:
         """End the record at its last whole step, and tell why."""
-        main = self._write.main
-        finite = main.snapshots[-1] if isinstance(error, NotFinite) and main is not None else None
-        kept = self._write.end(in_words(error), finite)
+        kept = self._write.end(error)
         self._follow.end(within_step)
         warn_that_it_ended(error, self._write.store, kept, self._write.processes > 1)
 
@@ -261,9 +259,17 @@ class TrajectoryRecorder(Callback):
 
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None, reason: str | None = None) -> None:
         theta: Tensor | None = None
-        # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-        if self.recording and not self._follow.within_step and self._write.main is not None:
+        if self.recording:
             theta = self._follow.optimizer.parameters()
+            try:
+                check_finite(theta, self._write.own.n_steps)
+            except NotFinite as error:
+                if self._write.processes == 1:
+                    raise
+                self.end(error, within_step=False)  # in all of them, whose parts are still to be merged
+                theta = None
+            # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
+            theta = None if self._follow.within_step else theta
         self._left_open = False
         self._write.finish(trainer, pl_module, theta, stopped, reason)
         if self._following is not None:

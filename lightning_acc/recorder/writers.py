@@ -16,9 +16,10 @@ from lightning_acc.record import lock
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.lock import Lock
 from lightning_acc.record.store import Store
-from lightning_acc.record.writer import RunWriter
+from lightning_acc.record.writer import NotFinite, RunWriter
 from lightning_acc.recorder import description, ranks, resume
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.ending import in_words
 from lightning_acc.recorder.resume import Place
 
 
@@ -185,12 +186,10 @@ class Writers:
             self.main.finish(n_steps, **facts)
             ranks.remove_parts(self.store)
 
-    def end(self, reason: str, at: int | None = None) -> int:
+    def end(self, error: Exception) -> int:
         """Let what is recorded by now be a run, as far as it can be written, and return of how many steps.
 
-        Args:
-            reason: why, in words.
-            at: the steps before this one alone; None: all.
+        After an ``error`` that the training is no number any more, of those before the last parameters that were seen to be.
         """
         with contextlib.suppress(Exception):  # what failed may fail again; what was written before is there
             self.own.flush()
@@ -198,11 +197,12 @@ class Writers:
             if writer is not None:
                 with contextlib.suppress(Exception):
                     writer.wait()
-        self._reason = reason
-        self._end = min(self.own.written(), self.own.n_steps if at is None else at)
+        self._reason, self._end = in_words(error), self.own.written()
+        if isinstance(error, NotFinite) and self.main is not None:
+            self._end = min(self._end, self.main.snapshots[-1])
         if self._end and self.own is self.main:
             try:
-                self.own.seal(self._end, stopped="error", reason=reason)
+                self.own.seal(self._end, stopped="error", reason=self._reason)
             except RunError:
                 return 0
         return self._end
