@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import os
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -99,6 +100,8 @@ def path(name: str, value: object) -> str:
     """A path or URL as a string."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise RequestError(f"{name}={shown(value)} is no path: give a string or a pathlib.Path.")
+    if not isinstance(value, str) and re.match(r"[a-z][a-z0-9+]+:/[^/]", os.fspath(value)):
+        raise RequestError(f"{name}={shown(value)} was a URL before it became a Path: pass it as a string.")
     return str(os.fspath(value))
 
 

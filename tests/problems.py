@@ -109,6 +109,16 @@ def data(loss: str = "cross-entropy", n: int = N, seed: int = 0, dtype: torch.dt
     return TensorDataset(x, y)
 
 
+class Data(pl.LightningDataModule):
+    """The shared data as a data module, for what is known of samples."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(data(), 7, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(data(n=16, seed=9), 16)
+
+
 def trainer(*callbacks: Any, precision: str = "64-true", **options: Any) -> pl.Trainer:
     defaults = {
         "max_epochs": 3,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import N, data, fit, make, record, trainer
+from problems import Data, N, data, fit, make, record, trainer
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_acc as la
@@ -23,14 +23,8 @@ NAN, INF = float("nan"), float("inf")
 HUGE = 10**5000  # which Python refuses to print
 
 
-class Described(pl.LightningDataModule):
+class Described(Data):
     """Labels that a table program takes for formulas."""
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(data(), 7, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(data(n=16, seed=9), 16)
 
     def describe_samples(self) -> dict[str, Any]:
         texts = ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\tx", "\rx", "-1", "+1", "-1.5e3", "plain", "a=b", ""]

@@ -15,6 +15,8 @@ import pytest
 
 import lightning_acc as la
 from lightning_acc.cli import main
+from lightning_acc.record import manifest
+from lightning_acc.record.store import Store
 
 CONFIG = Path(__file__).parent.parent / "configs/digits.yaml"
 SMALL = ["--data.init_args.n_train=60", "--trainer.max_epochs=4", "--data.init_args.batch_size=20"]
@@ -125,11 +127,25 @@ def test_what_cannot_be_done_is_one_line_and_a_status(
     assert re.fullmatch(rf"lightning-acc: .*{message}.*\n", error)
 
 
+def test_a_killed_record_is_repaired(ran: tuple[Path, str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(ran[0] / "runs/digits", tmp_path / "run"))
+    content = json.loads((run / "manifest.json").read_text())
+    del content["n_steps"], content["stopped"]
+    manifest.write(Store(run), {**content, "status": "recording"})
+    with pytest.raises(SystemExit):
+        main(["audit", str(run)])
+    assert "lightning-acc repair" in capsys.readouterr().err
+    main(["repair", str(run)])
+    assert capsys.readouterr().out == f"{run} is a run of 12 steps now.\n"
+    main(["audit", str(run)])
+    assert "12 steps reproduce the recorded parameters bit for bit" in capsys.readouterr().out
+
+
 def test_help_names_the_verbs_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for verb in ("run", "fit", "audit", "score", "retrain", "evaluate", "report", "track"):
+    for verb in ("run", "fit", "audit", "repair", "score", "retrain", "evaluate", "report", "track"):
         assert re.search(rf"^ +{verb}  ", out, re.MULTILINE)
     with pytest.raises(SystemExit):
         main(["score", "--help"])

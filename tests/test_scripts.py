@@ -66,11 +66,13 @@ def test_bench_scaling() -> None:
     for title in ("seconds against n, p = 6,370", "seconds against p, n = 64", "GB added against n, p = 6,370"):
         rows = printed[printed.index(title) :].split("\n\n")[0].splitlines()
         assert rows[0].endswith("exponent")
+        values: list[list[float]] = []
         assert len(rows) == 7
         for row in rows[1:]:
             assert re.fullmatch(r"[a-z, -]+?( +~?[\d.e-]+){2} +-?\d\.\d\d", row), row
-            values = [float(value) for value in re.findall(r" ~?(\d[\d.e-]*)", row)[:2]]
-            assert min(values) > 0 or title.startswith("GB"), row  # so little is added that it may fit where something was
+            values.append([float(value) for value in re.findall(r" ~?(\d[\d.e-]*)", row)[:2]])
+        # So little memory is added by some that it may fit where something was.
+        assert (max(map(max, values)) if title.startswith("GB") else min(map(min, values))) > 0, rows
 
 
 def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:

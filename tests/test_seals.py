@@ -102,7 +102,9 @@ def test_a_damaged_shard_is_left_out_with_one_warning_and_computed_again(path: P
         for damaged in flips(file)[:5]:
             shutil.rmtree(path / "scores")
             file.write_bytes(damaged)
-            with pytest.warns(UserWarning, match=rf"{file.name} is damaged, .* left out, and computed again") as warned:
+            with pytest.warns(
+                UserWarning, match=rf"{file.name} is damaged, .* left out and deleted, and computed again"
+            ) as warned:
                 again = la.score(path, "loo", ray_address=None, check=0)
             assert len(warned) == 1
             assert again.values.tolist() == whole.tolist()

@@ -222,8 +222,12 @@ def test_a_missing_bucket_is_named(server: int, no_pauses: list[float]) -> None:
 def test_a_file_system_that_is_not_installed_is_named() -> None:
     with pytest.raises(la.RunError, match=r"nosuch://bucket/run cannot be opened: Protocol not known"):
         la.Run("nosuch://user:password@bucket/run")
-    with pytest.raises(la.RunError, match="was a URL before it became a Path"):
-        Store(Path("s3://bucket/run"))
+
+
+@pytest.mark.parametrize("use", [la.Run, la.TrajectoryRecorder, la.score, la.repair, la.evaluate], ids=lambda use: use.__name__)
+def test_a_url_that_became_a_path_is_not_taken_for_a_folder(use: Any) -> None:
+    with pytest.raises(la.RequestError, match=r"=.*s3:/bucket/run.* was a URL before it became a Path: pass it as a string"):
+        use(Path("s3://bucket/run"))
 
 
 UPLOAD = """

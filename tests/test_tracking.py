@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import pytorch_lightning as pl
-from problems import CLASSES, N, data, make, record, trainer
+from problems import CLASSES, Data, N, data, make, record, trainer
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
@@ -67,14 +67,8 @@ def test_samples_that_were_never_visited_have_no_row(tmp_path: Path) -> None:
         influence_over_time(run, [0], query="test")
 
 
-class Described(pl.LightningDataModule):
+class Described(Data):
     """The shared problem with pictures, texts and two samples known to be corrupted."""
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(data(), 7, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(data(n=16, seed=9), 16)
 
     def describe_samples(self) -> dict[str, Any]:
         return {

@@ -47,7 +47,7 @@ def repair(run: str) -> None:
     """
     from lightning_acc.recorder.ending import repair as make_whole
 
-    print(f"{run} is a run of {make_whole(run)} steps now.")
+    print(f"{without_credentials(run)} is a run of {make_whole(run)} steps now.")
 
 
 def plan(

@@ -19,10 +19,10 @@ from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
 from lightning_acc.record.record import Record, opened
+from lightning_acc.record.schema.keys import DTYPES
 
 CACHE_BYTES = 2**20
 """Activations that Hessian-vector products work on at once: what a core's second-level cache holds. More is slower."""
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Replay:

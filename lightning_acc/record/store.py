@@ -61,8 +61,6 @@ class Store:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.fspath(root)
-        if not isinstance(root, str) and re.match(r"[a-z][a-z0-9+]+:/[^/]", self._root):
-            raise RunError(f"{self._root!r} was a URL before it became a Path: pass it as a string.")
         self._connect()
         self.local = isinstance(self._filesystem, LocalFileSystem)
         # Workers have another working directory: what they are given must be absolute.

@@ -295,6 +295,7 @@ class RunWriter:
 
     def refuse(self, reason: str) -> None:
         """Let what has been written never be taken for a run."""
+        self._check_there()
         self._write_manifest(status=manifests.REFUSED, reason=reason)
 
     def written(self) -> int:

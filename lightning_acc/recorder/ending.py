@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from lightning_acc import arguments
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.record import manifest as manifests
@@ -79,7 +80,7 @@ def repair(path: str | os.PathLike[str]) -> int:
     Raises:
         RunError: there is no unfinished record at ``path``, its training is still alive, or no step of it is there.
     """
-    store = Store(path)
+    store = Store(arguments.path("path", path))
     held = manifests.read(store, unfinished=True)
     if held["status"] == "complete":
         raise RunError(f"{store} needs no repair: it is a finished run of {held['n_steps']} steps.")

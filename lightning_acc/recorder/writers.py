@@ -112,7 +112,8 @@ class Writers:
                 with contextlib.suppress(Exception):  # the training ends anyway, with what it had to say
                     writer.wait()
         if self._lock is not None:
-            self._lock.release()
+            with contextlib.suppress(RunError):  # on a disk that cannot be written to it stays, and is taken over later
+                self._lock.release()
             self._lock = None
 
     def begin(self, trainer: Any, module: Any, header: dict[str, Any], place: Place | None, overwrite: bool) -> None:

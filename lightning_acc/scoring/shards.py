@@ -128,7 +128,7 @@ def _intact(run: Record, file: str, read: Callable[[], T]) -> T | None:
     except seal.DamagedResult as error:
         run.store.remove(file)
         what, _, _ = str(error).rpartition(": ")
-        warnings.warn(f"{what}: it is left out, and computed again where it is needed.", UserWarning, stacklevel=4)
+        warnings.warn(f"{what}: it is left out and deleted, and computed again where it is needed.", UserWarning, stacklevel=4)
         return None
 
 

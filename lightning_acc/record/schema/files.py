@@ -9,10 +9,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lightning_acc.arguments import shown
 from lightning_acc.record import seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
-from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, short, whole
+from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, whole
 
 Shape = tuple[str, ...]
 STEPS: dict[str, tuple[torch.dtype, Shape]] = {
@@ -91,14 +92,14 @@ def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]
     for step in groups:
         for group in step:
             if not isinstance(group, dict) or group.keys() != step[0].keys() or len(step) < least:
-                yield f"its groups are {short(step)} and not hyper-parameters of {least} parameter groups"
+                yield f"its groups are {shown(step)} and not hyper-parameters of {least} parameter groups"
                 return
             fault = first_fault(group, GROUP)
             if fault:
                 yield f"of its groups {fault}"
             for key, value in group.items():
                 if not PLAIN.holds(value):
-                    yield f"of its groups its {key} is {short(value)} and not {PLAIN.words}"
+                    yield f"of its groups its {key} is {shown(value)} and not {PLAIN.words}"
 
 
 def _parameters_faults(
@@ -127,12 +128,12 @@ def query_batches(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
     """
     structures = metadata.get("structures")
     if not several(STRUCTURE).holds(structures) or not structures:
-        raise ValueError(f"its structures are {short(structures)} and not {several(STRUCTURE).words}")
+        raise ValueError(f"its structures are {shown(structures)} and not {several(STRUCTURE).words}")
     leaves: list[Leaves] = [{} for _ in structures]
     for name, leaf in tensors.items():
         number, _, leaf_name = name.partition(":")
         if not (number.isdecimal() and len(number) < 10 and int(number) < len(leaves)):
-            raise ValueError(f"its {short(name)} is of none of its {len(leaves)} batches")
+            raise ValueError(f"its {shown(name)} is of none of its {len(leaves)} batches")
         leaves[int(number)][leaf_name] = leaf
     for i, (structure, batch) in enumerate(zip(structures, leaves, strict=True)):
         fault = leaves_fault(batch, structure)
@@ -145,7 +146,7 @@ def leaves_fault(leaves: Mapping[str, Tensor], structure: Any) -> str | None:
     """What is wrong with the leaves of batches of this structure; None where nothing is."""
     names = leaf_names(structure)
     if set(leaves) != set(names):
-        return f"its leaves are {short(sorted(leaves))} and not {short(sorted(names))}"
+        return f"its leaves are {shown(sorted(leaves))} and not {shown(sorted(names))}"
     if any(not leaf.ndim for leaf in leaves.values()) or len({len(leaf) for leaf in leaves.values()}) > 1:
         return "its leaves are of different numbers of samples"
     return None

@@ -96,8 +96,10 @@ def fault_of(manifest: Manifest, part: bool = False) -> str | None:
     for name, facts in manifest["files"].items():
         folder = NUMBERED.fullmatch(name)
         loose = folder is None and name.partition("/")[0] in BY_FOLDER and name.endswith(".safetensors")
-        if loose or not isinstance(facts, dict):
+        if loose:
             return f"its file {name!r} has no place in a run"
+        if not isinstance(facts, dict):
+            return f"it tells no size and hash of {name}"
         fault = first_fault(facts, {**FILE, **(BY_FOLDER[folder[1]] if folder else {})})
         if fault:
             return f"of {name} {fault}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_acc.arguments import shown
 from lightning_acc.record.batches import leaf_names
 
 LARGEST = 1e300
@@ -100,14 +101,5 @@ def first_fault(content: Mapping[str, Any], kinds: Mapping[str, Kind], optional:
         if value is _MISSING and not optional:
             return f"it does not say {key}"
         if value is not _MISSING and not kind.holds(value):
-            return f"its {key} is {short(value)} and not {kind.words}"
+            return f"its {key} is {shown(value)} and not {kind.words}"
     return None
-
-
-def short(value: Any) -> str:
-    """A value for a reader, on one line."""
-    try:
-        words = " ".join(repr(value).split())
-    except (RecursionError, ValueError):  # numbers of thousands of digits
-        return "beyond all bounds"
-    return words if len(words) <= 60 else f"{words[:57]}..."
