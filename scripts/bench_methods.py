@@ -89,8 +89,10 @@ def loop_seconds(replay: object) -> float:
 def speed() -> None:
     """Print the table of seconds and ratios."""
     from lightning_acc import Run
+    from lightning_acc.core.queries import moments
     from lightning_acc.core.replay import Replay
     from lightning_acc.methods import sweeps
+    from lightning_acc.methods.method import Question
     from lightning_acc.methods.rules import AccSgdIe, AdjointSgdIe, LeaveOneOut
 
     with tempfile.TemporaryDirectory() as directory:
@@ -98,7 +100,7 @@ def speed() -> None:
         run = Run(Path(directory) / "run")
         replay = Replay(run)
         removals = [(i,) for i in range(N)]
-        query = run.query("val")
+        question = Question(run.query("val"), moments.find(run, "end"), "linear", False, 2**30)
         print(f"n = {N}, p = {run.n_parameters}, {run.n_steps} steps of batch {BATCH}, torch {torch.__version__}, one thread")
 
         def replayed() -> None:
@@ -110,7 +112,7 @@ def speed() -> None:
             "replay": replayed,
             "loo": lambda: sweeps.forward(replay, LeaveOneOut(), removals),
             "acc-sgd-ie": lambda: sweeps.forward(replay, AccSgdIe(), removals),
-            "sgd-ie": lambda: sweeps.reverse(replay, AdjointSgdIe(), query, 2**30),
+            "sgd-ie": lambda: sweeps.reverse(replay, AdjointSgdIe(), question),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
         for turn in range(6):

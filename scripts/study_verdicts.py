@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.scoring.check import SIZES, draw
-from lightning_acc.scoring.figures import spearman
-from lightning_acc.scoring.verdict import FAITHFUL, UNRELIABLE, judge
+from lightning_acc.scoring.trust.check import SIZES, draw
+from lightning_acc.scoring.trust.figures import spearman
+from lightning_acc.scoring.trust.verdict import FAITHFUL, UNRELIABLE, judge
 from lightning_acc.studies.data import AdultDataModule, MNISTDataModule
 
 N, DRAWS = 240, 20

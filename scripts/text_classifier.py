@@ -122,8 +122,10 @@ def train(directory: str, train: Dataset[Any], val: Dataset[Any], epochs: int = 
 def scores_for_plain_sgd(run: la.Run) -> Any:
     """SGD-IE as if the run had been made by SGD at the recorded learning rates: the optimizer ignored."""
     from lightning_acc.core.optimizers import Update
+    from lightning_acc.core.queries import moments
     from lightning_acc.core.replay import Replay
     from lightning_acc.core.step import Step
+    from lightning_acc.methods.method import Question
     from lightning_acc.methods.rules import AdjointSgdIe
     from lightning_acc.methods.sweeps import reverse
 
@@ -141,7 +143,8 @@ def scores_for_plain_sgd(run: la.Run) -> Any:
             as_sgd = Step(step.objective, update, step.accumulated, step.sample_ids, step.weights, groups)
             return super().advance(as_sgd.at(point.state[:1]), carry)
 
-    return reverse(replay, PlainSgd(), run.query("val"), memory=2**30).numpy()
+    question = Question(run.query("val"), moments.find(run, "end"), "linear", keep_shifts=False, memory=2**30)
+    return reverse(replay, PlainSgd(), question).numpy()
 
 
 def agreement(run: la.Run, samples: list[int], ray_address: str | None = "local") -> dict[str, float]:

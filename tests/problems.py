@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_acc as la
+from lightning_acc.core.queries import moments
+from lightning_acc.methods.method import Question
 
 N, FEATURES, CLASSES = 24, 5, 3
 
@@ -213,3 +215,10 @@ def replay_by_hand(run: la.Run, module: Net, weight_of: dict[int, float]) -> Ten
         (step.weights * scale * losses).sum().backward()
         optimizer.step()
     return flat(module)
+
+
+def asked(run: la.Run, query: str = "val", at: Any = "end", memory: int = 2**30, **options: Any) -> Question:
+    """A question with the linear readout, as sweeps are asked it."""
+    return Question(
+        run.query(query), moments.find(run, at), **{"readout": "linear", "keep_shifts": False, **options}, memory=memory
+    )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import N, Net, data, fit, make, record, replay_by_hand
+from problems import N, Net, asked, data, fit, make, record, replay_by_hand
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
@@ -166,9 +166,9 @@ def test_6_a_reverse_sweep_in_segments_equals_one_that_keeps_everything(tmp_path
     from lightning_acc.methods.rules import AdjointSgdIe
 
     run = record(tmp_path / "run", make(hidden=4, optimizer={"momentum": 0.9, "lr": 0.05}))
-    replay, query = Replay(run), run.query("val")
-    whole = sweep.reverse(replay, AdjointSgdIe(), query, memory=2**30)
-    segmented = sweep.reverse(replay, AdjointSgdIe(), query, memory=1)
+    replay = Replay(run)
+    whole = sweep.reverse(replay, AdjointSgdIe(), asked(run))
+    segmented = sweep.reverse(replay, AdjointSgdIe(), asked(run, memory=1))
     assert torch.equal(whole, segmented)
     assert whole.abs().min() > 0
 

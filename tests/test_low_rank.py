@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import FEATURES, N, Net, StepOnly, data, make, record
+from problems import FEATURES, N, Net, StepOnly, asked, data, make, record
 from torch import nn
 
 import lightning_acc as la
@@ -17,10 +17,9 @@ from lightning_acc.methods.low_rank import basis, entry
 from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.scoring import score as scoring
 from lightning_acc.scoring import work
-from lightning_acc.scoring.figures import rmse, spearman
+from lightning_acc.scoring.trust.figures import rmse, spearman
 
 ROUND_OFF = 1e-12
-MEMORY = 2**30
 EVERYONE = [(i,) for i in range(N)]
 SGD: list[dict[str, Any]] = [
     {},
@@ -55,7 +54,7 @@ def test_a_whole_basis_is_acc_sgd_ie_and_no_correction_is_sgd_ie(
 
     first = exact(run, "sgd-ie").values
     for directions in (0, 3, run.n_parameters):
-        passed = tracked(Replay(run), EVERYONE, run.query("val"), MEMORY, directions, most=0)
+        passed = tracked(Replay(run), EVERYONE, asked(run), directions, most=0, exactly=0)
         np.testing.assert_allclose(passed.first.numpy(), first, rtol=0, atol=ROUND_OFF)
         assert np.abs(passed.scores.numpy() - first).max() > 1e-3 * np.abs(first).max()  # there is a correction
 

@@ -14,7 +14,7 @@ import lightning_acc as la
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.low_rank import entry, screened
 from lightning_acc.methods.low_rank.entry import LowRank
-from lightning_acc.scoring.figures import rmse, spearman
+from lightning_acc.scoring.trust.figures import rmse, spearman
 
 ROUND_OFF = 1e-12
 

@@ -14,11 +14,11 @@ from scipy import stats
 
 import lightning_acc as la
 from lightning_acc.methods import swept
-from lightning_acc.scoring import check as checks
 from lightning_acc.scoring import scores as tables
-from lightning_acc.scoring.figures import jaccard, shown
 from lightning_acc.scoring.selection import select
-from lightning_acc.scoring.verdict import Verdict, interval, judge
+from lightning_acc.scoring.trust import check as checks
+from lightning_acc.scoring.trust.figures import jaccard, shown
+from lightning_acc.scoring.trust.verdict import Verdict, interval, judge
 
 MANY = 120
 

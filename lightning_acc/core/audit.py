@@ -174,7 +174,8 @@ class _Common:
 
 
 def confirm(replay: Replay, theta: Tensor) -> None:
-    """See that a sweep has come to the end of the recorded run, at parameters ``theta`` (p,); in doubt, audit the run.
+    """See that a sweep has gone the way of the recorded run, by its parameters ``theta`` (p,) at the step
+    ``replay.checked_at``; in doubt, audit the run.
 
     Training may amplify round-off, so that a difference alone condemns nothing; a step that is not reproduced does.
 
@@ -182,10 +183,8 @@ def confirm(replay: Replay, theta: Tensor) -> None:
         RunError: the record does not reproduce the training.
     """
     run = replay.run
-    if len(replay) not in run.snapshots:  # interrupted within its last step
-        return
-    first, last = (run.snapshot(t).to(replay.dtype) for t in (0, len(replay)))
-    if float((theta - last).norm()) <= DOUBT * float((last - first).norm()):  # which NaN is not
+    first, last = (run.snapshot(t).to(replay.dtype) for t in (0, replay.checked_at))
+    if replay.checked_at and float((theta - last).norm()) <= DOUBT * float((last - first).norm()):  # which NaN is not
         return
     report = audit(run)
     if not report.ok:

@@ -18,7 +18,7 @@ from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
-from lightning_acc.record.record import Record, opened
+from lightning_acc.record.record import Record, StepRecord, opened
 from lightning_acc.record.schema.keys import DTYPES
 
 CACHE_BYTES = 2**20
@@ -26,15 +26,16 @@ CACHE_BYTES = 2**20
 
 
 class Replay:
-    """The steps of ``run`` as functions, in ``dtype`` (None: as recorded).
+    """The steps of ``run`` as functions, in ``dtype`` (None: as recorded); the first ``until`` of them, where that is given.
 
     Raises:
         RequestError: the dtype is not known.
         RunError: the module cannot be rebuilt here.
     """
 
-    def __init__(self, run: Record, dtype: str | None = None) -> None:
+    def __init__(self, run: Record, dtype: str | None = None, until: int | None = None) -> None:
         self.run = run
+        self._until = run.n_steps if until is None else min(until, run.n_steps)
         name = arguments.choice("dtype", run.dtype if dtype is None else dtype, DTYPES, " to replay in")
         self.dtype = DTYPES[name]
         manifest = run.manifest
@@ -62,7 +63,17 @@ class Replay:
         self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])
 
     def __len__(self) -> int:
-        return self.run.n_steps
+        return self._until
+
+    @property
+    def records(self) -> Iterator[StepRecord]:
+        """What was recorded of its steps."""
+        return (self.run.steps[t] for t in range(len(self)))
+
+    @cached_property
+    def checked_at(self) -> int:
+        """The last step before which the parameters were written: what a sweep is held against, see ``core.audit``."""
+        return max(t for t in self.run.snapshots if t <= len(self))
 
     @cached_property
     def initial(self) -> State:
@@ -223,6 +234,7 @@ class Tape:
 
     Attributes:
         final: the state after the last step.
+        checked: the parameters (p,) at the step ``replay.checked_at``.
     """
 
     def __init__(self, replay: Replay, memory: int) -> None:
@@ -230,10 +242,13 @@ class Tape:
         self._segment = segment(replay, memory)
         self._kept: list[State] = []
         self.final = replay.initial
+        self.checked = self.final[0]
         for t in range(len(replay)):
             if t % self._segment == 0:
                 self._kept.append(self.final)
             self.final = replay.step(t)(self.final)
+            if t + 1 == replay.checked_at:
+                self.checked = self.final[0]
 
     def backwards(self) -> Iterator[tuple[Step, State]]:
         """The steps from the last to the first, each with the state before it; can be gone through once."""

@@ -8,7 +8,7 @@ defined here and nowhere else: the audit, the retraining and every estimator use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -203,12 +203,39 @@ class Point:
         return Removed(touched, thetas, graph)
 
     def pullback(self, adjoint: State) -> Pulled:
-        """``adjoint``, of the state after the step, through F: through the update, and from its gradient through G."""
+        """``adjoint``, of the state after the step, through F: through the update, and from its gradient through G.
+
+        Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can.
+        """
         state = (self._leaf, *(slot.detach().requires_grad_() for slot in self.state[1:]))
         out = self.step.update(state, self._graph)
         inputs = (*state, self._weights, self._graph)
-        *back, slopes, gamma = torch.autograd.grad(out, inputs, adjoint, materialize_grads=True)
+
+        def pull(cotangents: State, batched: bool, again: bool) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(
+                out, inputs, cotangents, is_grads_batched=batched, retain_graph=again, materialize_grads=True
+            )
+
+        if adjoint[0].ndim == 1:
+            *back, slopes, gamma = pull(adjoint, False, False)
+        else:
+            *back, slopes, gamma = _each_row(pull, adjoint, self.step.rows_at_once)
         return Pulled(tuple(back), gamma, slopes)
+
+
+def _each_row(pull: Callable[[State, bool, bool], tuple[Tensor, ...]], adjoints: State, at_once: int) -> list[Tensor]:
+    """What ``pull`` makes of each row of ``adjoints``, (n, p) each, ``at_once`` of them together."""
+    try:
+        parts = []
+        with quiet():
+            for part in zip(*(adjoint.split(at_once) for adjoint in adjoints), strict=True):
+                parts.append(pull(part, True, True))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        rows = zip(*adjoints, strict=True)
+        parts = [tuple(found[None] for found in pull(row, False, True)) for row in rows]
+    return [torch.cat(found) for found in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -217,8 +244,8 @@ class Pulled:
 
     Attributes:
         adjoint: ``lambda_t = (dF/ds)^T lambda_{t+1}``, a state.
-        gamma: ``gamma_t = (dU/dG)^T lambda_{t+1}``, (p,).
-        slopes: ``(dG/dw)^T gamma_t``, which is ``<g_i, gamma_t>`` of each occurrence, (B,).
+        gamma: ``gamma_t = (dU/dG)^T lambda_{t+1}``, (..., p).
+        slopes: ``(dG/dw)^T gamma_t``, which is ``<g_i, gamma_t>`` of each occurrence, (..., B).
     """
 
     adjoint: State

@@ -14,8 +14,8 @@ from lightning_acc.methods import registry
 from lightning_acc.record import seal
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring import scores
-from lightning_acc.scoring.figures import shown
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.scoring.trust.figures import shown
 
 NAME = "evaluation.json"
 WORDS = ("method", "query", "readout", "dtype", "removals", "verdict")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_acc.arguments import shown
 from lightning_acc.core.queries import Query
+from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
@@ -23,15 +25,19 @@ class Question:
 
     Attributes:
         query: what is read.
+        moments: when.
         readout: ``"exact"`` or ``"linear"``.
         keep_shifts: whether the shifts themselves are wanted.
         memory: bytes to compute with.
+        each: whether each example of the query is asked about by itself, and not their mean.
     """
 
     query: Query
+    moments: Moments
     readout: str
     keep_shifts: bool
     memory: int
+    each: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,16 @@ class Answer:
     """What a method says of n removals.
 
     Attributes:
-        scores: (n,).
-        shifts: (n, p), where they were asked for.
+        scores: (n,); (n, examples) where each example was asked about.
+        shifts: at the steps that were asked about, (steps, n, p), where they were to be kept.
+        thetas: the run's own parameters there, (steps, p).
         details: how it was done, by the names in the method's ``details``.
         more: further columns of the table, (n,) each.
     """
 
     scores: Tensor
     shifts: Tensor | None = None
+    thetas: Tensor | None = None
     details: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Tensor] = field(default_factory=dict)
 
@@ -127,3 +135,15 @@ class Method(ABC):
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """What a reader of the scores must know, given the details of all pieces."""
         return []
+
+
+def one_by_one(
+    method: Method, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+) -> Answer:
+    """The answer about each example of a query, by a method that can ask about one thing at a time."""
+    n = question.query.n_examples
+    answers = []
+    for i in range(n):
+        alone = replace(question, query=question.query.picked([i]), each=False)
+        answers.append(method.answer(replay, removals, alone, lambda done, i=i: progress((i + done) / n)))  # type: ignore[misc]
+    return Answer(torch.stack([answer.scores for answer in answers], 1), details=answers[0].details)

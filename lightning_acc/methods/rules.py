@@ -176,23 +176,30 @@ class AdjointSgdIe:
     """SGD-IE for one query and ALL samples: ``lambda_t = (dF/ds)^T lambda_{t+1}`` from ``lambda_T = grad query``.
 
     At each step the score of removing sample i grows by ``-w_i (dF/dw_i)^T lambda_{t+1}``, which is ``-w_i <g_i, gamma_t>``
-    with ``gamma_t = (dU/dG)^T lambda_{t+1}``.
+    with ``gamma_t = (dU/dG)^T lambda_{t+1}``. Where the query is read at several steps, ``lambda_t`` gets its gradient at each.
+
+    The adjoints of many queries go back together, as rows (Q, p).
     """
 
     propagates: ClassVar[bool] = True
 
     def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
-        """The adjoint after the last step, and the scores collected so far, (n_samples,)."""
-        adjoint = (query_gradient, *(torch.zeros_like(slot) for slot in state[1:]))
-        return adjoint, query_gradient.new_zeros(n_samples)
+        """The adjoint after the last step, (..., p), and the scores collected so far, (..., n_samples)."""
+        adjoint = (query_gradient, *(torch.zeros_like(query_gradient) for _ in state[1:]))
+        return adjoint, query_gradient.new_zeros(*query_gradient.shape[:-1], n_samples)
 
     def advance(self, point: Point, carry: tuple[State, Tensor]) -> tuple[State, Tensor]:
         """One step back."""
         adjoint, scores = carry
         pulled = point.pullback(adjoint)
         self.see(point, pulled.gamma, pulled.slopes)
-        scores.index_add_(0, point.step.sample_ids, -point.step.weights * pulled.slopes)
+        scores.index_add_(-1, point.step.sample_ids, -point.step.weights * pulled.slopes)
         return (pulled.adjoint if self.propagates else adjoint), scores
+
+    def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
+        """The query is read here, too."""
+        (adjoint, *slots), scores = carry
+        return (adjoint + query_gradient, *slots), scores
 
     def see(self, point: Point, gamma: Tensor, slopes: Tensor) -> None:
         """Told ``gamma_t`` (p,) and ``<g_i, gamma_t>`` of the step's occurrences (B,), for those who keep some of it."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_acc.core.audit import confirm
-from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay, Tape
+from lightning_acc.methods.method import Question
+from lightning_acc.methods.reading import gradient
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
 
 Progress = Callable[[float], None]
@@ -34,37 +35,67 @@ class Shifted(NamedTuple):
 
 
 def forward(
-    replay: Replay, rule: ForwardRule[Any], removals: Sequence[Removal], progress: Progress = lambda _: None
+    replay: Replay,
+    rule: ForwardRule[Any],
+    removals: Sequence[Removal],
+    progress: Progress = lambda _: None,
+    reading: Callable[[int, Tensor, Tensor], None] = lambda t, theta, shifts: None,
+    steps: Collection[int] = (),
 ) -> Shifted:
-    """Take n removals forward through the run."""
+    """Take n removals forward through the run.
+
+    Args:
+        replay: of the run.
+        rule: carries the shifts.
+        removals: n removals.
+        progress: told the fraction done.
+        reading: told the run's parameters (p,) and the shifts (n, p) after each of ``steps``.
+        steps: numbers t.
+    """
     visited = _visited(replay, removals)
     chunk = Removals([removals[i] for i in visited])
     if not visited:
         rule = LeaveOneOut()  # of nothing: the run itself
+
+    def shifted(carry: Any) -> tuple[Tensor, Tensor]:
+        theta, moved = rule.finish(carry)
+        # A removal that no step saw changes nothing: its shift is 0 by definition, not up to round-off.
+        shifts = theta.new_zeros(len(removals), len(theta))
+        shifts[visited] = moved
+        return theta, shifts
+
     carry = rule.init(replay.initial, chunk)
-    for t in range(len(replay)):
-        carry = rule.advance(replay.step(t), carry, chunk)
-        progress((t + 1) / len(replay))
-    theta, moved = rule.finish(carry)
-    confirm(replay, theta)
-    # A removal that no step saw changes nothing: its shift is 0 by definition, not up to round-off.
-    shifts = theta.new_zeros(len(removals), len(theta))
-    shifts[visited] = moved
+    checked = replay.initial[0]
+    for t in range(1, len(replay) + 1):
+        carry = rule.advance(replay.step(t - 1), carry, chunk)
+        if t == replay.checked_at:
+            checked = rule.finish(carry)[0]
+        if t in steps and t < len(replay):
+            reading(t, *shifted(carry))
+        progress(t / len(replay))
+    confirm(replay, checked)
+    theta, shifts = shifted(carry)
+    if len(replay) in steps:
+        reading(len(replay), theta, shifts)
     bend = theta.new_zeros(len(removals))
     if rule.bend is not None:
         bend[visited] = rule.bend
     return Shifted(theta, shifts, bend)
 
 
-def reverse(replay: Replay, rule: AdjointSgdIe, query: Query, memory: int, progress: Progress = lambda _: None) -> Tensor:
-    """Scores (n_samples,) of removing each sample by itself, for one query, in one sweep back through the run."""
-    tape = Tape(replay, memory)
-    confirm(replay, tape.final[0])
+def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Progress = lambda _: None) -> Tensor:
+    """Scores (n_samples,) of removing each sample by itself, for one query, in one sweep back through the run.
+
+    Where each example of the query is asked about, (examples, n_samples), from their adjoints side by side.
+    """
+    tape = Tape(replay, question.memory)
+    confirm(replay, tape.checked)
     progress(0.25)
-    gradient = query.gradient(replay.objective, tape.final[0])
-    carry = rule.init(gradient, tape.final, replay.run.n_samples)
+    carry = rule.init(gradient(replay, question, tape.final[0]), tape.final, replay.run.n_samples)
     for done, (step, state) in enumerate(tape.backwards(), start=1):
         carry = rule.advance(step.at(state), carry)
+        if len(replay) - done in question.moments.steps:
+            carry = rule.read_again(carry, gradient(replay, question, state[0]))
         progress(0.25 + 0.75 * done / len(replay))
     return carry[1]
 
@@ -72,6 +103,6 @@ def reverse(replay: Replay, rule: AdjointSgdIe, query: Query, memory: int, progr
 def _visited(replay: Replay, removals: Sequence[Removal]) -> list[int]:
     """Which of the removals contain a sample that any step saw."""
     seen = torch.zeros(replay.run.n_samples, dtype=torch.bool)
-    for step in replay.run.steps:
+    for step in replay.records:
         seen[step.sample_ids] = True
     return [i for i, removal in enumerate(removals) if any(seen[j] for j in removal)]

@@ -12,6 +12,7 @@ from lightning_acc.core.replay import Replay
 from lightning_acc.methods import memory, sweeps
 from lightning_acc.methods.memory import Copies
 from lightning_acc.methods.method import Answer, Method, Question
+from lightning_acc.methods.reading import Reading
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule
 
 FURTHEST = 1.0
@@ -54,17 +55,19 @@ class Swept(Method):
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
         """The scores of one piece."""
-        query, back = question.query, self._back(question)
+        back = self._back(question)
         if back is not None:
-            per_sample = sweeps.reverse(replay, back(), query, question.memory, progress)
-            return Answer(torch.stack([per_sample[list(removal)].sum() for removal in removals]))
-        theta, shifts, bend = sweeps.forward(replay, self.forward(), removals, lambda done: progress(0.95 * done))
-        if question.readout == "linear":
-            scores = shifts @ query.gradient(replay.objective, theta)
-        else:
-            scores = query.changes(replay.objective, theta, shifts, memory.query_rows(replay, query, question.memory))
-        more = {} if self.is_truth else {"diverged": ~((bend <= FURTHEST) & scores.isfinite())}
-        return Answer(scores, shifts if question.keep_shifts else None, more=more)
+            per_sample = sweeps.reverse(replay, back(), question, progress)
+            return Answer(torch.stack([per_sample[..., list(removal)].sum(-1) for removal in removals]))
+        reading = Reading(replay, question)
+        _, _, bend = sweeps.forward(
+            replay, self.forward(), removals, lambda done: progress(0.95 * done), reading, question.moments.steps
+        )
+        scores = reading.scores
+        assert scores is not None
+        finite = scores.isfinite()
+        more = {} if self.is_truth else {"diverged": ~((bend <= FURTHEST) & (finite.all(1) if question.each else finite))}
+        return Answer(scores, reading.shifts, reading.thetas, more=more)
 
     def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
         """A reverse sweep is no smaller for fewer removals."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lightning_acc.core import queries
 from lightning_acc.core.process import as_scored
-from lightning_acc.core.queries import Query
+from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.removals import parse
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods import sweeps
+from lightning_acc.methods.method import Question
 from lightning_acc.methods.visits import AdjointVisits
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.work import twice_differentiable
@@ -52,9 +53,10 @@ def influence_over_time(
     wanted = sorted({i for (i,) in parse([[int(sample)] for sample in samples], run.n_samples)})
     query = queries.find(run, query)
     replay = Replay(run, dtype)
+    question = Question(query, moments.find(run, moments.END), "linear", False, int(memory_gb * 2**30))
     rule = AdjointVisits(torch.tensor(wanted, dtype=torch.int64), run.n_samples, len(replay))
     with as_scored(), twice_differentiable("Influence over time"):
-        sweeps.reverse(replay, rule, query, int(memory_gb * 2**30))
+        sweeps.reverse(replay, rule, question)
     return _table(rule.visits[::-1])
 
 

@@ -18,7 +18,8 @@ import torch
 from lightning_acc import arguments
 from lightning_acc.core import queries, rebuild
 from lightning_acc.core import removals as removal_sets
-from lightning_acc.core.queries import Query
+from lightning_acc.core.queries import Query, moments
+from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay, explained
 from lightning_acc.errors import RunError
@@ -28,10 +29,10 @@ from lightning_acc.progress import Progress
 from lightning_acc.record.manifest import CONVENTION
 from lightning_acc.record.record import Record, opened
 from lightning_acc.record.store import digest
-from lightning_acc.scoring import check as checks
 from lightning_acc.scoring import cluster, shards
-from lightning_acc.scoring.check import Check
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.scoring.trust import check as checks
+from lightning_acc.scoring.trust.check import Check
 from lightning_acc.scoring.work import Job, Result, compute
 
 READOUTS = ("exact", "linear")
@@ -48,6 +49,7 @@ def score(
     dtype: str | None = None,
     ray_address: str | None = "local",
     *,
+    at: At = moments.END,
     check: Check = "auto",
     directions: int | None = None,
     followed: int | None = None,
@@ -57,7 +59,7 @@ def score(
     save: bool = True,
     progress: bool | None = None,
 ) -> Scores:
-    """What would ``query`` have been at the end of this very run without each of ``removals``, minus what it was?
+    """What would ``query`` have been in this very run without each of ``removals``, minus what it was?
 
     The experiment that is estimated: the same initial parameters, batches, learning rates and random numbers, but the
     loss weights of the removed samples are 0 in every step, and nothing else changes. ``method="loo"`` carries it out.
@@ -79,12 +81,15 @@ def score(
             ``followed`` either, chooses by the size of the run; see ``lightning_acc.methods.low_rank.entry``.
         followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; a few hundred
             more are corrected by what these tell, the rest keep SGD-IE's scores.
+        at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over 20 steps spread evenly over the
+            run, what the samples did to the learning curve, which the last steps' noise weighs less in (``"along:K"``: over K);
+            a step, or a list of steps: their mean; or a name in ``run.checkpoints``, such as ``"best"``.
         check: how many removals to retrain without (``loo``), so that the scores can say how far they are to be trusted: two
             thirds of them at random, for the verdict, one third the most extreme. Their true scores stand in the table.
             ``"auto"`` is 48, or 18, as the time of the scoring itself or a minute allows; 0 leaves the scores unchecked.
             Groups too large for an estimate (2 % of the samples or more) are all retrained without, unless it is 0.
         confirm: so many of the most harmful removals are also retrained without. Estimates screen, the truth confirms.
-        keep_shifts: also return the shifts of the final parameters, (n_removals, p).
+        keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``.
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
             are done; removals scored before under the same conditions are taken from there.
@@ -106,9 +111,9 @@ def score(
     readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
     wanted, names = removal_sets.named(removals, run.n_samples)
-    question = Question(queries.find(run, query), readout, keep_shifts, memory)
+    question = Question(queries.find(run, query), moments.find(run, at), readout, keep_shifts, memory)
     job = Job(rebuild.portable(run), chosen, question, dtype)
-    replay = Replay(run, dtype)  # refuses what cannot be replayed before any worker starts
+    replay = Replay(run, dtype, question.moments.last)  # refuses what cannot be replayed before any worker starts
     distinct = list(dict.fromkeys(wanted))
     pieces = chosen.pieces(replay, distinct, question)
     if check and not chosen.is_truth:
@@ -141,7 +146,7 @@ def score(
 
         def retrain(some: list[Removal]) -> Scores:
             return score(
-                run, registry.TRUTH, some, query, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb, save=save,
+                run, registry.TRUTH, some, query, at=at, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb, save=save,
                 progress=progress,
             )  # fmt: skip
 
@@ -163,6 +168,7 @@ def _conditions(run: Record, job: Job, distinct: list[Removal]) -> dict[str, Any
         "method": job.method.name,
         "query": query.name,
         "query_fingerprint": query.fingerprint,
+        "at": job.question.moments.name,
         "readout": job.question.readout,
         **job.method.options,
         "label": job.method.label,
@@ -178,9 +184,10 @@ def _conditions(run: Record, job: Job, distinct: list[Removal]) -> dict[str, Any
 
 
 def table_name(conditions: dict[str, Any], run: Record) -> str:
-    """File name of a table: ``<method>[-<query>]``, then what is not as usual (readout, dtype)."""
+    """File name of a table: ``<method>[-<query>]``, then what is not as usual (at, readout, dtype)."""
     usual = registry.find(conditions["method"]).readout
     name = conditions["label"] if conditions["query"] == "val" else f"{conditions['label']}-{conditions['query']}"
+    name += "" if conditions["at"] == moments.END else f".{moments.file_part(conditions['at'])}"
     name += "" if conditions["readout"] == usual else f".{conditions['readout']}"
     return name + ("" if conditions["dtype"] == run.dtype else f".{conditions['dtype']}")
 
@@ -232,11 +239,11 @@ def _smaller(job: Job, piece: list[Removal]) -> list[list[Removal]]:
 
 
 def _shifts(run: Record, wanted: list[Removal], finished: list[tuple[list[Removal], Result]]) -> torch.Tensor:
-    """Shifts (n_removals, p) in the order asked for."""
+    """Shifts (n_removals, p) in the order asked for, at the last of the steps that were asked about."""
     rows: dict[Removal, torch.Tensor] = {}
     for piece, result in finished:
         assert result.shifts is not None
-        rows.update(zip(piece, result.shifts, strict=True))
+        rows.update(zip(piece, result.shifts[-1], strict=True))
     return torch.stack([rows[removal] for removal in wanted]) if wanted else torch.zeros(0, run.n_parameters)
 
 

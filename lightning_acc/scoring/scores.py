@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from lightning_acc.core.queries.moments import END
 from lightning_acc.core.removals import Removal
 from lightning_acc.methods.registry import METHODS, TRUTH
 from lightning_acc.record import seal, tables
 from lightning_acc.record.store import Store
-from lightning_acc.scoring.verdict import FAITHFUL, Verdict, unchecked
+from lightning_acc.scoring.trust.verdict import FAITHFUL, Verdict, unchecked
 
 if TYPE_CHECKING:
     import pandas
@@ -24,7 +25,7 @@ SIGN = "query(without) - query(with): positive helps, negative harms; rank 1 is 
 COLUMNS = ("removal", "score", "rank", "source", "estimate")
 _NUMBERS = ("n", "seconds", "wall_seconds", "peak_memory_gb")
 """Conditions that are numbers; all others are strings."""
-_NEEDED = ("query", "query_fingerprint", "readout", "dtype", "convention", "manifest_hash")
+_NEEDED = ("query", "query_fingerprint", "at", "readout", "dtype", "convention", "manifest_hash")
 """Conditions that every stored table has, beside its method."""
 _TYPES = (pa.list_(pa.int64()), pa.float64(), pa.int64(), pa.string(), pa.float64())
 _FURTHER = {"name": lambda kind: pa.types.is_string(kind) or pa.types.is_null(kind), "diverged": pa.types.is_boolean}
@@ -44,7 +45,7 @@ class Scores:
             and ``diverged`` (bool), where it left the region in which a linearisation can be true; groups have ``name``.
         conditions: method, query, readout, dtype, convention, manifest hash, version, seconds, peak memory and so on;
             also in the table's Arrow metadata.
-        shifts: final parameter shifts (n_removals, p), where they were asked for.
+        shifts: parameter shifts (n_removals, p) at the last step asked about, where they were asked for.
     """
 
     table: pa.Table
@@ -93,7 +94,8 @@ class Scores:
 
     def __repr__(self) -> str:
         c = self.conditions
-        what = f"Scores({c['method']}: {len(self)} removals, query {c['query']}, {c['readout']} readout, {c['dtype']})"
+        query = c["query"] if c["at"] == END else f"{c['query']} at {c['at']}"
+        what = f"Scores({c['method']}: {len(self)} removals, query {query}, {c['readout']} readout, {c['dtype']})"
         return what if c["method"] == TRUTH else f"{what}\n{self.verdict}"
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.scores import Scores
-from lightning_acc.scoring.verdict import UNCHECKED
+from lightning_acc.scoring.trust.verdict import UNCHECKED
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ SAME = (
     "manifest_hash",
     "method",
     "query_fingerprint",
+    "at",
     "readout",
     "dtype",
     "convention",

@@ -34,8 +34,9 @@ class Result:
     """What came out for one piece.
 
     Attributes:
-        scores: (n,).
-        shifts: (n, p), where they were asked for.
+        scores: (n,), or (n, examples).
+        shifts: (steps, n, p), where they were asked for.
+        thetas: (steps, p), beside them.
         seconds: of this process.
         peak_memory_gb: of this process so far.
         details: how it was done, see ``Method.details``.
@@ -44,6 +45,7 @@ class Result:
 
     scores: np.ndarray
     shifts: torch.Tensor | None
+    thetas: torch.Tensor | None
     seconds: float
     peak_memory_gb: float
     details: dict[str, Any]
@@ -59,12 +61,13 @@ def compute(job: Job, removals: list[Removal], progress: Callable[[float], None]
     """Score one piece of removals in this process, as ``core.process.as_scored`` computes."""
     started = time.perf_counter()
     with as_scored(), twice_differentiable(job.method.name):
-        replay = replay or Replay(job.run, job.dtype)
+        replay = replay or Replay(job.run, job.dtype, job.question.moments.last)
         answer = job.method.answer(replay, removals, job.question, progress)
     progress(1.0)
     return Result(
         scores=answer.scores.double().numpy(),
         shifts=answer.shifts,
+        thetas=answer.thetas,
         seconds=time.perf_counter() - started,
         peak_memory_gb=peak_memory_gb(),
         details=answer.details,

@@ -26,8 +26,8 @@ from lightning_acc.progress import Progress
 from lightning_acc.record.store import Store
 from lightning_acc.run import Run
 from lightning_acc.scoring import cluster
-from lightning_acc.scoring.figures import agreement
 from lightning_acc.scoring.score import score
+from lightning_acc.scoring.trust.figures import agreement
 from lightning_acc.studies.grid import CORRUPTIONS, DATA, MODELS, Cell, Study
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
-from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay, Tape
 from lightning_acc.core.step import Point, Step
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.method import Question
+from lightning_acc.methods.reading import gradient
 from lightning_acc.methods.rules import AdjointSgdIe
 
 
@@ -29,15 +30,15 @@ class Back:
     Attributes:
         gammas: ``gamma_t = (dU/dG)^T lambda_{t+1}`` of every step, (T, p); in a temporary file.
         first: SGD-IE's score of each sample of the run, (n_samples,).
-        final: parameters of the run, (p,).
-        gradient: of the query there, (p,).
+        final: parameters of the run after its last step, (p,).
+        gradients: of the query at the steps asked about, each with its share in the mean, (p,).
         places: some steps, evenly spread over the run, and the states before them.
     """
 
     gammas: Tensor
     first: Tensor
     final: Tensor
-    gradient: Tensor
+    gradients: dict[int, Tensor]
     places: list[tuple[Step, State]]
 
 
@@ -64,13 +65,12 @@ def scratch_bytes(replay: Replay) -> int:
 
 
 @contextmanager
-def sweep_back(replay: Replay, query: Query, memory: int, progress: Callable[[float], None]) -> Iterator[Back]:
+def sweep_back(replay: Replay, question: Question, progress: Callable[[float], None]) -> Iterator[Back]:
     """Sweep back once; the gradients along the run are there until the context is left.
 
     Args:
         replay: of the run.
-        query: what to read.
-        memory: bytes for the states of the run.
+        question: what is asked; its memory is for the states of the run.
         progress: told the fraction done.
 
     Raises:
@@ -86,18 +86,21 @@ def sweep_back(replay: Replay, query: Query, memory: int, progress: Callable[[fl
     with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
         array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
         gammas = torch.from_numpy(array)
-        tape = Tape(replay, memory)
+        tape = Tape(replay, question.memory)
         progress(0.25)
         final = tape.final
-        confirm(replay, final[0])
-        gradient = query.gradient(replay.objective, final[0])
+        confirm(replay, tape.checked)
+        gradients = {total: gradient(replay, question, final[0])}
         rule = AdjointGammas(gammas)
-        carry = rule.init(gradient, final, replay.run.n_samples)
+        carry = rule.init(gradients[total], final, replay.run.n_samples)
         wanted, places = set(bases.spread(total)), []
         for back, (step, before) in enumerate(tape.backwards(), start=1):
             if total - back in wanted:
                 places.append((step, before))
             carry = rule.advance(step.at(before), carry)
+            if total - back in question.moments.steps:
+                gradients[total - back] = gradient(replay, question, before[0])
+                carry = rule.read_again(carry, gradients[total - back])
             progress(0.25 + 0.75 * back / total)
         del tape
-        yield Back(gammas, carry[1], final[0], gradient, places)
+        yield Back(gammas, carry[1], final[0], gradients, places)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from lightning_acc import arguments
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
@@ -19,8 +17,8 @@ from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank.back import scratch_bytes
 from lightning_acc.methods.low_rank.screened import screened
 from lightning_acc.methods.low_rank.tracked import tracked
-from lightning_acc.methods.memory import even_pieces, query_rows
-from lightning_acc.methods.method import Answer, Method, Question
+from lightning_acc.methods.memory import even_pieces
+from lightning_acc.methods.method import Answer, Method, Question, one_by_one
 from lightning_acc.record.record import Record
 
 TRACKED, SCREENED = "tracked", "screened"
@@ -129,6 +127,8 @@ class LowRank(Method):
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
         """The scores of one piece, how uncertain each is, and how they came about."""
+        if question.each:
+            return one_by_one(self, replay, removals, question, progress)
         if self.form == SCREENED:
             return self._screened(replay, removals, question, progress)
         return self._tracked(replay, removals, question, progress)
@@ -140,8 +140,9 @@ class LowRank(Method):
         own Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the
         uncertainty.
         """
-        query, most = question.query, most_directions(replay.run)
-        passed = tracked(replay, removals, query, question.memory, self.directions, most, lambda done: progress(0.9 * done))
+        n, most = len(removals), most_directions(replay.run)
+        exactly = read_exactly(replay.run, n, question.query, len(question.moments.steps)) if question.readout == "exact" else 0
+        passed = tracked(replay, removals, question, self.directions, most, exactly, lambda done: progress(0.9 * done))
         details: dict[str, Any] = {
             "directions_used": passed.basis.directions,
             "largest_left_out": passed.basis.left,
@@ -152,32 +153,26 @@ class LowRank(Method):
             # Gradients taken at shifts as rough as these would make the scores worse, not better.
             if self.directions is None and not question.keep_shifts:
                 instead = self._screened(replay, removals, question, lambda done: progress(0.9 + 0.1 * done))
-                return Answer(instead.scores, None, {**details, **instead.details, "fallback": SCREENED}, instead.more)
+                details = {**details, **instead.details, "fallback": SCREENED}
+                return Answer(instead.scores, details=details, more=instead.more)
             details["fallback"] = "sgd-ie"
             scores = passed.first
-        elif question.readout == "exact" and len(removals):
-            details["read_exactly"] = read_exactly(replay.run, len(removals), query)
-            order = scores.abs().argsort(descending=True, stable=True)[: details["read_exactly"]]
-            for part in order.split(query_rows(replay, query, question.memory)):
-                shifts = passed.shifts(part)
-                linear = shifts @ passed.gradient
-                curvature = query.changes(replay.objective, passed.final, shifts, len(part)) - linear
-                uncertainty[part] += curvature.abs() + (linear - scores[part]).abs()
-                scores[part] += curvature
-        everyone = passed.shifts(torch.arange(len(removals))) if question.keep_shifts else None
-        return Answer(scores, everyone, details, {"uncertainty": uncertainty})
+        elif exactly:
+            details["read_exactly"] = exactly
+            uncertainty[passed.read] += passed.curvature.abs() + (passed.linear - scores[passed.read]).abs()
+            scores[passed.read] += passed.curvature
+        return Answer(scores, passed.shifts, passed.thetas, details, {"uncertainty": uncertainty})
 
     def _screened(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
         """The same, with the most influential removals followed exactly."""
-        rows = query_rows(replay, question.query, question.memory) if question.readout == "exact" else None
         followed = most_followed(replay.run) if self.followed is None else self.followed
-        passed = screened(replay, removals, question.query, question.memory, followed, rows, lambda done: progress(0.99 * done))
+        passed = screened(replay, removals, question, followed, lambda done: progress(0.99 * done))
         details: dict[str, Any] = {"followed_exactly": passed.followed, "modelled": passed.modelled}
         if passed.model_error is not None:
             details["model_error"] = passed.model_error
-        return Answer(passed.scores, None, details, {"uncertainty": passed.uncertainty})
+        return Answer(passed.scores, details=details, more={"uncertainty": passed.uncertainty})
 
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """That shifts were too rough, and what the scores are instead."""
@@ -200,9 +195,8 @@ def check(replay: Replay) -> None:
     Raises:
         RequestError: the run's update is not affine, or not the same for all parameters.
     """
-    steps = replay.run.steps
-    for t in (0, len(steps) - 1) if len(steps) else ():
-        obstacle = replay.update.not_uniform(steps[t].groups)
+    for t in (0, len(replay) - 1):
+        obstacle = replay.update.not_uniform(replay.run.steps[t].groups)
         if obstacle is not None:
             raise RequestError(
                 f"acc-low-rank follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
@@ -210,10 +204,18 @@ def check(replay: Replay) -> None:
             )
 
 
-def read_exactly(run: Record, n: int, query: Query) -> int:
+def read_exactly(run: Record, n: int, query: Query, times: int = 1) -> int:
     """How many of n removals are read exactly, the most influential: a minute or two of work. Others are by so much smaller,
-    and the curvature of the query along their shifts by its square."""
-    return min(n, max(MOST_DIRECTIONS, int(EXACT_WORK / (query.n_examples * run.n_parameters))))
+    and the curvature of the query along their shifts by its square.
+
+    Args:
+        run: the run.
+        n: of the removals.
+        query: what is read.
+        times: at how many steps.
+    """
+    affordable = int(EXACT_WORK / (query.n_examples * run.n_parameters * times))
+    return min(n, max(MOST_DIRECTIONS // times, affordable))
 
 
 def bytes_needed(replay: Replay) -> tuple[int, int]:
@@ -222,7 +224,7 @@ def bytes_needed(replay: Replay) -> tuple[int, int]:
     That is the state, and at a step vectors and activations of those it sees, as for exact ACC.
     """
     vector = replay.initial[0].nbytes
-    largest = max((len(step.sample_ids) for step in replay.run.steps), default=0)
+    largest = max((len(step.sample_ids) for step in replay.records), default=0)
     return len(replay.initial) * vector, 6 * (largest * vector + replay.activation_bytes)
 
 

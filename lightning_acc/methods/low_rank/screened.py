@@ -8,9 +8,9 @@ sweep back tells which these are. So of all removals,
 * for the next few hundred, the two things that are missing from SGD-IE's score are **modelled**:
   ``second = -sum_t <gamma_t, sum_i w_i H_i x>``, with x a rough shift that contracts by the averaged Hessian's eigenvalues
   in a basis Q of its top eigenvectors, and not at all outside; and the query's curvature along the **fresh** shift, which
-  the last visit leaves and which is propagated exactly from there on, a few steps in most cases. How much of either is
-  really there, the followed ones tell: their second order is regressed on the same two figures, so that
-  ``score = SGD-IE + b_1 second + b_2 curvature``;
+  the last visit leaves and which is propagated exactly from there on, a few steps in most cases; it is known at the end of
+  the run alone, and left out where the query is read at several steps. How much of either is really there, the followed ones
+  tell: their second order is regressed on the same figures, so that ``score = SGD-IE + b_1 second + b_2 curvature``;
 * the others keep SGD-IE's score.
 
 With R at least the number of removals this is ACC-SGD-IE, exactly. Otherwise a score depends a little on the removals it was
@@ -25,13 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Removed
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank.back import sweep_back
 from lightning_acc.methods.low_rank.tracked import updated
+from lightning_acc.methods.memory import query_rows
+from lightning_acc.methods.method import Question
 from lightning_acc.methods.rules import without_the_removed
 
 DIRECTIONS, PLACES = 30, 16
@@ -68,10 +69,8 @@ class Screened:
 def screened(
     replay: Replay,
     removals: Sequence[Removal],
-    query: Query,
-    memory: int,
+    question: Question,
     followed: int,
-    rows: int | None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Screened:
     """Score n removals, the most influential of them as ACC-SGD-IE does.
@@ -79,40 +78,44 @@ def screened(
     Args:
         replay: of the run.
         removals: n removals.
-        query: what to read.
-        memory: bytes, for the states of the sweep back, then for the shifts.
+        question: what is asked; its memory is for the states of the sweep back, then for the shifts.
         followed: how many removals are followed exactly, at most.
-        rows: how many parameter vectors the query is evaluated at together; None reads linearly.
         progress: told the fraction done.
     """
-    total = len(replay)
-    with sweep_back(replay, query, memory, lambda done: progress(0.15 * done)) as back:
+    total, objective, moments = len(replay), replay.objective, question.moments
+    rows = query_rows(replay, question.query, question.memory) if question.readout == "exact" else None
+
+    def curvature(t: int, theta: Tensor, of: Tensor) -> Tensor:
+        """What the query's curvature at step t adds along shifts, with the step's share."""
+        if rows is None:
+            return of.new_zeros(len(of))
+        return moments.share * question.query.changes(objective, theta, of, rows) - of @ back.gradients[t]
+
+    with sweep_back(replay, question, lambda done: progress(0.15 * done)) as back:
         first = torch.stack([back.first[list(removal)].sum() for removal in removals])
         last = _last_steps(replay, removals)
-        followed, most = counts(replay, len(removals), memory, followed)
+        followed, most = counts(replay, len(removals), question.memory, followed)
         chosen, followed = _chosen(first, last, total, followed, most)
         places = back.places[:: -(-len(back.places) // PLACES)]
         directions = min(DIRECTIONS, len(back.final) - 1) if len(chosen) > followed else 0
         basis = bases.find(places, directions)
         progress(0.2)
         shifts = Shifts(Removals([removals[i] for i in chosen]), followed, last[chosen], basis, replay)
-        state = replay.initial
+        state, curved = replay.initial, first.new_zeros(followed)
         for t in range(total):
             point = replay.step(t).at(state)
             shifts.advance(t, point, back.gammas[t])
             state = point.next()
+            if t + 1 in moments.steps:
+                curved += curvature(t + 1, state[0], shifts.exact[0])
             progress(0.2 + 0.7 * (t + 1) / total)
 
-    def curvature(of: Tensor) -> Tensor:
-        if rows is None:
-            return of.new_zeros(len(of))
-        return query.changes(replay.objective, back.final, of, rows) - of @ back.gradient
-
-    curved = curvature(shifts.exact[0])
     truly = shifts.second + curved
     corrections, sizes, error = truly, shifts.second.abs() + curved.abs(), None
     if shifts.modelling:
-        figures = torch.stack([shifts.rough_second, curvature(shifts.latest)], 1)
+        figures = shifts.rough_second[:, None]
+        if len(moments.steps) == 1:  # the fresh shifts are those of the end alone
+            figures = torch.cat([figures, curvature(total, state[0], shifts.latest)[:, None]], 1)
         coefficients, error = _regressed(figures[:followed], truly)
         parts = coefficients * figures[followed:]
         corrections, sizes = torch.cat([truly, parts.sum(1)]), torch.cat([sizes, parts.abs().sum(1)])
@@ -219,7 +222,7 @@ class Shifts:
 def _last_steps(replay: Replay, removals: Sequence[Removal]) -> Tensor:
     """The last step that saw something of each removal, -1 where none did; (n,)."""
     last = torch.full((replay.run.n_samples,), -1)
-    for t, step in enumerate(replay.run.steps):
+    for t, step in enumerate(replay.records):
         last[step.sample_ids] = t
     return torch.tensor([max((int(last[i]) for i in removal), default=-1) for removal in removals])
 

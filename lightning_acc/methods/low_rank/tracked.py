@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.optimizers import State
-from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
 from lightning_acc.methods.low_rank import basis as bases
-from lightning_acc.methods.low_rank.back import sweep_back
+from lightning_acc.methods.low_rank.back import Back, sweep_back
+from lightning_acc.methods.memory import query_rows
+from lightning_acc.methods.method import Question
 
 LEFT_TO_CONTRACT = 0.0002
 """Directions that the whole training contracts by less than this exponent are left out of the basis."""
@@ -39,35 +40,39 @@ TESTED = 256
 
 @dataclass(frozen=True)
 class Tracked:
-    """What the pass gives for n removals.
+    """What the pass gives for n removals; sums over the steps asked about are means over these.
 
     Attributes:
         scores: with the linear readout, (n,).
         first: what SGD-IE says of them, (n,).
-        final: parameters of the run, (p,).
-        gradient: of the query there, (p,).
+        read: which of them were read exactly, too, the most influential, (m,).
+        linear: what their shifts say of the query to first order, (m,).
+        curvature: what the query's curvature adds to that, (m,).
         basis: the basis used.
         shift_error: relative error (root mean square) of what some of the shifts, spread over all, say of the query to first
             order: the sweep back knows that exactly.
-        shifts: gives the estimated shifts (m, p) of removals by index (m,).
+        shifts: the estimated shifts at the steps asked about, (steps, n, p), where they are to be kept.
+        thetas: the run's parameters there.
     """
 
     scores: Tensor
     first: Tensor
-    final: Tensor
-    gradient: Tensor
+    read: Tensor
+    linear: Tensor
+    curvature: Tensor
     basis: bases.Basis
     shift_error: float
-    shifts: Callable[[Tensor], Tensor]
+    shifts: Tensor | None
+    thetas: Tensor | None
 
 
 def tracked(
     replay: Replay,
     removals: Sequence[Removal],
-    query: Query,
-    memory: int,
+    question: Question,
     directions: int | None,
     most: int,
+    exactly: int,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Tracked:
     """One sweep back for a query, the basis, then one pass forward that tracks the removals.
@@ -75,14 +80,15 @@ def tracked(
     Args:
         replay: of the run, whose update is affine and the same for all parameters.
         removals: n removals.
-        query: what to read.
-        memory: bytes for the states of the sweep back; the gradients of the query along the run go to a temporary file.
+        question: what is asked; its memory is for the states of the sweep back. The gradients of the query along the run go
+            to a temporary file.
         directions: of the basis; None takes those that the training contracts.
         most: that many at most, then.
+        exactly: how many removals are read exactly, those that SGD-IE calls the most influential.
         progress: told the fraction done.
     """
     total = len(replay)
-    with sweep_back(replay, query, memory, lambda done: progress(0.2 * done)) as back:
+    with sweep_back(replay, question, lambda done: progress(0.2 * done)) as back:
         if directions is None:
             time = sum(gain(replay, t) for t in range(total))
             basis = bases.find(back.places, most, LEFT_TO_CONTRACT / max(time, 1e-30))
@@ -90,22 +96,67 @@ def tracked(
             basis = bases.find(back.places, directions)
         progress(0.25)
         shifts = Shifts(Removals(removals), basis.vectors, len(replay.initial), total)
+        look = _Look(replay, question, shifts, back, _strongest(back, removals, exactly))
         current = replay.initial
         for t in range(total):
             step = replay.step(t)
             shifts.advance(t, step, current, back.gammas[t])
             current = step(current)
+            if t + 1 in question.moments.steps:
+                look(t + 1, current[0])
             progress(0.25 + 0.75 * (t + 1) / total)
     scores = shifts.first + shifts.second
-    error = _shift_error(shifts, scores, back.gradient)
-    return Tracked(scores, shifts.first, current[0], back.gradient, basis, error, shifts.of)
+    return Tracked(
+        scores, shifts.first, look.read, look.linear, look.curvature, basis, look.error(scores), look.shifts, look.thetas
+    )
 
 
-def _shift_error(shifts: Shifts, scores: Tensor, gradient: Tensor) -> float:
-    n = len(scores)
-    some = torch.linspace(0, n - 1, min(n, TESTED)).round().long().unique()
-    said = torch.cat([scores[:0], *(shifts.of(part) @ gradient for part in some.split(16))])
-    return float((said - scores[some]).norm() / scores[some].norm().clamp_min(1e-300))
+def _strongest(back: Back, removals: Sequence[Removal], count: int) -> Tensor:
+    """The ``count`` removals of the largest scores by SGD-IE, (count,)."""
+    first = torch.stack([back.first[list(removal)].sum() for removal in removals]) if removals else back.first[:0]
+    return first.abs().argsort(descending=True, stable=True)[:count]
+
+
+class _Look:
+    """What is seen of the shifts at the steps asked about, while the pass goes by them; see ``Tracked``."""
+
+    def __init__(self, replay: Replay, question: Question, shifts: Shifts, back: Back, read: Tensor) -> None:
+        self._objective, self._question, self._of, self._gradients = replay.objective, question, shifts.of, back.gradients
+        self._n, self.read = len(shifts.first), read
+        self._some = torch.linspace(0, self._n - 1, min(self._n, TESTED)).round().long().unique()
+        self._said = shifts.first.new_zeros(len(self._some))
+        self._rows = query_rows(replay, question.query, question.memory) if len(read) else 1
+        self.linear, self.curvature = (shifts.first.new_zeros(len(read)) for _ in range(2))
+        self._kept: list[Tensor] = []
+        self._thetas: list[Tensor] = []
+
+    def __call__(self, t: int, theta: Tensor) -> None:
+        gradient, question = self._gradients[t], self._question
+        if self._n:
+            self._said += torch.cat([self._of(part) @ gradient for part in self._some.split(16)])
+        for places in torch.arange(len(self.read)).split(self._rows):
+            shifts = self._of(self.read[places])
+            linear = shifts @ gradient
+            changes = question.query.changes(self._objective, theta, shifts, len(places))
+            self.linear[places] += linear
+            self.curvature[places] += question.moments.share * changes - linear
+        if question.keep_shifts:
+            self._kept.append(self._of(torch.arange(self._n)))
+            self._thetas.append(theta)
+
+    def error(self, scores: Tensor) -> float:
+        """By how much what some shifts say to first order is off, relative to ``scores`` (n,)."""
+        return float((self._said - scores[self._some]).norm() / scores[self._some].norm().clamp_min(1e-300))
+
+    @property
+    def shifts(self) -> Tensor | None:
+        """(steps, n, p), where they were kept."""
+        return torch.stack(self._kept) if self._kept else None
+
+    @property
+    def thetas(self) -> Tensor | None:
+        """(steps, p), beside the shifts."""
+        return torch.stack(self._thetas) if self._thetas else None
 
 
 def gain(replay: Replay, t: int) -> float:

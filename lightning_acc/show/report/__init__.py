@@ -21,8 +21,8 @@ from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews, detection_precision, opened_picture
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
-from lightning_acc.scoring.figures import shown
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.scoring.trust.figures import shown
 
 SHOWN = 24
 """Samples shown as pictures from each end of a ranking."""

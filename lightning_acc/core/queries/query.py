@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -20,15 +21,10 @@ from lightning_acc.arguments import shown
 from lightning_acc.core.fingerprint import describe
 from lightning_acc.core.objective import LossFunction, Objective, loss_function
 from lightning_acc.core.process import is_out_of_memory
-from lightning_acc.errors import InfluenceError, RequestError, RunError
-from lightning_acc.record import batches, manifest, seal
+from lightning_acc.errors import InfluenceError, RequestError
+from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
-from lightning_acc.record.record import Record
-from lightning_acc.record.schema import files
 from lightning_acc.record.store import digest
-from lightning_acc.record.writer import RunWriter
-
-ADD_AGAIN = "store it again with run.add_query"
 
 
 class Query:
@@ -91,29 +87,48 @@ class Query:
         tensors = {f"{i}:{name}": leaf.contiguous() for i, leaves in numbered for name, leaf in leaves.items()}
         return safetensors.torch.save(tensors, {"structures": json.dumps([structure for _, structure in self.batches])})
 
+    def picked(self, examples: Sequence[int]) -> Query:
+        """The same question of some of its examples alone, in the order they have here."""
+        wanted = torch.zeros(self.n_examples, dtype=torch.bool)
+        wanted[list(examples)] = True
+        kept, first = [], 0
+        for leaves, structure in self.batches:
+            rows = torch.nonzero(wanted[first : first + batches.batch_size(leaves)])[:, 0]
+            first += batches.batch_size(leaves)
+            if len(rows):
+                kept.append(batches.unflatten(structure, batches.rows(leaves, rows)))
+        return Query(self.name, kept, self.function)
+
     def value(self, objective: Objective, theta: Tensor) -> Tensor:
         """The query at parameters ``theta`` (p,), a scalar."""
         return self.values(objective, theta[None])[0]
 
-    def values(self, objective: Objective, thetas: Tensor) -> Tensor:
-        """The query at each of ``thetas`` (n, p); returns (n,), which nothing differentiates any more."""
-        total = thetas.new_zeros(len(thetas))
+    def values(self, objective: Objective, thetas: Tensor, each: bool = False) -> Tensor:
+        """The query at each of ``thetas`` (n, p); returns (n,), which nothing differentiates any more.
+
+        With ``each`` what it averages over, the values of its examples: (n, examples).
+        """
+        parts = []
         with self.reading(objective):
             for leaves, structure in self.batches:
-                leaves = batches.cast(leaves, objective.dtype)
+                read = partial(self._batch_values if each else self.batch_sum, objective, structure=structure)
                 values = objective.each(
-                    lambda theta, batch, s=structure: self.batch_sum(objective, theta, batch, s), thetas, leaves
+                    lambda theta, batch, read=read: read(theta, batch), thetas, batches.cast(leaves, objective.dtype)
                 )
-                total += values.detach()  # a step that takes gradients itself hands out tensors with a graph
-        return total / self.n_examples
+                parts.append(values.detach())  # a step that takes gradients itself hands out tensors with a graph
+        return torch.cat(parts, 1) if each else sum(parts, thetas.new_zeros(len(thetas))) / self.n_examples
 
-    def changes(self, objective: Objective, theta: Tensor, shifts: Tensor, rows: int) -> Tensor:
-        """``query(theta + D) - query(theta)`` for each row D of ``shifts`` (n, p), ``rows`` of them at a time; returns (n,)."""
-        parts = [shifts.new_zeros(0)]
+    def changes(self, objective: Objective, theta: Tensor, shifts: Tensor, rows: int, each: bool = False) -> Tensor:
+        """``query(theta + D) - query(theta)`` for each row D of ``shifts`` (n, p), ``rows`` of them at a time.
+
+        Returns (n,), or with ``each`` (n, examples).
+        """
+        parts = [shifts.new_zeros(0, *((self.n_examples,) if each else ()))]
         for part in shifts.split(rows) if len(shifts) else ():
-            values = self.values(objective, torch.cat([theta[None], theta + part]))
+            values = self.values(objective, torch.cat([theta[None], theta + part]), each)
             # What shifts nothing changes nothing, not by the last bit two places in a batched product may differ in.
-            parts.append(torch.where((part != 0).any(1), values[1:] - values[0], 0.0))
+            shifted = (part != 0).any(1)
+            parts.append(torch.where(shifted[:, None] if each else shifted, values[1:] - values[0], 0.0))
         return torch.cat(parts)
 
     def gradient(self, objective: Objective, theta: Tensor) -> Tensor:
@@ -123,19 +138,45 @@ class Query:
         with self.reading(objective):
             for leaves, structure in self.batches:
                 value = self.batch_sum(objective, leaf, batches.cast(leaves, objective.dtype), structure)
-                if not value.requires_grad:
-                    raise RequestError(
-                        f"The function of the query {self.name!r} has no gradient: its values are detached, counted or do not "
-                        "depend on the parameters; return what torch can differentiate, or read it with readout='exact'."
-                    )
-                total += torch.autograd.grad(value, leaf)[0]
+                total += self._differentiated(value, leaf)
         return total / self.n_examples
+
+    def gradients(self, objective: Objective, theta: Tensor) -> Tensor:
+        """Gradients (examples, p) at ``theta`` (p,) of what the query averages over, each example taken by itself."""
+        parts = []
+        with self.reading(objective):
+            for leaves, structure in self.batches:
+                single = {name: leaf.unsqueeze(1) for name, leaf in batches.cast(leaves, objective.dtype).items()}
+                read = partial(self.batch_sum, objective, structure=structure)
+                thetas = theta.detach().expand(batches.batch_size(leaves), -1).clone().requires_grad_()
+                values = objective.each(lambda theta, batch, read=read: read(theta, batch), thetas, single, own_rows=True)
+                parts.append(self._differentiated(values.sum(), thetas))
+        return torch.cat(parts)
+
+    def _differentiated(self, value: Tensor, by: Tensor) -> Tensor:
+        if not value.requires_grad:
+            raise RequestError(
+                f"The function of the query {self.name!r} has no gradient: its values are detached, counted or do not "
+                "depend on the parameters; return what torch can differentiate, or read it with readout='exact'."
+            )
+        return torch.autograd.grad(value, by)[0]
 
     def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function summed over the examples of one batch, at parameters ``theta`` (p,)."""
         size = batches.batch_size(leaves)
         values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
         return values.sum() if values.ndim else values * size
+
+    def _batch_values(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
+        """The function of each example of one batch, (B,)."""
+        size = batches.batch_size(leaves)
+        values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
+        if values.ndim or size == 1:
+            return values.reshape(size)
+        raise RequestError(
+            f"The function of the query {self.name!r} returned one value for a batch of {size} examples: to ask about each of "
+            f"them it must return a tensor of shape ({size},)."
+        )
 
     @contextmanager
     def reading(self, objective: Objective) -> Iterator[None]:
@@ -185,72 +226,3 @@ def _takes_two(function: object) -> bool:
 
 def _loss(module: torch.nn.Module, batch: Any) -> Tensor:
     return loss_function(module)(module, batch)
-
-
-def add(record: Record, name: str, data: Iterable[Any]) -> Query:
-    """Store the batches of ``data`` beside a finished run as the query ``name``, and return it.
-
-    Raises:
-        RequestError: the name or the data cannot be used, or the name is that of a query recorded with the run.
-    """
-    if isinstance(name, str) and _file(name) in record.manifest["files"]:
-        raise RequestError(f"The query {name!r} was recorded with the run and stays as it is: choose another name.")
-    query = Query(name, data)
-    encoded = query.encoded()
-    record.store.write(_file(name), encoded)
-    about = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
-    record.store.write(_sidecar(name), seal.to_json(about, _sidecar(name)))
-    return query
-
-
-def record_as(writer: RunWriter, name: str, data: Iterable[Any]) -> None:
-    """Record the batches of ``data`` with the run in the making as the query ``name``."""
-    query = Query(name, data)
-    writer.write_file(_file(name), query.encoded(), n_examples=query.n_examples)
-
-
-def find(record: Record, query: str | Query) -> Query:
-    """The query itself, or the one stored with the run under that name.
-
-    Raises:
-        RequestError: there is none.
-        RunError: its file is damaged, or of another run.
-    """
-    if isinstance(query, Query):
-        return query
-    name, known = query, record.query_names()
-    if not isinstance(name, str) or name not in known:
-        has = f"it has {', '.join(known)}" if known else "it has none, as training had no validation data"
-        raise RequestError(
-            f"This run has no query {shown(name)}: {has}. Add one with run.add_query(name, loader), or pass a Query."
-        )
-    file = record.manifest["files"].get(_file(name))
-    if file is None:
-        data, remedy = _read_added(record, name), f"{ADD_AGAIN.capitalize()}."
-    else:
-        data, remedy = manifest.read_file(record.store, _file(name), file["sha256"], file["bytes"]), manifest.REMEDY
-    try:
-        recorded = files.query_batches(*files.unpacked(data))
-    except ValueError as error:
-        raise RunError(f"{record.store.locate(_file(name))} is no query: {error}. {remedy}") from error
-    return Query(name, (batches.unflatten(structure, leaves) for structure, leaves in recorded))
-
-
-def _file(name: str) -> str:
-    return f"queries/{name}.safetensors"
-
-
-def _sidecar(name: str) -> str:
-    """What tells of an added query which run it belongs to, and its hash."""
-    return f"queries/{name}.json"
-
-
-def _read_added(record: Record, name: str) -> bytes:
-    store, where = record.store, record.store.locate(_file(name))
-    about = seal.from_json(store, _sidecar(name), ADD_AGAIN)
-    data = store.read(_file(name))
-    if about.get("sha256") != digest(data):
-        raise RunError(f"{where} is damaged: its content does not match its hash. {ADD_AGAIN.capitalize()}.")
-    if about.get("run_id") != record.manifest["run_id"]:
-        raise RunError(f"{where} belongs to another run, {about.get('run_id')}. {ADD_AGAIN.capitalize()}.")
-    return data

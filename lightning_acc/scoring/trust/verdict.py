@@ -16,7 +16,7 @@ from scipy import stats
 
 from lightning_acc.core.removals import Removal
 from lightning_acc.record import seal
-from lightning_acc.scoring.figures import kendall, rmse, spearman
+from lightning_acc.scoring.trust.figures import kendall, rmse, spearman
 
 FAITHFUL, ROUGH, UNRELIABLE, UNCHECKED = "faithful", "rough", "unreliable", "unchecked"
 SURE, DOUBTFUL, BAD = 0.8, 0.7, 0.5

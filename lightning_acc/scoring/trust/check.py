@@ -23,7 +23,7 @@ from lightning_acc.methods.registry import TRUTH
 from lightning_acc.methods.rules import LeaveOneOut
 from lightning_acc.planning.plan import duration
 from lightning_acc.scoring.scores import Scores
-from lightning_acc.scoring.verdict import FAITHFUL, FEWEST, Verdict, judge, unchecked
+from lightning_acc.scoring.trust.verdict import FAITHFUL, FEWEST, Verdict, judge, unchecked
 
 Check = str | int
 """``"auto"``, or how many removals to retrain without."""
