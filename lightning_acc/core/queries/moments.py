@@ -77,9 +77,9 @@ def find(record: Record, at: At) -> Moments:
                 f"steps, or the name of a checkpoint; {has}."
             )
         return _named((_step(known[at], total),), total)
-    if arguments.index(at) is not None:
+    if not isinstance(at, Iterable):
         return _named((_step(at, total),), total)
-    steps = {_step(step, total) for step in arguments.listed("at", at, f"steps from 1 to {total}")}
+    steps = {_step(step, total) for step in at}
     if not steps:
         raise RequestError(f"at=[] reads nowhere: give steps from 1 to {total}.")
     return _named(tuple(sorted(steps)), total)
