@@ -158,6 +158,27 @@ class Objective:
                 results.append(function(theta, batches.rows(leaves, torch.tensor(i)) if own_rows else leaves))
         return torch.stack(results)
 
+    def gradient_of_each(self, function: Callable[..., Tensor], theta: Tensor, leaves: Leaves) -> Tensor:
+        """Gradients (n, p) at ``theta`` (p,) of the scalars ``function(theta, leaves)``, for each of n rows of leaves.
+
+        Unlike many parameter vectors, which each need products of their own, the rows share one.
+        """
+        if self._vmap:
+            try:
+                with traceable():
+                    each = torch.vmap(torch.func.grad(function), in_dims=(None, 0), randomness="same")
+                    gradients: Tensor = each(theta.detach(), leaves)
+                    return gradients
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+        found = []
+        for i in range(batches.batch_size(leaves)):
+            leaf = theta.detach().requires_grad_()
+            value = function(leaf, batches.rows(leaves, torch.tensor(i)))
+            found.append(torch.autograd.grad(value, leaf)[0] if value.requires_grad else torch.zeros_like(theta))
+        return torch.stack(found)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """In here the whole module is in evaluation mode and full precision, as a query reads it."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable
-from datetime import datetime, timezone
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -22,18 +18,14 @@ from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay, explained
-from lightning_acc.errors import RunError
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
-from lightning_acc.progress import Progress
-from lightning_acc.record.manifest import CONVENTION
 from lightning_acc.record.record import Record, opened
-from lightning_acc.record.store import digest
-from lightning_acc.scoring import cluster, shards
+from lightning_acc.scoring import pieces, shards
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust import check as checks
 from lightning_acc.scoring.trust.check import Check
-from lightning_acc.scoring.work import Job, Result, compute
+from lightning_acc.scoring.work import Job, Result, compute, table_name
 
 READOUTS = ("exact", "linear")
 DEFAULT_MEMORY_GB = 2.0
@@ -115,18 +107,29 @@ def score(
     job = Job(rebuild.portable(run), chosen, question, dtype)
     replay = Replay(run, dtype, question.moments.last)  # refuses what cannot be replayed before any worker starts
     distinct = list(dict.fromkeys(wanted))
-    pieces = chosen.pieces(replay, distinct, question)
+    parts_of_work = chosen.pieces(replay, distinct, question)
     if check and not chosen.is_truth:
         checks.refuse_too_dear(replay, question.memory, distinct)
 
     started = time.perf_counter()
-    conditions = _conditions(run, job, distinct)
-    name = table_name(conditions, run)
+    conditions = job.conditions(distinct)
+    name = table_name(conditions, run.dtype)
     # What a function computes may depend on more than its code and data.
     reusable = save and not keep_shifts and question.query.function is None
     stored = shards.stored(run, conditions, name) if reusable else None
-    left = shards.missing(pieces, stored)
-    finished = _compute_all(replay, job, left, conditions, ray_address, save, progress)
+    left = shards.missing(parts_of_work, stored)
+    amount = sum(map(len, left))
+
+    def keep(piece: list[Removal], result: Result) -> None:
+        if save:
+            cost = {"n": len(piece), "wall_seconds": result.seconds, **result.cost}
+            shards.write(run, Scores.build(piece, result.scores, {**conditions, **cost}, more=result.more))
+
+    finished, failed = pieces.compute_all(replay, job, compute, left, ray_address, progress, amount, keep)
+    if failed:
+        if save:
+            shards.gather(run, conditions, name, None)
+        pieces.refuse_failures([(removal, why) for piece, why in failed for removal in piece], amount, save)
 
     parts = [Scores.build(piece, result.scores, {"seconds": 0.0}, more=result.more) for piece, result in finished]
     parts += [stored] if stored is not None else []
@@ -161,83 +164,6 @@ def score(
     return scores
 
 
-def _conditions(run: Record, job: Job, distinct: list[Removal]) -> dict[str, Any]:
-    """What is known of the scores before they are computed."""
-    query = job.question.query
-    return {
-        "method": job.method.name,
-        "query": query.name,
-        "query_fingerprint": query.fingerprint,
-        "at": job.question.moments.name,
-        "readout": job.question.readout,
-        **job.method.options,
-        "label": job.method.label,
-        # Some scores depend on what else was asked: they are never mixed with those of other removals.
-        **({"among": digest(json.dumps(distinct).encode())[:16]} if job.method.is_relative else {}),
-        "dtype": job.dtype or run.dtype,
-        "convention": CONVENTION,
-        "manifest_hash": run.hash,
-        "version": importlib.metadata.version("lightning-acc"),
-        "torch": torch.__version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def table_name(conditions: dict[str, Any], run: Record) -> str:
-    """File name of a table: ``<method>[-<query>]``, then what is not as usual (at, readout, dtype)."""
-    usual = registry.find(conditions["method"]).readout
-    name = conditions["label"] if conditions["query"] == "val" else f"{conditions['label']}-{conditions['query']}"
-    name += "" if conditions["at"] == moments.END else f".{moments.file_part(conditions['at'])}"
-    name += "" if conditions["readout"] == usual else f".{conditions['readout']}"
-    return name + ("" if conditions["dtype"] == run.dtype else f".{conditions['dtype']}")
-
-
-def _compute_all(
-    replay: Replay,
-    job: Job,
-    pieces: list[list[Removal]],
-    conditions: dict[str, Any],
-    ray_address: str | None,
-    save: bool,
-    progress: bool | None,
-) -> list[tuple[list[Removal], Result]]:
-    """Every piece with its result, stored as it is done.
-
-    Raises:
-        RunError: some failed for good, after the others were done.
-    """
-    finished: list[tuple[list[Removal], Result]] = []
-    failures: list[tuple[list[Removal], str]] = []
-    amount = sum(map(len, pieces))
-    with Progress(f"{job.method.name} · {amount} removals", len(pieces), progress, amount, "removals") as bar:
-        # A single piece gains nothing from workers that would have to be started first.
-        alone = ray_address is None or (ray_address == "local" and len(pieces) < 2)
-        work = partial(_compute_here, replay) if alone else compute
-        for piece, result in cluster.each(work, job, pieces, None if alone else ray_address, bar, partial(_smaller, job)):
-            if isinstance(result, cluster.Failure):
-                failures.append((piece, result.reason))
-                continue
-            finished.append((piece, result))
-            if save:
-                cost = {"n": len(piece), "wall_seconds": result.seconds, **result.cost}
-                shards.write(replay.run, Scores.build(piece, result.scores, {**conditions, **cost}, more=result.more))
-    if failures:
-        if save:
-            shards.gather(replay.run, conditions, table_name(conditions, replay.run), None)
-        lost = [removal for piece, _ in failures for removal in piece]
-        kept = "stored; score again to compute what is missing" if save else "lost, as save=False"
-        raise RunError(f"{len(lost)} of {amount} removals failed ({_few(lost)}): {failures[0][1]}. The others are {kept}.")
-    return finished
-
-
-def _compute_here(replay: Replay, job: Job, removals: list[Removal], progress: Callable[[float], None]) -> Result:
-    return compute(job, removals, progress, replay)
-
-
-def _smaller(job: Job, piece: list[Removal]) -> list[list[Removal]]:
-    return job.method.smaller(piece, job.question)
-
-
 def _shifts(run: Record, wanted: list[Removal], finished: list[tuple[list[Removal], Result]]) -> torch.Tensor:
     """Shifts (n_removals, p) in the order asked for, at the last of the steps that were asked about."""
     rows: dict[Removal, torch.Tensor] = {}
@@ -253,11 +179,6 @@ def _without_a_score(scores: Scores) -> list[str]:
     if not unbounded:
         return []
     return [
-        f"{len(unbounded)} of {len(set(scores.removals))} removals have no finite score ({_few(unbounded)}): without them the "
-        "run, or its estimate, diverges. The others are not affected."
+        f"{len(unbounded)} of {len(set(scores.removals))} removals have no finite score ({pieces.few(unbounded)}): without them "
+        "the run, or its estimate, diverges. The others are not affected."
     ]
-
-
-def _few(removals: list[Removal]) -> str:
-    shown = ", ".join(" ".join(map(str, removal)) for removal in removals[:5])
-    return shown + (", ..." if len(removals) > 5 else "")

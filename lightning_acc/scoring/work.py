@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_acc.core.process import as_scored, peak_memory_gb
+from lightning_acc.core.queries import moments
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
+from lightning_acc.methods import registry
 from lightning_acc.methods.method import Method, Question
+from lightning_acc.record.manifest import CONVENTION
 from lightning_acc.record.record import Record
+from lightning_acc.record.store import digest
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,27 @@ class Job:
     method: Method
     question: Question
     dtype: str | None
+
+    def conditions(self, distinct: Sequence[Removal]) -> dict[str, Any]:
+        """What is known of the scores of these removals before they are computed."""
+        query = self.question.query
+        return {
+            "method": self.method.name,
+            "query": query.name,
+            "query_fingerprint": query.fingerprint,
+            "at": self.question.moments.name,
+            "readout": self.question.readout,
+            **self.method.options,
+            "label": self.method.label,
+            # Some scores depend on what else was asked: they are never mixed with those of other removals.
+            **({"among": digest(json.dumps(distinct).encode())[:16]} if self.method.is_relative else {}),
+            "dtype": self.dtype or self.run.dtype,
+            "convention": CONVENTION,
+            "manifest_hash": self.run.hash,
+            "version": importlib.metadata.version("lightning-acc"),
+            "torch": torch.__version__,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,16 @@ class Result:
     def cost(self) -> dict[str, Any]:
         """What it cost and how it was done, as conditions of a table."""
         return {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb, **self.details}
+
+
+def table_name(conditions: dict[str, Any], dtype: str) -> str:
+    """File name of a table: ``<method>[-<query>]``, then what is not as usual (at, readout, and the dtype of a run
+    in ``dtype``)."""
+    usual = registry.find(conditions["method"]).readout
+    name = conditions["label"] if conditions["query"] == "val" else f"{conditions['label']}-{conditions['query']}"
+    name += "" if conditions["at"] == moments.END else f".{moments.file_part(conditions['at'])}"
+    name += "" if conditions["readout"] == usual else f".{conditions['readout']}"
+    return name + ("" if conditions["dtype"] == dtype else f".{conditions['dtype']}")
 
 
 def compute(job: Job, removals: list[Removal], progress: Callable[[float], None], replay: Replay | None = None) -> Result:

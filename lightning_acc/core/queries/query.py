@@ -138,7 +138,12 @@ class Query:
         with self.reading(objective):
             for leaves, structure in self.batches:
                 value = self.batch_sum(objective, leaf, batches.cast(leaves, objective.dtype), structure)
-                total += self._differentiated(value, leaf)
+                if not value.requires_grad:
+                    raise RequestError(
+                        f"The function of the query {self.name!r} has no gradient: its values are detached, counted or do not "
+                        "depend on the parameters; return what torch can differentiate, or read it with readout='exact'."
+                    )
+                total += torch.autograd.grad(value, leaf)[0]
         return total / self.n_examples
 
     def gradients(self, objective: Objective, theta: Tensor) -> Tensor:
@@ -147,19 +152,10 @@ class Query:
         with self.reading(objective):
             for leaves, structure in self.batches:
                 single = {name: leaf.unsqueeze(1) for name, leaf in batches.cast(leaves, objective.dtype).items()}
-                read = partial(self.batch_sum, objective, structure=structure)
-                thetas = theta.detach().expand(batches.batch_size(leaves), -1).clone().requires_grad_()
-                values = objective.each(lambda theta, batch, read=read: read(theta, batch), thetas, single, own_rows=True)
-                parts.append(self._differentiated(values.sum(), thetas))
+                parts.append(objective.gradient_of_each(partial(self.batch_sum, objective, structure=structure), theta, single))
+        if not any(part.any() for part in parts):
+            self.gradient(objective, theta)  # which says so, where there is none
         return torch.cat(parts)
-
-    def _differentiated(self, value: Tensor, by: Tensor) -> Tensor:
-        if not value.requires_grad:
-            raise RequestError(
-                f"The function of the query {self.name!r} has no gradient: its values are detached, counted or do not "
-                "depend on the parameters; return what torch can differentiate, or read it with readout='exact'."
-            )
-        return torch.autograd.grad(value, by)[0]
 
     def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function summed over the examples of one batch, at parameters ``theta`` (p,)."""

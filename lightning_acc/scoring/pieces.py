@@ -1,0 +1,81 @@
+"""Pieces of work, each done in this process or by a worker, kept as it is done; and what is said of those that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+from lightning_acc.core.removals import Removal
+from lightning_acc.core.replay import Replay
+from lightning_acc.errors import RunError
+from lightning_acc.progress import Progress
+from lightning_acc.scoring import cluster
+from lightning_acc.scoring.work import Job, Result
+
+Piece = TypeVar("Piece")
+
+
+def compute_all(
+    replay: Replay,
+    job: Job,
+    work: Callable[..., Result],
+    pieces: Sequence[Piece],
+    ray_address: str | None,
+    progress: bool | None,
+    amount: int,
+    keep: Callable[[Piece, Result], None],
+    unit: str = "removals",
+) -> tuple[list[tuple[Piece, Result]], list[tuple[Piece, str]]]:
+    """Every piece with its result, and those that failed for good with the reason, after all others are done.
+
+    Args:
+        replay: of the run, in this process.
+        job: what all pieces share.
+        work: ``work(job, piece, progress, replay=None)``, a function that can be imported.
+        pieces: what it is asked; they must be of the kind that ``work.smaller`` takes.
+        ray_address: as for ``score``.
+        progress: as for ``score``.
+        amount: of what the pieces hold together.
+        keep: told of every piece as it is done.
+        unit: what is counted.
+    """
+    finished: list[tuple[Piece, Result]] = []
+    failed: list[tuple[Piece, str]] = []
+    with Progress(f"{job.method.name} · {amount} {unit}", len(pieces), progress, amount, unit) as bar:
+        # A single piece gains nothing from workers that would have to be started first.
+        alone = ray_address is None or (ray_address == "local" and len(pieces) < 2)
+        here = partial(_here, work, replay) if alone else work
+        for piece, result in cluster.each(here, job, pieces, None if alone else ray_address, bar, partial(_smaller, job)):
+            if isinstance(result, cluster.Failure):
+                failed.append((piece, result.reason))
+                continue
+            finished.append((piece, result))
+            keep(piece, result)
+    return finished, failed
+
+
+def _here(work: Callable[..., Result], replay: Replay, job: Job, piece: Any, progress: Callable[[float], None]) -> Result:
+    return work(job, piece, progress, replay)
+
+
+def _smaller(job: Job, piece: Any) -> list[Any]:
+    """A piece that ran out of memory in smaller ones."""
+    return piece.smaller(job) if hasattr(piece, "smaller") else list(job.method.smaller(piece, job.question))
+
+
+def refuse_failures(failed: Sequence[tuple[Removal, str]], amount: int, saved: bool, unit: str = "removals") -> NoReturn:
+    """Raise what became of pieces that failed.
+
+    Raises:
+        RunError: always.
+    """
+    kept = "stored; score again to compute what is missing" if saved else "lost, as save=False"
+    lost = few([removal for removal, _ in failed])
+    raise RunError(f"{len(failed)} of {amount} {unit} failed ({lost}): {failed[0][1]}. The others are {kept}.")
+
+
+def few(removals: Sequence[Removal]) -> str:
+    """The first of the removals, in words."""
+    shown = ", ".join(" ".join(map(str, removal)) for removal in removals[:5])
+    return shown + (", ..." if len(removals) > 5 else "")
