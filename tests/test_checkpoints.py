@@ -55,6 +55,16 @@ class Saves(pl.Callback):
         setattr(self, hook, save)
 
 
+class Judge(pl.Callback):
+    """The validation after ``step`` is the best one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("distance", float(abs(trainer.global_step - self.step)))
+
+
 class Average(pl.Callback):
     """Puts other parameters than the training's into its checkpoints."""
 
@@ -107,15 +117,9 @@ def files(path: Path) -> set[str]:
 def test_the_best_and_the_last(tmp_path: Path) -> None:
     """What has been deleted for a better one is not listed."""
 
-    class Judge(pl.Callback):
-        """The third validation is the best one."""
-
-        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.log("distance", abs(trainer.global_step - 15.0))
-
     keep = best(tmp_path, monitor="distance", save_last=None)
     newest = ModelCheckpoint(tmp_path / "newest", "{step}", every_n_train_steps=3, save_last=True)
-    train(tmp_path, Judge(), keep, newest)
+    train(tmp_path, Judge(15), keep, newest)
     steps = checked(tmp_path)
     assert steps == {"best": 15, "last": 18, keep.best_model_path: 15, newest.best_model_path: 18, newest.last_model_path: 18}
     assert set(steps) - set(NAMES) == files(tmp_path)
@@ -208,6 +212,16 @@ def test_resumed(tmp_path: Path) -> None:
     later = {str(tmp_path / f"other/step={t}.ckpt"): t for t in (10, 15, 20)}
     assert steps == {"last": 20, str(tmp_path / "every/step=6.ckpt"): 6, **later}
     assert torch.equal(la.Run(tmp_path / "run").parameters(20), flat(net))
+
+
+def test_the_best_was_before_the_seam(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(tmp_path, Judge(5), best(tmp_path, monitor="distance"), every(tmp_path, 4), Stop(11, RuntimeError("stopped")))
+    keep = best(tmp_path, monitor="distance")
+    train(tmp_path, Judge(5), keep, every(tmp_path, 4), ckpt_path=tmp_path / "every/step=8.ckpt")
+    steps = checked(tmp_path)
+    assert la.Run(tmp_path / "run").manifest["resumed_at"] == [8]
+    assert (steps["best"], steps[keep.best_model_path], steps["last"]) == (5, 5, 20)
 
 
 def test_interrupted(tmp_path: Path) -> None:
