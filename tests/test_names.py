@@ -36,7 +36,10 @@ torch.manual_seed(0)
 data = TensorDataset(torch.randn(12, 3), torch.randint(0, 2, (12,)))
 recorder = la.TrajectoryRecorder("run")
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-pl.Trainer(callbacks=[recorder], max_epochs=2, accelerator="cpu", **quiet).fit(Net(), DataLoader(data, 4, shuffle=True))
+keep = pl.callbacks.ModelCheckpoint("kept", every_n_train_steps=3, save_last="link")
+kept = {{**quiet, "enable_checkpointing": True}}
+pl.Trainer(callbacks=[recorder, keep], max_epochs=2, accelerator="cpu", **kept).fit(Net(), DataLoader(data, 4, shuffle=True))
+assert la.Run("run").checkpoints == {{"last": 6, keep.best_model_path: 6, keep.last_model_path: 6}}
 assert type(recorder).__mro__[1].__module__.startswith("lightning.pytorch") == {alone!r}
 print(la.Run("run").audit())
 try:
@@ -71,7 +74,7 @@ def test_a_trainer_of_either_name_is_recorded(lightning: Path, tmp_path: Path, a
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(alone=alone)],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(lightning), "PATH": ""},
+        env={"PYTHONPATH": f"{lightning}:{Path(__file__).parent.parent}", "PATH": ""},
         capture_output=True,
         text=True,
         check=False,

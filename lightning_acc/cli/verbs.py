@@ -13,7 +13,8 @@ from lightning_acc.studies.grid import Study
 def fit() -> None:
     """Train with a LightningCLI configuration (trainer, model, data) and record the run.
 
-    The directory is ``recorder.directory``. See ``lightning-acc fit --help`` for every option.
+    The directory is ``recorder.directory``. With ``--runs N`` it is trained from N seeds, on the same data, and recorded in
+    ``seed-0``, ``seed-1`` and so on in there. See ``lightning-acc fit --help`` for every option.
     """
 
 

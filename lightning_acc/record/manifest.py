@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -40,8 +40,11 @@ REFUSED = "refused"
 NOT_OF_THE_HEADER = ("status", "n_steps", "files", "stopped", "reason", "hash", "format", "schema", "convention")
 """What is only known at the end, or the same in all manifests."""
 
-FROM_OUTSIDE = ("module", "data", "logger")
+FROM_OUTSIDE = ("module", "data", "logger", "checkpoints")
 """What holds the user's own words, among which there may be credentials."""
+
+NAMED_CHECKPOINTS = ("best", "last")
+"""What the list of checkpoints has beside their paths."""
 
 _FILE = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PART = re.compile(r"/ranks/\d+$")
@@ -123,6 +126,14 @@ def read(store: Store, unfinished: bool = False) -> Manifest:
             state = "is missing" if size < 0 else f"is truncated: {size:,} bytes instead of {file['bytes']:,}"
             raise RunError(f"{store.locate(name)} {state}. {REMEDY}")
     return manifest
+
+
+def checkpoints_within(steps: Mapping[str, int], n_steps: int) -> dict[str, int]:
+    """Of the checkpoints of a manifest those of its first ``n_steps``, with the ``best``, and the ``last`` written."""
+    kept = {name: step for name, step in steps.items() if step <= n_steps and name != "last"}
+    paths = [step for name, step in kept.items() if name not in NAMED_CHECKPOINTS]
+    best = {"best": kept.pop("best")} if "best" in kept else {}
+    return {**best, "last": paths[-1], **kept} if paths else {}
 
 
 def own_files(store: Store) -> tuple[list[str], list[str]]:

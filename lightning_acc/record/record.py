@@ -188,6 +188,15 @@ class Record:
         """The steps, ``run.steps[t]``."""
         return Steps(self)
 
+    @property
+    def checkpoints(self) -> dict[str, int]:
+        """Of each checkpoint the training wrote and kept, by its path, the optimizer steps taken by then.
+
+        ``run.parameters(step)`` are the checkpoint's. ``"best"`` is the best one of the ModelCheckpoint that has a monitor,
+        of several the first; ``"last"`` the one written last. Empty where none was written, or none was looked for.
+        """
+        return manifest.checkpoints_within(self.manifest.get("checkpoints", {}), self.n_steps)
+
     def snapshot(self, t: int) -> Tensor:
         """A copy of the flat trained parameters (p,) before step ``t``, one of ``snapshots``."""
         name, i = self._snapshots[t]

@@ -291,6 +291,8 @@ class RunWriter:
     def seal(self, n_steps: int, **facts: Any) -> None:
         """Let what has been written by now be a run of its first ``n_steps`` steps."""
         self._check_there()
+        if "checkpoints" in self.header:
+            facts["checkpoints"] = manifests.checkpoints_within(self.header["checkpoints"], n_steps)
         self._write_manifest(**facts, status="complete", n_steps=n_steps)
 
     def refuse(self, reason: str) -> None:

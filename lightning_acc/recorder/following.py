@@ -14,6 +14,7 @@ from lightning_acc.record import batches
 from lightning_acc.record.writer import SeenStep, check_finite
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.beginning import Assembly, understand
+from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.identity import Identity
 from lightning_acc.recorder.checks.randomness import random_state_kept
@@ -22,7 +23,6 @@ from lightning_acc.recorder.checks.steps import Checks
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.optimizer import TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
-from lightning_acc.recorder.resume import Place
 from lightning_acc.recorder.snapshots import Snapshots
 from lightning_acc.recorder.writers import Writers
 
@@ -69,6 +69,8 @@ class Following:
         self._seen: list[SeenBatch] = []
         self._step: SeenStep | None = None
         self._within = False
+        self._before = 0
+        """Steps by Lightning's count before the newest one."""
         self._number = 0
         """The step that is next, in a training whose record has ended."""
 
@@ -76,6 +78,11 @@ class Following:
     def within_step(self) -> bool:
         """Whether the optimizer is about to step, or has, and the step is not recorded yet."""
         return self._within
+
+    @property
+    def steps_taken(self) -> int:
+        """How many steps the parameters have taken: within a step, with it once the optimizer has stepped."""
+        return self._write.own.n_steps + (self._within and self._trainer.global_step > self._before)
 
     def batch_starts(self, batch: Any) -> None:
         """Keep what the step will see."""
@@ -126,6 +133,7 @@ class Following:
         if not self.optimizer.has_gradient():
             self._seen = []  # training_step returned None: torch.optim leaves everything as it is
             return
+        self._before = self._trainer.global_step
         if self.ended:
             self._within = True
             if self._due(self._number, 0):  # the other processes wait for what this one saw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from typing import Any, Literal
@@ -16,14 +17,15 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
 from lightning_acc import arguments
 from lightning_acc.core import rebuild
 from lightning_acc.record.writer import NotFinite, check_finite
-from lightning_acc.recorder import resume
+from lightning_acc.recorder.checkpoints import resume
+from lightning_acc.recorder.checkpoints.resume import Place
+from lightning_acc.recorder.checkpoints.written import Checkpoints
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that_it_ended
 from lightning_acc.recorder.following import Following
 from lightning_acc.recorder.loader import SampleTap
-from lightning_acc.recorder.resume import Place
 from lightning_acc.recorder.snapshots import POLICIES
 from lightning_acc.recorder.writers import Writers
 
@@ -92,6 +94,7 @@ class TrajectoryRecorder(Callback):
         self.mixed_rows = mixed_rows
         self.on_error = on_error
         self._tap = SampleTap()
+        self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)
         self._writers: Writers | None = None
         self._following: Following | None = None
 
@@ -109,6 +112,10 @@ class TrajectoryRecorder(Callback):
         self._put_off: Exception | None = None  # what waits until Lightning has written its checkpoint
         self._tap = SampleTap(check_rows=self.mixed_rows != rows.AS_THEY_ARE)
         self._tap.install(trainer)
+        self._end_of_training: int | None = None  # steps of a record that was finished with its training
+        self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)
+        if trainer.is_global_zero:
+            self._checkpoints.install(trainer)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """See which record the checkpoint belongs to."""
@@ -117,11 +124,15 @@ class TrajectoryRecorder(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the directory; decide what becomes of a run that is already there."""
         self._left_open = self._write.claim(trainer, self._place, self.overwrite)
+        if self._place is not None and self._write.main is not None:
+            before = self._write.main.header.get("checkpoints", {})
+            self._checkpoints.resume(before, trainer.ckpt_path, self._place.n_steps)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own methods back, and the directory free."""
         if stage == "fit":
             self._tap.remove()
+            self._checkpoints.remove()
             if self._writers is not None:
                 self._writers.release()
 
@@ -197,13 +208,19 @@ class TrajectoryRecorder(Callback):
 
     @costs_no_training
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Finish a record whose training was killed after its last step and has none left to take."""
+        """Finish a record whose training was killed after its last step and has none left to take; look at its checkpoints.
+
+        Lightning writes some after ``on_train_end``, and others are deleted after a record that has ended before.
+        """
         if self._left_open:
             self._finish(trainer, pl_module, stopped=None)
+        self._list_checkpoints(check=True)
+        self._write.amend()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The run of one process is kept up to its last whole step; what several have recorded, ``repair`` makes a run."""
         self._tap.remove()
+        self._checkpoints.remove()
         if self._writers is None:
             return
         try:
@@ -257,6 +274,16 @@ class TrajectoryRecorder(Callback):
         assert self._following is not None
         return self._following
 
+    def _steps_taken(self) -> int | None:
+        """How many recorded steps the parameters have taken; None where they are not of the record."""
+        if self._following is None or self._following.ended:
+            return self._end_of_training
+        return self._following.steps_taken
+
+    def _list_checkpoints(self, check: bool = False) -> None:
+        with contextlib.suppress(Exception):  # a list is no reason to end a record
+            self._write.list_checkpoints(self._checkpoints.listed(check))
+
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None, reason: str | None = None) -> None:
         theta: Tensor | None = None
         if self.recording:
@@ -271,6 +298,8 @@ class TrajectoryRecorder(Callback):
             # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
             theta = None if self._follow.within_step else theta
         self._left_open = False
+        self._list_checkpoints(check=True)
+        self._end_of_training = self._write.own.n_steps if stopped is None and self._steps_taken() is not None else None
         self._write.finish(trainer, pl_module, theta, stopped, reason)
         if self._following is not None:
             self._following.end(within_step=False)

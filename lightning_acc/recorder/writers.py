@@ -11,16 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from lightning_acc.core import rebuild
+from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.record import lock
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.lock import Lock
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import NotFinite, RunWriter
-from lightning_acc.recorder import description, ranks, resume
+from lightning_acc.recorder import description, ranks
+from lightning_acc.recorder.checkpoints import resume
+from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.ending import in_words
-from lightning_acc.recorder.resume import Place
 
 
 class Writers:
@@ -138,6 +140,21 @@ class Writers:
         description.write_frozen(self.main, module)
         description.write_sample_info(self.main, trainer)
         description.write_queries(self.main, trainer)
+
+    def list_checkpoints(self, steps: dict[str, int]) -> None:
+        """Have the manifest list these checkpoints from when it is written next."""
+        if self.main is not None and self.main.header and (steps or "checkpoints" in self.main.header):
+            self.main.header["checkpoints"] = steps
+
+    def amend(self) -> None:
+        """Write the list of checkpoints once more where the run is finished and the list has changed since."""
+        if self.main is None or "checkpoints" not in self.main.header:
+            return
+        with contextlib.suppress(Exception):  # the run is there, with the list as it was
+            held = manifests.identify(self.store)
+            steps = manifests.checkpoints_within(self.main.header["checkpoints"], held.get("n_steps", 0))
+            if held["status"] == "complete" and held.get("checkpoints", {}) != without_credentials(steps):
+                manifests.write(self.store, {**held, "checkpoints": steps})
 
     def checkpoint(self) -> None:
         """Write what is recorded so far, so that a resumed training can go on from here."""

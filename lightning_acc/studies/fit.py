@@ -68,11 +68,29 @@ class RecordingCLI(LightningCLI):
         parser.add_class_arguments(Influence, "influence")
 
 
-def _build(verb: str, args: list[str]) -> RecordingCLI:
+class FitCLI(RecordingCLI):
+    """The same, for ``fit``: with the number of trainings."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``runs``."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--runs",
+            type=int,
+            default=1,
+            help="how often to train: more than once, each training has a seed of its own (seed_everything and on from it) and "
+            "is recorded in recorder.directory/seed-0, seed-1, ...; the data module and its seed stay the same. They are "
+            "trained in parallel over influence.ray_address, or with null one after another. Score them together: "
+            "lightning-acc score DIR/seed-0 DIR/seed-1 ...",
+        )
+
+
+def build(verb: str, args: list[str]) -> RecordingCLI:
+    """What the configuration describes, made: trainer, model and data."""
     # LightningCLI reads sys.argv, and warns where it is given arguments beside it.
     before, sys.argv = sys.argv, [f"lightning-acc {verb}", *args]
     try:
-        return RecordingCLI(
+        return (FitCLI if verb == "fit" else RecordingCLI)(
             run=False,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -84,11 +102,24 @@ def _build(verb: str, args: list[str]) -> RecordingCLI:
 
 
 def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
-    """Train as the configuration says, recorded."""
-    cli = _build(verb, args)
+    """Train as the configuration says, recorded; once, or several times."""
+    cli = build(verb, args)
+    runs = cli.config.get("runs", 1)
+    if runs != 1:
+        from lightning_acc.studies import seeds  # which trains by what is here
+
+        seeds.fit_several(cli, runs)
+        return cli
+    train(cli)
+    print(f"recorded in {Store(cli.config.recorder.directory)}")
+    return cli
+
+
+def train(cli: RecordingCLI, group: str | None = None) -> None:
+    """Train once, recorded; in W&B in this ``group``, by default one of its own."""
     options = cli.config.influence
     if options.wandb and cli.config.trainer.logger is None:
-        cli.trainer.logger = wandb_logger(cli.config.recorder.directory, options.project)
+        cli.trainer.logger = wandb_logger(cli.config.recorder.directory, options.project, group)
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     finally:
@@ -97,8 +128,6 @@ def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     _keep_test_data(cli)
-    print(f"recorded in {Store(cli.config.recorder.directory)}")
-    return cli
 
 
 def _keep_test_data(cli: RecordingCLI) -> None:
@@ -108,7 +137,7 @@ def _keep_test_data(cli: RecordingCLI) -> None:
         Run(cli.config.recorder.directory).add_query("test", cli.datamodule.test_dataloader())
 
 
-def wandb_logger(directory: str, project: str) -> Any:
+def wandb_logger(directory: str, project: str, group: str | None = None) -> Any:
     """Lightning's logger to W&B, which is told no credentials among the hyper-parameters."""
     from pytorch_lightning import loggers
 
@@ -118,7 +147,7 @@ def wandb_logger(directory: str, project: str) -> Any:
 
     return WandbLogger(
         project=project,
-        group=f"{tracking.last_part(directory)}-{time.strftime('%Y%m%d-%H%M%S')}",
+        group=group or f"{tracking.last_part(directory)}-{time.strftime('%Y%m%d-%H%M%S')}",
         job_type="training",
         **tracking.logger_options(),
     )

@@ -19,6 +19,7 @@ from lightning_acc.record.schema.kinds import (
     Kind,
     among,
     first_fault,
+    named,
     several,
     whole,
 )
@@ -66,6 +67,7 @@ WHERE_GIVEN: dict[str, Kind] = {
     "logger.group": TEXT.or_none(),
     "logger.id": TEXT.or_none(),
     "resumed_at": several(whole(0, 10**12)),
+    "checkpoints": named(whole(0, 10**12)),
     "stopped": TEXT.or_none(),
     "reason": TEXT,
 }
@@ -126,6 +128,9 @@ def _contradictions(manifest: Manifest, part: bool) -> Iterator[str]:
     whole_training = complete and not manifest.get("stopped")
     if complete and (recorded < manifest["n_steps"] or (whole_training and recorded != manifest["n_steps"])):
         yield f"its n_steps is {manifest['n_steps']:,}, but its files hold {recorded:,}"
+    late = [name for name, step in manifest.get("checkpoints", {}).items() if complete and step > manifest["n_steps"]]
+    if late:
+        yield f"its checkpoint {late[0]} is of step {manifest['checkpoints'][late[0]]:,} of {manifest['n_steps']:,}"
     if part:
         return
     p, size = numel(manifest), DTYPES[manifest["dtype"]].itemsize

@@ -48,6 +48,14 @@ def several(kind: Kind) -> Kind:
     return Kind(f"a list, each {kind.words}", lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
+def named(kind: Kind) -> Kind:
+    """Mappings of texts to such values."""
+    return Kind(
+        f"a mapping of texts, each to {kind.words}",
+        lambda value: isinstance(value, dict) and all(map(_is_text, value)) and all(map(kind.holds, value.values())),
+    )
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and _UNSHOWN.search(value) is None
 
