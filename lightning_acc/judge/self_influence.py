@@ -1,8 +1,8 @@
 """Self-influence: how far each training sample moved the model towards itself, ``sum_t lr_t |w_i g_i(theta_t)|^2``.
 
-It is TracIn's score of a sample for its own loss (Pruthi et al. 2020, arXiv 2002.08484), at every step instead of at checkpoints,
-and needs no validation examples. Samples of large self-influence are those the model could not learn from others: wrong labels,
-and rare ones that are right.
+It is TracIn's score of a sample for its own loss (Pruthi et al. 2020, arXiv 2002.08484), at every step and not at a few, and
+needs no validation examples. Samples of large self-influence are those the model could not learn from others: wrong labels, and
+rare ones that are right.
 """
 
 from __future__ import annotations

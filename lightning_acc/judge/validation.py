@@ -7,6 +7,8 @@ their word, which may itself be wrong.
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 
@@ -16,6 +18,7 @@ from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
 from lightning_acc.judge.fresh_training import Pool, Retraining, own_samples, retrain
 from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.record import Record
 
 QUERY = "val"
@@ -71,9 +74,9 @@ def validation_pool(run: Record, own: Pool) -> Pool:
     if QUERY not in run.query_names():
         raise Untrainable(f"the run has no query {QUERY}, as training had no validation data")
     query = queries.find(run, QUERY)
-    wanted = _kind(own.leaves)
+    wanted = _kind(own.leaves, run.structure())
     for leaves, structure in query.batches:
-        if structure != run.structure() or _kind(leaves) != wanted:
+        if _kind(leaves, structure) != wanted:
             raise Untrainable(f"the batches of {QUERY} are not of the tensors and shapes that training batches are of")
     leaves = {name: torch.cat([part[name] for part, _ in query.batches]).to(leaf.dtype) for name, leaf in own.leaves.items()}
     return Pool(leaves, torch.arange(query.n_examples))
@@ -102,6 +105,6 @@ def why_not_added(run: Record, test: Query) -> str | None:
     return None
 
 
-def _kind(leaves: batches.Leaves) -> tuple[object, ...]:
-    """What two batches must have in common; floating-point leaves of any width are cast to the run's own."""
-    return batches.signature(batches.cast(leaves, torch.float64))
+def _kind(leaves: Leaves, structure: Structure) -> tuple[object, ...]:
+    """What two batches must have in common: not the width of floating-point leaves, nor whether they are a tuple or a list."""
+    return json.dumps(structure).replace('"tuple"', '"list"'), batches.signature(batches.cast(leaves, torch.float64))
