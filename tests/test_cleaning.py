@@ -116,7 +116,15 @@ def test_retraining_is_training_on_what_is_kept(run: la.Run) -> None:
 def test_workers_give_the_same_table(run: la.Run, local_ray: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleaning, "TRAININGS_AT_ONCE", 3)  # several pieces of each seed
     here, there = (
-        la.clean(run, "sgd-ie", [0.05, 0.1, 0.2], seeds=2, ray_address=address, controls=("none", "random"), save=False)
+        la.clean(
+            run,
+            "sgd-ie",
+            [0.05, 0.1, 0.2],
+            seeds=2,
+            ray_address=address,
+            controls=("none", "random", "validation added"),
+            save=False,
+        )
         for address in (None, "local")
     )
     assert here.equals(there)

@@ -418,7 +418,7 @@ def test_validation_added_is_a_level_beside_the_curves(started: Browser, tmp_pat
     assert started.see("document.querySelectorAll('#cleaning .interval').length") == 6  # at both ends of the level
     text = started.see("document.querySelector('#cleaning p').textContent")
     assert "nothing is dropped, and the 37 examples of val are trained on too" in text
-    assert "wrong in the same way as the training's, they find little." in text
+    assert "wrong in the same way as the training's, they find much less." in text
     numbers = "[...document.querySelectorAll('#cleaning tbody tr')].map(row => row.textContent)"
     assert any(row.startswith("validation added+0.08") and row.endswith("[+0.0650, +0.0950]––") for row in started.see(numbers))
     assert started.complaints == []

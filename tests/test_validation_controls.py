@@ -138,7 +138,7 @@ def test_it_is_compared_with_every_share_and_its_gain_is_paired(runs: dict[bool,
     assert max(map(len, text.splitlines())) <= 100
     words = " ".join(text.split())
     assert f"nothing is dropped, and the {N_VAL} examples of val are trained on too" in words
-    assert "wrong in the same way as the training's, they find little." in words
+    assert "wrong in the same way as the training's, they find much less." in words
 
 
 def test_a_repeated_command_adds_the_validation_examples_once(

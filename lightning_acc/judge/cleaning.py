@@ -87,7 +87,7 @@ def clean(
             beside. cleanlab needs that package and a classifier; the two of validation a query ``val`` whose batches are like
             the training's; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
             missing, the control is left out. Influence and the two of validation rest on the validation set, which may itself
-            be wrong: where its labels are wrong in the same way as the training's, they find little.
+            be wrong: where its labels are wrong in the same way as the training's, they find much less.
         memory_gb: budget of each process.
         save: store the table as ``cleaning.parquet`` in the run directory, and every training as it is done: a command that
             was stopped, or is repeated with more fractions or seeds, trains what is missing.

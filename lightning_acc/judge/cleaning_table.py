@@ -20,7 +20,7 @@ ADDED = "validation added"
 """The control that drops nothing and trains on the validation examples too: one row, at the fraction 0."""
 MAY_ERR = (
     "Rankings by influence and by validation know what the labels of the validation examples say: where these are wrong in the "
-    "same way as the training's, they find little"
+    "same way as the training's, they find much less"
 )
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 INTERVALS = (
