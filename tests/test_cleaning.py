@@ -52,7 +52,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
 def test_dropping_the_most_harmful_beats_dropping_at_random(run: la.Run) -> None:
     table = la.clean(run, ["acc-sgd-ie", "sgd-ie"], [0.05, 8 / 48], seeds=4, ray_address=None)
     rows = {(row["method"], row["n_removed"]): row for row in table.to_pylist()}
-    assert {method for method, _ in rows} == {"none", "random", "loss", "cleanlab", "acc-sgd-ie", "sgd-ie"}
+    controls = {"none", "random", "loss", "self-influence", "cleanlab", "validation", "validation added"}
+    assert {method for method, _ in rows} == {*controls, "acc-sgd-ie", "sgd-ie"}
     assert rows["acc-sgd-ie", 8]["loss"] < rows["random", 8]["loss"] - 0.05
     assert rows["acc-sgd-ie", 8]["gain"] >= rows["random", 8]["gain"]
     assert {row["test"] for row in rows.values()} == {"test"}
@@ -115,7 +116,15 @@ def test_retraining_is_training_on_what_is_kept(run: la.Run) -> None:
 def test_workers_give_the_same_table(run: la.Run, local_ray: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleaning, "TRAININGS_AT_ONCE", 3)  # several pieces of each seed
     here, there = (
-        la.clean(run, "sgd-ie", [0.05, 0.1, 0.2], seeds=2, ray_address=address, controls=("none", "random"), save=False)
+        la.clean(
+            run,
+            "sgd-ie",
+            [0.05, 0.1, 0.2],
+            seeds=2,
+            ray_address=address,
+            controls=("none", "random", "validation added"),
+            save=False,
+        )
         for address in (None, "local")
     )
     assert here.equals(there)
@@ -155,8 +164,9 @@ def test_a_module_without_classes_gains_in_loss(tmp_path: Path) -> None:
     squared = record(tmp_path / "run", make(loss="squared", optimizer={"lr": 0.02}))
     with pytest.warns(UserWarning, match="tested on val, which the rankings have seen"):
         table = la.clean(squared, "sgd-ie", [0.1], seeds=2, ray_address=None)
-    none, *_, cleaned = table.to_pylist()
-    assert {row["method"] for row in table.to_pylist()} == {"none", "random", "loss", "sgd-ie"}
+    none, *_ = table.to_pylist()
+    (cleaned,) = (row for row in table.to_pylist() if row["method"] == "sgd-ie")
+    assert {row["method"] for row in table.to_pylist()} == {"none", "random", "loss", "self-influence", "validation", "sgd-ie"}
     assert none["accuracy"] is None
     assert cleaned["gain"] == pytest.approx(np.mean(np.array(none["losses"]) - np.array(cleaned["losses"])))
 
@@ -192,7 +202,8 @@ def test_what_was_never_trained_on_is_neither_dropped_nor_trained_on(tmp_path: P
     without = retrain(run, Retraining(0, [frozenset(range(10)) | frozenset(range(42, 48))]), 2**30)[0]
     assert torch.equal(theta, without)  # to drop what was never there changes nothing
     table = la.clean(run, "sgd-ie", [0.25], seeds=2, ray_address=None).to_pylist()
-    assert {row["n_removed"] for row in table if row["method"] != "none"} == {8}  # a quarter of the 32
+    whole = ("none", "validation added")
+    assert {row["n_removed"] for row in table if row["method"] not in whole} == {8}  # a quarter of the 32
     with pytest.raises(la.RunError, match="all 32 samples the run was trained on are dropped"):
         retrain(run, Retraining(0, [frozenset(range(10, 42))]), 2**30)
 
@@ -201,7 +212,8 @@ def test_methods_are_compared_seed_by_seed(run: la.Run) -> None:
     table = la.clean(run, ["acc-sgd-ie", "sgd-ie"], [8 / 48], seeds=4, ray_address=None)
     rows = {row["method"]: row for row in table.to_pylist() if row["method"] != "none"}
     for one in rows.values():
-        assert {other["method"] for other in one["against"]} == set(rows) - {one["method"]}
+        others = set(rows) - {one["method"]} if one["method"] != "validation added" else set()
+        assert {other["method"] for other in one["against"]} == others
         for other in one["against"]:
             better = np.array(one["accuracies"]) - np.array(rows[other["method"]]["accuracies"])
             reach = stats.t.ppf(0.975, 3) * stats.sem(better)

@@ -103,14 +103,19 @@ def test_those_of_highest_final_loss_come_first(run: la.Run, dropped: list[Retra
 
 
 def test_those_of_lowest_label_quality_come_first(run: la.Run) -> None:
-    """cleanlab's self-confidence: the probability of the given label by a model that has not seen the sample."""
+    """cleanlab's adjusted margin: of the given label before the likeliest other, by a model that has not seen the sample."""
     labels = labelled().tensors[1].numpy()
     fold_of = np.random.default_rng(0).permutation(N) % 5
-    quality = np.zeros(N)
+    predicted = np.zeros((N, CLASSES))
     for fold in range(5):
         held_out = np.flatnonzero(fold_of == fold)
         (theta,) = retrain(run, Retraining(0, [frozenset(held_out.tolist())]), MEMORY)
-        quality[held_out] = probabilities(run, theta)[held_out, labels[held_out]]
+        predicted[held_out] = probabilities(run, theta)[held_out]
+    usual = np.array([predicted[labels == label, label].mean() for label in range(CLASSES)])  # confidence of each class
+    adjusted = predicted - usual + usual.max()
+    adjusted /= adjusted.sum(1, keepdims=True)
+    given = np.eye(CLASSES, dtype=bool)[labels]
+    quality = adjusted[given] - np.where(given, -np.inf, adjusted).max(1)
     order = rankings(run, ["cleanlab"], MEMORY)["cleanlab"].tolist()
     assert order == descending(-quality)
     assert set(order[: len(WRONG)]) == set(WRONG)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lightning_acc as la
-from lightning_acc.studies.data import AdultDataModule, MNISTDataModule, NewsgroupsDataModule
+from lightning_acc.studies.data import AdultDataModule, DigitsDataModule, MNISTDataModule, NewsgroupsDataModule
 
 real = pytest.mark.skipif("LIGHTNING_ACC_DATA" not in os.environ, reason="needs LIGHTNING_ACC_DATA")
 MODULES: dict[str, Any] = {
@@ -69,6 +69,43 @@ def test_label_noise_touches_the_share_asked_for_and_says_which(name: str) -> No
     changed = np.array(sided.describe_samples()["corrupted"])
     assert changed.sum() == 12
     assert set(sided.true_labels[changed]) == {0}
+
+
+@real
+@pytest.mark.parametrize("class_dependent", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_validation_labels_are_wrong_in_the_same_way_where_that_is_asked_for(name: str, class_dependent: bool) -> None:
+    options = {"label_noise": 0.2, "class_dependent": class_dependent, "feature_noise": 0.1}
+    usual, wrong = ready(name, **options), ready(name, **options, val_label_noise=True)
+    for split in usual.splits:
+        assert np.array_equal(wrong.splits[split].features, usual.splits[split].features)
+    for split in ("train", "test"):
+        assert np.array_equal(wrong.splits[split].labels, usual.splits[split].labels)
+    assert wrong.describe_samples() == usual.describe_samples()
+    before, after = usual.splits["val"].labels, wrong.splits["val"].labels
+    changed = before != after
+    assert changed.sum() == 8  # a fifth of the 40
+    if class_dependent:
+        assert set(before[changed]) == {0}
+    assert np.array_equal(ready(name, **options, val_label_noise=True).splits["val"].labels, after)
+    assert np.array_equal(ready(name, val_label_noise=True).splits["val"].labels, before)  # no noise: none to repeat
+
+
+@pytest.mark.parametrize("n", [100, 600])
+def test_class_dependent_noise_flips_the_share_of_all_labels(n: int) -> None:
+    module = DigitsDataModule(n_train=n, n_val=n, label_noise=0.2, class_dependent=True, val_label_noise=True)
+    module.setup()
+    clean = DigitsDataModule(n_train=n, n_val=n, label_noise=0.0)
+    clean.setup()
+    for split in ("train", "val"):
+        before, after = clean.splits[split].labels, module.splits[split].labels
+        changed = before != after
+        assert changed.sum() == round(0.2 * n)
+        assert (before[changed] % 2 == 0).all()
+        assert (after[changed] == before[changed] + 1).all()
+    most = DigitsDataModule(n_train=n, n_val=n, label_noise=0.9, class_dependent=True)
+    most.setup()
+    assert most.corrupted.sum() == (most.true_labels % 2 == 0).sum()  # all there are
 
 
 @real

@@ -405,6 +405,25 @@ def test_a_run_of_which_little_is_known_has_a_page(started: Browser, tmp_path: P
     assert started.complaints == []
 
 
+def test_validation_added_is_a_level_beside_the_curves(started: Browser, tmp_path: Path) -> None:
+    run = record(tmp_path / "plain", make(loss="squared"))
+    la.score(run, "sgd-ie", removals=range(5), ray_address=None, check=0)
+    rows = removal_curves(accuracy=False).to_pylist()
+    added = {**rows[-1], "method": cleaning_table.ADDED, "fraction": 0.0, "n_removed": 0, "n_added": 37}
+    cleaning_table.write(run, pa.Table.from_pylist([*rows, added], schema=cleaning_table.SCHEMA))
+    started.complaints.clear()
+    started.open(Path(report.write_report(run)))
+    legend = "[...document.querySelectorAll('#cleaning .legend button')].map(b => b.textContent)"
+    assert started.see(legend) == ["acc-sgd-ie", "random", "validation added"]
+    assert started.see("document.querySelectorAll('#cleaning .interval').length") == 6  # at both ends of the level
+    text = started.see("document.querySelector('#cleaning p').textContent")
+    assert "nothing is dropped, and the 37 examples of val are trained on too" in text
+    assert "wrong in the same way as the training's, they find much less." in text
+    numbers = "[...document.querySelectorAll('#cleaning tbody tr')].map(row => row.textContent)"
+    assert any(row.startswith("validation added+0.08") and row.endswith("[+0.0650, +0.0950]––") for row in started.see(numbers))
+    assert started.complaints == []
+
+
 def test_of_a_long_ranking_both_ends_are_embedded_and_the_page_says_so(
     run: la.Run, started: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

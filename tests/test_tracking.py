@@ -229,6 +229,18 @@ def test_cleaning_without_accuracy_shows_the_loss(tmp_path: Path) -> None:
     assert not any("accuracy" in name for name in panels.cleaning_summary(cleaned(accuracy=False)))
 
 
+def test_what_removes_nothing_is_a_level_beside_the_curves() -> None:
+    rows = cleaned().to_pylist()
+    added = {**rows[-1], "method": "validation added", "fraction": 0.0, "n_removed": 0, "n_added": 37}
+    table = pa.Table.from_pylist([*rows, added], schema=cleaning_table.SCHEMA)
+    shown = panels.cleaning(table)
+    points = [(x, y) for x, key, y in shown["cleaning/gain"].table.data if key == "validation added"]
+    assert points == [(0, added["gain"]), (0.25, added["gain"])]
+    whole = shown["cleaning"]
+    assert whole.data[-1][whole.columns.index("n_added")] == 37
+    assert panels.cleaning_summary(table)["cleaning/validation added/gain"] == added["gain"]
+
+
 def test_lines_over_time_end_at_the_scores_of_the_extreme_samples(logged: Logged) -> None:
     ranked = [int(row["sample"]) for row in logged.rows("ranking/loo") if " " not in row["sample"]]
     lines = logged.lines("over time")

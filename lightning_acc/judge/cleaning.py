@@ -1,7 +1,9 @@
 """What cleaning gains: drop the most harmful samples, train anew over several seeds, and test.
 
-Beside every ranking stand controls: nothing removed, random samples, those of highest loss, cleanlab's ranking by
-out-of-sample predicted probabilities, the truth (``loo``) where it is known, and the oracle that knows the corrupted samples.
+Beside every ranking stand controls: nothing removed, random samples, those of highest loss or largest self-influence,
+cleanlab's ranking by out-of-sample predicted probabilities, the truth (``loo``) where it is known, and the oracle, which knows
+the corrupted samples. Two more are given the validation examples, as influence is: those of highest loss under a model of these
+examples alone, and nothing removed but these examples trained on too.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +25,10 @@ from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay, explained
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.judge import cleaning_table
+from lightning_acc.judge.cleaning_table import ADDED
 from lightning_acc.judge.controls import NotAClassifier, correct, rankings
 from lightning_acc.judge.fresh_training import Retraining, retrain, visited_samples
+from lightning_acc.judge.validation import QUERY, why_not_added, with_validation
 from lightning_acc.methods import registry
 from lightning_acc.progress import Progress
 from lightning_acc.record import batches
@@ -35,7 +39,9 @@ from lightning_acc.scoring.score import DEFAULT_MEMORY_GB, score
 
 TRAININGS_AT_ONCE = 8
 """Batched together: enough to be fast, few enough that the workers end together."""
-CONTROLS = ("none", "random", "loss", "cleanlab", "loo", "oracle")
+CONTROLS = ("none", "random", "loss", "self-influence", "cleanlab", "validation", ADDED, "loo", "oracle")
+Training = tuple[frozenset[int], bool]
+"""The samples that a training goes without, and whether it sees the validation examples too."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class _Job:
     run: Record
     test: Query
     memory: int
+    added: str = ""
+    """Fingerprint of the validation examples, where they are trained on."""
 
     @property
     def kind(self) -> str:
@@ -75,16 +83,19 @@ def clean(
         test: a query recorded with the run, or a Query, to test on; None takes ``test`` where it is recorded, else ``val``,
             which the rankings have seen.
         ray_address: where to compute, as for ``score``.
-        controls: which of none, random, loss, cleanlab, loo and oracle to show beside. cleanlab needs that package and a
-            classifier; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
-            missing, the control is left out.
+        controls: which of none, random, loss, self-influence, cleanlab, validation, validation added, loo and oracle to show
+            beside. cleanlab needs that package and a classifier; the two of validation a query ``val`` whose batches are like
+            the training's; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
+            missing, the control is left out. Influence and the two of validation rest on the validation set, which may itself
+            be wrong: where its labels are wrong in the same way as the training's, they find much less.
         memory_gb: budget of each process.
         save: store the table as ``cleaning.parquet`` in the run directory, and every training as it is done: a command that
             was stopped, or is repeated with more fractions or seeds, trains what is missing.
         progress: show a progress bar; None shows one in a terminal, and elsewhere a line now and then.
 
     Returns:
-        One row per method and fraction: n_removed, seeds, means and 95 % intervals over the seeds of the test accuracy and
+        One row per method and fraction: n_removed, n_added (0 but for ``validation added``, whose one row has the fraction 0
+        and is compared with every other), seeds, means and 95 % intervals over the seeds of the test accuracy and
         loss (``accuracy``, ``accuracy_low``, ``accuracy_high``, ``loss``, ...) and of the gain in accuracy over the
         training with nothing removed from the same seed (``gain``, ...); a module without an accuracy gains in loss. The
         single values are in ``accuracies`` and ``losses``.
@@ -108,18 +119,35 @@ def clean(
     job = _Job(rebuild.portable(run), _test_query(run, test), memory)
     orders = {name: _ranking(run, name, ray_address, memory_gb, progress) for name in methods}
     missing: dict[str, str] = {}
-    orders.update(rankings(run, [name for name in controls if name not in ("none", "random", *methods)], job.memory, missing))
+    ranked = [name for name in controls if name not in ("none", "random", ADDED, *methods)]
+    orders.update(rankings(run, ranked, job.memory, missing))
+    if ADDED in controls and (why := why_not_added(run, job.test)) is not None:
+        missing[ADDED] = why
+    added = queries.find(run, QUERY) if ADDED in controls and ADDED not in missing else None
+    if added is not None:
+        job = replace(job, added=added.fingerprint)
     # What the training never saw can neither be dropped nor kept.
     visited = visited_samples(run).numpy()
     orders = {name: order[np.isin(order, visited)] for name, order in orders.items()}
     counts = {fraction: max(1, round(fraction * len(visited))) for fraction in sorted(shares)}
-    plans = [_plan(visited, seed, orders, counts, random="random" in controls) for seed in range(seeds)]
+    plans = [
+        _plan(visited, seed, orders, counts, random="random" in controls, added=added is not None) for seed in range(seeds)
+    ]
     keys = list(plans[0])
-    trained = _train_all(job, [[plan[key] for key in keys] for plan in plans], ray_address, save, progress)
+    trained = _train_all(job, [list(plan.values()) for plan in plans], ray_address, save, progress)
     losses, accuracies = np.moveaxis(trained, -1, 0)
     shown = {key: i for i, key in enumerate(keys) if key[0] != "none" or "none" in controls}
     rows = [
-        cleaning_table.row(key, len(plans[0][key]), losses[i], accuracies[i], losses[0], accuracies[0], job.test.name)
+        cleaning_table.row(
+            key,
+            len(plans[0][key][0]),
+            losses[i],
+            accuracies[i],
+            losses[0],
+            accuracies[0],
+            job.test.name,
+            added=added.n_examples if added is not None and key[0] == ADDED else 0,
+        )
         for key, i in shown.items()
     ]
     table = cleaning_table.build(rows, {"manifest_hash": run.hash, "test": job.test.name, "missing": json.dumps(missing)})
@@ -156,23 +184,25 @@ def _ranking(run: Record, method: str, ray_address: str | None, memory_gb: float
 
 
 def _plan(
-    visited: np.ndarray, seed: int, orders: dict[str, np.ndarray], counts: dict[float, int], random: bool
-) -> dict[tuple[str, float], frozenset[int]]:
-    """The samples to drop from one seed, by method and fraction; first of all nothing."""
-    plan: dict[tuple[str, float], frozenset[int]] = {("none", 0.0): frozenset()}
+    visited: np.ndarray, seed: int, orders: dict[str, np.ndarray], counts: dict[float, int], random: bool, added: bool
+) -> dict[tuple[str, float], Training]:
+    """The trainings from one seed, by method and fraction; first of all the one with nothing dropped."""
+    plan: dict[tuple[str, float], Training] = {("none", 0.0): (frozenset(), False)}
     orders = dict(orders)
     if random:
         orders["random"] = np.random.default_rng(seed).permutation(visited)
     for name, order in orders.items():
         for fraction, count in counts.items():
-            plan[name, fraction] = frozenset(order[:count].tolist())
+            plan[name, fraction] = frozenset(order[:count].tolist()), False
+    if added:
+        plan[ADDED, 0.0] = frozenset(), True
     return plan
 
 
 def _train_all(
-    job: _Job, dropped: list[list[frozenset[int]]], ray_address: str | None, save: bool, progress: bool | None
+    job: _Job, wanted: list[list[Training]], ray_address: str | None, save: bool, progress: bool | None
 ) -> np.ndarray:
-    """Test loss and accuracy of every training, (m, seeds, 2), where ``dropped[seed]`` are the m sets to go without.
+    """Test loss and accuracy of every training, (m, seeds, 2), where ``wanted[seed]`` are the m trainings.
 
     Pieces are a few trainings from one seed. What they are does not depend on the workers, so neither do the bits of the
     results; a training that was stored before is left out, and one that occurs twice is done once.
@@ -180,12 +210,16 @@ def _train_all(
     # What a function of one's own computes may change under the same name.
     keep = save and job.test.function is None
     known = shards.stored_figures(job.run, job.kind, count=2) if keep else {}
-    wanted = [Retraining(seed, list(dict.fromkeys(sets))) for seed, sets in enumerate(dropped)]
+    together = [
+        Retraining(seed, [without for without, more in dict.fromkeys(trainings) if more == added], added)
+        for seed, trainings in enumerate(wanted)
+        for added in (False, True)
+    ]
     left = [
-        Retraining(piece.seed, new)
-        for retraining in wanted
+        replace(piece, dropped=new)
+        for retraining in together
         for piece in retraining.pieces(TRAININGS_AT_ONCE)
-        if (new := [without for without in piece.dropped if _name(piece.seed, without) not in known])
+        if (new := [without for without in piece.dropped if _name(job, piece, without) not in known])
     ]
     amount = sum(len(piece.dropped) for piece in left)
     failures: list[tuple[int, str]] = []
@@ -194,7 +228,7 @@ def _train_all(
             if isinstance(result, cluster.Failure):
                 failures.append((piece.seed, result.reason))
                 continue
-            done = {_name(piece.seed, without): figures for without, figures in zip(piece.dropped, result, strict=True)}
+            done = {_name(job, piece, without): figures for without, figures in zip(piece.dropped, result, strict=True)}
             known.update(done)
             if keep:
                 shards.write_figures(job.run, job.kind, done)
@@ -202,7 +236,10 @@ def _train_all(
         seeds = sorted({seed for seed, _ in failures})
         kept = "The others are stored; clean again to train what is missing" if keep else "Clean again"
         raise RunError(f"Trainings from the seeds {seeds} failed: {failures[0][1]}. {kept}.")
-    by_seed = [[known[_name(seed, without)] for without in sets] for seed, sets in enumerate(dropped)]
+    by_seed = [
+        [known[_name(job, Retraining(seed, [without], added), without)] for without, added in trainings]
+        for seed, trainings in enumerate(wanted)
+    ]
     by_training: np.ndarray = np.array(by_seed, dtype=float).swapaxes(0, 1)
     return by_training
 
@@ -211,15 +248,17 @@ def _halves(piece: Retraining) -> list[Retraining]:
     return piece.pieces(-(-len(piece.dropped) // 2))
 
 
-def _name(seed: int, without: frozenset[int]) -> str:
-    """Names one training of a job."""
-    return f"{seed}-{digest(json.dumps(sorted(without)).encode())[:16]}"
+def _name(job: _Job, piece: Retraining, without: frozenset[int]) -> str:
+    """Names one training of a job: by all that it trains on."""
+    added = f"-{job.added[:16]}" if piece.validation_added else ""
+    return f"{piece.seed}-{digest(json.dumps(sorted(without)).encode())[:16]}{added}"
 
 
 def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float], None]) -> list[list[float]]:
     """Test loss and accuracy (NaN where there is none) of each training."""
     with threads(1):
-        thetas = retrain(job.run, retraining, job.memory, progress)
+        pool = with_validation(job.run) if retraining.validation_added else None
+        thetas = retrain(job.run, retraining, job.memory, progress, pool)
         replay = Replay(job.run)
         losses = job.test.values(replay.objective, thetas).tolist()
         accuracy = Query("accuracy", (batches.unflatten(s, leaves) for leaves, s in job.test.batches), correct)

@@ -16,6 +16,12 @@ from lightning_acc.record.record import Record
 
 NAME = "cleaning.parquet"
 REMEDY = "delete it and clean again"
+ADDED = "validation added"
+"""The control that drops nothing and trains on the validation examples too: one row, at the fraction 0."""
+MAY_ERR = (
+    "Rankings by influence and by validation know what the labels of the validation examples say: where these are wrong in the "
+    "same way as the training's, they find much less"
+)
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 INTERVALS = (
     "95 %, by Student's t over the seeds of new initial parameters and orders, the same ones for all methods; another draw of "
@@ -26,6 +32,7 @@ SCHEMA = pa.schema(
     + [(f"{what}{end}", pa.float64()) for what in ("accuracy", "loss", "gain") for end in ("", "_low", "_high")]
     + [("accuracies", pa.list_(pa.float64())), ("losses", pa.list_(pa.float64())), ("test", pa.string())]
     + [("against", pa.list_(pa.struct([("method", pa.string()), *((end, pa.float64()) for end in DIFFERENCE)])))]
+    + [("n_added", pa.int64())]
 )
 SHOWN = (
     "method",
@@ -59,6 +66,8 @@ def read(run: Record) -> pa.Table | None:
     if not run.store.exists(NAME):
         return None
     table = tables.opened(run.store, NAME, REMEDY)
+    if "n_added" not in table.column_names:  # of a version that added nothing
+        table = table.append_column(SCHEMA.field("n_added"), pa.array([0] * len(table), pa.int64()))
     if table.schema.remove_metadata() != SCHEMA or not all(map(_is_whole, table.to_pylist())):
         raise seal.damaged(run.store, NAME, REMEDY)
     return table if (table.schema.metadata or {}).get(b"manifest_hash") == run.hash.encode() else None
@@ -74,19 +83,33 @@ def _is_whole(row: dict[str, Any]) -> bool:
 
 def as_text(table: pa.Table) -> str:
     """The table of ``clean`` for a terminal: gains in percentage points, or in loss."""
-    lines = [f"{'method':12} {'dropped':>8} {'accuracy':>9} {'loss':>8}   gain with 95 % interval"]
+    lines = [f"{'method':16} {'dropped':>8} {'accuracy':>9} {'loss':>8}   gain with 95 % interval"]
     for row in table.to_pylist():
         accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
         scale, unit = (1, "") if row["accuracy"] is None else (100, " points")
         gain = f"{scale * row['gain']:+.2f} ({scale * row['gain_low']:+.2f} to {scale * row['gain_high']:+.2f}){unit}"
-        lines.append(f"{row['method']:12} {100 * row['fraction']:6.1f} % {accuracy:>9} {row['loss']:8.4f}   {gain}")
+        dropped = f"+{row['n_added']}" if row["method"] == ADDED else f"{100 * row['fraction']:.1f} %"
+        lines.append(f"{row['method']:16} {dropped:>8} {accuracy:>9} {row['loss']:8.4f}   {gain}")
     about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     lines += _differences(table)
     missing = json.loads(about.get("missing", "{}"))
     lines += [textwrap.fill(f"{name} is left out: {why}.", 100) for name, why in missing.items()]
+    lines += [textwrap.fill(f"{note}.", 100) for note in notes(table)]
     if "intervals" in about:
         lines.append(textwrap.fill(f"Intervals: {about['intervals']}.", 100))
     return "\n".join(lines)
+
+
+def notes(table: pa.Table) -> list[str]:
+    """What must be known to read a table of ``clean``, as sentences without their full stops."""
+    rows = table.to_pylist()
+    said = [
+        f"{ADDED}: nothing is dropped, and the {row['n_added']} examples of val are trained on too, in as many steps"
+        for row in rows
+        if row["method"] == ADDED
+    ]
+    rest_on_it = any(row["method"] in ("validation", *registry.METHODS) for row in rows)
+    return [*said, MAY_ERR] if rest_on_it else said
 
 
 def _differences(table: pa.Table) -> list[str]:
@@ -121,8 +144,12 @@ def row(
     losses_before: np.ndarray,
     accuracies_before: np.ndarray,
     test: str,
+    added: int = 0,
 ) -> dict[str, Any]:
-    """The row of a method and share dropped ``key``: figures over the seeds, and what is gained over nothing removed."""
+    """The row of a method and share dropped ``key``: figures over the seeds, and what is gained over nothing removed.
+
+    ``added`` is the number of samples that are trained on beside the run's own.
+    """
     known = not np.isnan(accuracies).any()
     row: dict[str, Any] = {"method": key[0], "fraction": key[1], "n_removed": removed, "seeds": len(losses), "test": test}
     gains = accuracies - accuracies_before if known else losses_before - losses
@@ -132,12 +159,14 @@ def row(
             if what == "accuracy":
                 ends = (ends[0], max(0.0, ends[1]), min(1.0, ends[2]))
             row.update(zip((what, f"{what}_low", f"{what}_high"), ends, strict=True))
-    return {**row, "accuracies": accuracies.tolist() if known else None, "losses": losses.tolist()}
+    return {**row, "accuracies": accuracies.tolist() if known else None, "losses": losses.tolist(), "n_added": added}
 
 
 def _comparable(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows answer the same question by other methods."""
-    return row["method"] not in ("none", other["method"]) and row["fraction"] == other["fraction"]
+    """Whether two rows answer the same question by other methods; what drops nothing is compared with every share."""
+    if row["method"] in ("none", ADDED, other["method"]):
+        return False
+    return other["method"] == ADDED or bool(row["fraction"] == other["fraction"])
 
 
 def _difference(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from lightning_acc.contract import HasPerSampleAccuracy
 from lightning_acc.core import queries
 from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.judge.agreement import stored_scores
-from lightning_acc.judge.fresh_training import Retraining, contents, retrain, visited_samples
+from lightning_acc.judge.fresh_training import Retraining, contents, own_samples, retrain, visited_samples
+from lightning_acc.judge.self_influence import NoLearningRate, self_influence
+from lightning_acc.judge.validation import Untrainable, losses_at, validation_losses
 from lightning_acc.methods.registry import METHODS, TRUTH
 from lightning_acc.record import batches
 from lightning_acc.record.record import Record
@@ -26,14 +28,27 @@ def rankings(run: Record, names: list[str], memory: int, missing: dict[str, str]
 
     Args:
         run: a recorded run.
-        names: of loss, cleanlab, loo and oracle.
+        names: of loss, self-influence, cleanlab, validation, loo and oracle. Validation, as influence, takes the validation
+            examples at their word, which may itself be wrong.
         memory: bytes to compute with.
         missing: gets, for each that cannot be had, why.
     """
     missing = {} if missing is None else missing
     orders = {}
     if "loss" in names:
-        orders["loss"] = np.argsort(-_final_losses(Replay(run)), kind="stable")
+        theta = parameters_at(run, run.n_steps)
+        replay = Replay(run)
+        orders["loss"] = _highest_first(losses_at(replay.objective, theta.to(replay.dtype), own_samples(run)))
+    if "self-influence" in names:
+        try:
+            orders["self-influence"] = _highest_first(self_influence(run, memory))
+        except NoLearningRate:
+            missing["self-influence"] = "its optimizer has no learning rate"
+    if "validation" in names:
+        try:
+            orders["validation"] = _highest_first(validation_losses(run, memory))
+        except Untrainable as why:
+            missing["validation"] = str(why)
     if "cleanlab" in names:
         try:
             orders["cleanlab"] = np.argsort(_label_quality(run, memory), kind="stable")
@@ -54,6 +69,11 @@ def rankings(run: Record, names: list[str], memory: int, missing: dict[str, str]
         else:
             missing["oracle"] = "it is not known which samples are corrupted (describe_samples has no column 'corrupted')"
     return orders
+
+
+def _highest_first(values: np.ndarray) -> np.ndarray:
+    """The samples in the order of falling ``values`` (n,)."""
+    return np.argsort(-values, kind="stable")
 
 
 def stored_values(run: Record, method: str) -> np.ndarray | None:
@@ -102,21 +122,10 @@ def correct(module: torch.nn.Module, batch: Any) -> Tensor:
     return (logits.argmax(-1) == labels).to(logits.dtype)
 
 
-def _final_losses(replay: Replay) -> np.ndarray:
-    """Losses (n_samples,) of the training samples at the end of the run, in evaluation mode."""
-    leaves = batches.cast(contents(replay.run), replay.dtype)
-    theta = parameters_at(replay.run, len(replay)).to(replay.dtype)
-    with torch.no_grad(), replay.objective.evaluating():
-        losses = [
-            replay.objective.losses(theta, batches.rows(leaves, rows))
-            for rows in torch.arange(replay.run.n_samples).split(1000)
-        ]
-    found: np.ndarray = torch.cat(losses).double().numpy()
-    return found
-
-
 def _label_quality(run: Record, memory: int) -> np.ndarray:
     """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; 1 for samples never trained on.
+
+    Of cleanlab's rankings it is the normalized margin, of probabilities adjusted by each class's average confidence.
 
     Raises:
         ModuleNotFoundError: cleanlab is not installed.
@@ -143,5 +152,10 @@ def _label_quality(run: Record, memory: int) -> np.ndarray:
         labels[rows] = batch[1].numpy()
     assert probabilities is not None
     quality = np.ones(run.n_samples)
-    quality[visited] = get_label_quality_scores(labels[visited], probabilities[visited])
+    # MNIST, n = 1000, MLP, 20 % wrong labels, 3 seeds: precision at 20 % for uniform / class-dependent noise .78 / .54; plain
+    # self-confidence .80 / .39, adjusted .75 / .53, find_label_issues by prune_by_noise_rate .79 / .45, by both .79 / .46,
+    # by confident_learning .74 / .50.
+    quality[visited] = get_label_quality_scores(
+        labels[visited], probabilities[visited], method="normalized_margin", adjust_pred_probs=True
+    )
     return quality

@@ -1,13 +1,14 @@
 """Training anew, without some samples: new initial parameters and a new order, otherwise the recorded recipe.
 
 Unlike ``loo`` this is not the recorded run without the samples, but what training would be like after they are deleted:
-as many steps, with the recorded batch sizes, learning rates and other hyper-parameters, over the samples that are kept.
+as many steps, with the recorded batch sizes, learning rates and other hyper-parameters, over the samples that are kept: or
+over other samples of the same kind (``Pool``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,39 +24,66 @@ from lightning_acc.record.record import Record
 
 
 @dataclass(frozen=True)
+class Pool:
+    """What there is to train on.
+
+    Attributes:
+        leaves: of all samples, (n, ...); a sample's row is its id.
+        usable: ids of those that may be trained on, (m,).
+    """
+
+    leaves: Leaves
+    usable: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many rows there are, n."""
+        return batches.batch_size(self.leaves)
+
+
+@dataclass(frozen=True)
 class Retraining:
     """Trainings from one seed: the same initial parameters and the same shuffling for all of them.
 
     Attributes:
         seed: of the initial parameters and the order.
         dropped: for each training, the sample ids it goes without.
+        validation_added: whether the examples of the query ``val`` are trained on too.
     """
 
     seed: int
     dropped: list[frozenset[int]]
+    validation_added: bool = False
 
     def pieces(self, size: int) -> list[Retraining]:
         """The trainings in pieces of at most ``size``, as even as can be."""
         n, count = len(self.dropped), -(-len(self.dropped) // size)
-        return [Retraining(self.seed, self.dropped[n * i // count : n * (i + 1) // count]) for i in range(count)]
+        parts = [self.dropped[n * i // count : n * (i + 1) // count] for i in range(count)]
+        return [replace(self, dropped=part) for part in parts]
 
 
-def retrain(run: Record, job: Retraining, memory: int, progress: Callable[[float], None] = lambda _: None) -> Tensor:
+def retrain(
+    run: Record,
+    job: Retraining,
+    memory: int,
+    progress: Callable[[float], None] = lambda _: None,
+    pool: Pool | None = None,
+) -> Tensor:
     """Final parameters (m, p) of the m trainings of ``job``.
 
     Args:
-        run: the recorded run, whose recipe is followed. Of an augmented sample the first content is used.
+        run: the recorded run, whose recipe is followed.
         job: the seed and the samples to drop.
         memory: bytes to compute with; the trainings are batched as far as they fit.
         progress: told the fraction done.
+        pool: what to train on; None: the run's own samples.
 
     Raises:
         RunError: the module cannot be built anew.
     """
+    pool = own_samples(run) if pool is None else pool
     replay = Replay(run)
     start = fresh_parameters(run, replay, job.seed)
-    visited = visited_samples(run)
-    samples = contents(run)
     size = chunk_size(replay, "training anew", TRAINING, memory)
     finals = []
     for first in range(0, len(job.dropped), size):
@@ -64,22 +92,21 @@ def retrain(run: Record, job: Retraining, memory: int, progress: Callable[[float
         def report(done: float, first: int = first, n: int = len(part)) -> None:
             progress((first + done * n) / len(job.dropped))
 
-        finals.append(_train(replay, start, samples, visited, part, job.seed, report))
+        finals.append(_train(replay, start, pool, part, job.seed, report))
     return torch.cat(finals)
 
 
 def _train(
     replay: Replay,
     start: Tensor,
-    samples: Leaves,
-    visited: Tensor,
+    pool: Pool,
     dropped: list[frozenset[int]],
     seed: int,
     progress: Callable[[float], None],
 ) -> Tensor:
     run = replay.run
     sizes = [len(step.sample_ids) for step in run.steps]
-    orders = torch.stack([_order(run.n_samples, visited, without, sum(sizes), seed) for without in dropped])
+    orders = torch.stack([_order(pool, without, sum(sizes), seed) for without in dropped])
     state = replay.update.initial(start.expand(len(dropped), -1))
     position = 0
     with torch.random.fork_rng(devices=[]):
@@ -90,24 +117,22 @@ def _train(
             position += size
             # The batch's recorded weights sum to 1 for a mean, to its size for a sum: shared out evenly.
             weights = torch.full((len(dropped), size), float(record.weights.sum()) / size, dtype=replay.dtype)
-            leaves = batches.rows(samples, ids)
+            leaves = batches.rows(pool.leaves, ids)
             step = Step(replay.objective, replay.update, [Batch(leaves)], ids, weights, record.groups, own_rows=True)
             state = step.update(state, step.gradients(state[0], weights))
             progress((t + 1) / len(sizes))
     return state[0]
 
 
-def _order(n: int, visited: Tensor, dropped: frozenset[int], length: int, seed: int) -> Tensor:
-    """Sample ids in the order they are visited, (length,): shuffled anew every epoch, those dropped skipped.
-
-    Samples that the recorded training never saw (``drop_last``, ``limit_train_batches``, a sampler) have no part in it.
-    """
+def _order(pool: Pool, dropped: frozenset[int], length: int, seed: int) -> Tensor:
+    """Sample ids in the order they are visited, (length,): shuffled anew every epoch, those dropped skipped."""
     generator = torch.Generator().manual_seed(seed)
+    n = pool.size
     kept = torch.zeros(n, dtype=torch.bool)
-    kept[visited] = True
+    kept[pool.usable] = True
     kept[list(dropped)] = False
     if not kept.any():
-        raise RunError(f"Nothing is left to train on: all {len(visited)} samples the run was trained on are dropped.")
+        raise RunError(f"Nothing is left to train on: all {len(pool.usable)} samples the run was trained on are dropped.")
     epochs: list[Tensor] = []
     while sum(map(len, epochs)) < length:
         shuffled = torch.randperm(n, generator=generator)
@@ -125,6 +150,14 @@ def fresh_parameters(run: Record, replay: Replay, seed: int) -> Tensor:
         torch.manual_seed(seed)
         module = rebuild.build(run.manifest["module"], run.trust)
     return replay.layout.flat(dict(module.named_parameters())).to(replay.dtype)
+
+
+def own_samples(run: Record) -> Pool:
+    """What the run itself was trained on; of an augmented sample the first content.
+
+    Samples that the recorded training never saw (``drop_last``, ``limit_train_batches``, a sampler) have no part in it.
+    """
+    return Pool(contents(run), visited_samples(run))
 
 
 def visited_samples(run: Record) -> Tensor:

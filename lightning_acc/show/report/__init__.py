@@ -35,7 +35,7 @@ THUMBNAIL, THUMBNAIL_BYTES = 96, 2**17
 """Longest side of an embedded picture, in pixels, and its largest file: what is larger is made smaller."""
 TEXT = 400
 """Characters of a sample's text that are embedded."""
-CONTROLS = ("none", "random", "loss", "cleanlab", "oracle")
+CONTROLS = ("none", "random", "loss", "self-influence", "cleanlab", "validation", "validation added", "oracle")
 """Ways to choose what to remove that the removal curves of the estimates are held against."""
 
 
@@ -199,7 +199,8 @@ def _cleaning(run: Record) -> dict[str, Any] | None:
         for name, points in sorted(curves.items(), key=lambda curve: _curve_order(curve[0]))
     ]
     tested = sorted(set(table["test"].to_pylist())) if "test" in table.column_names else []
-    return {"methods": methods, "tested": ", ".join(map(str, tested)) or "test"}
+    notes = " ".join(f"{note}." for note in cleaning_table.notes(table))
+    return {"methods": methods, "tested": ", ".join(map(str, tested)) or "test", "notes": notes}
 
 
 def _curve_order(name: str) -> tuple[int, str]:

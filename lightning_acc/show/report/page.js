@@ -21,7 +21,7 @@ const labelOf = method => {
   const c = method.conditions, variant = method.name.includes(".") || c.readout === "linear";
   return c.method + (variant ? ` (${c.readout} readout)` : "") + (c.query === "val" ? "" : ` on ${c.query}`);
 };
-const colour = method => `var(--${method}, var(--other))`;
+const colour = method => `var(--${method.replaceAll(" ", "-")}, var(--other))`;
 const ticks = (low, high, wanted) => {
   if (!(high > low)) return [low];
   const raw = (high - low) / wanted, magnitude = 10 ** Math.floor(Math.log10(raw));
@@ -397,7 +397,8 @@ if (data.cleaning) {
     + ` on ${on} over ${seeds.length > 1 ? `${seeds[0]} to ${seeds.at(-1)}` : seeds[0]} seed${seeds.at(-1) === 1 ? "" : "s"}, with 95 % intervals.`
     + (all.some(curve => curve.control) ? " Dashed: the controls. Grey: nothing removed." : "")
     + removed.filter(curve => curve.points.some(p => p.n_removed < most(p.fraction))).map(curve =>
-      ` ${curve.name} has no more than ${count(Math.max(...curve.points.map(p => p.n_removed)))} samples to remove.`).join("");
+      ` ${curve.name} has no more than ${count(Math.max(...curve.points.map(p => p.n_removed)))} samples to remove.`).join("")
+    + ` ${data.cleaning.notes}`;
   const series = removed.map(curve => ({name: curve.name, colour: colour(curve.name), dash: curve.control ? "6 4" : ""}));
   const start = key => none && none.points[0][key];
   const widest = Math.max(...points.map(p => p.fraction)) || 1;
@@ -405,6 +406,8 @@ if (data.cleaning) {
     const key = choice.value, measure = measures[key], base = key === "gain" ? [0, null, null] : start(key);
     removed.forEach((curve, i) => {
       const values = curve.points.filter(p => known(p[key][0])).map(p => [p.fraction, ...p[key]]);
+      // What removes nothing is a level to hold the curves against.
+      if (values.length && !values.at(-1)[0]) values.push([widest, ...values.at(-1).slice(1)]);
       series[i].points = [...base && known(base[0]) && values.length && values[0][0] > 0 ? [[0, base[0], null, null]] : [], ...values];
     });
     const drawn = series.filter(s => s.points.length);

@@ -164,6 +164,11 @@ def cleaning(table: pa.Table) -> dict[str, Any]:
     methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "none"]
     # Every curve begins where nothing is removed.
     curves = {method: sorted(_of(rows, "none", method), key=lambda row: float(row["fraction"])) for method in methods}
+    widest = max((row["fraction"] for row in rows), default=0.0)
+    for method in methods:
+        own = _of(rows, method)
+        if not any(row["fraction"] for row in own):  # what removes nothing is a level to hold the curves against
+            curves[method] = [{**own[0], "fraction": fraction} for fraction in (0.0, widest)]
     for quantity in CLEANED:
         lines = {method: _curve(curve, quantity) for method, curve in curves.items()}
         lines = {method: line for method, line in lines.items() if line[0]}
@@ -185,7 +190,7 @@ def cleaning_summary(table: pa.Table) -> dict[str, float]:
     """The gains of a cleaning table and what they are made of, by ``cleaning/<method> <percent> %/<figure>``."""
     figures = {}
     for row in table.to_pylist():
-        label = "none" if row["method"] == "none" else f"{row['method']} {100 * row['fraction']:g} %"
+        label = f"{row['method']} {100 * row['fraction']:g} %" if row["fraction"] else row["method"]
         for name in ("accuracy", "loss", "gain", "gain_low", "gain_high"):
             if row[name] is not None:
                 figures[f"cleaning/{label}/{name}"] = row[name]

@@ -23,7 +23,8 @@ class AdultDataModule(StudyDataModule):
     Args:
         path: a name on the Hub or a local folder of its layout; None: ``scikit-learn/adult-census-income``, from
             $LIGHTNING_ACC_DATA where that is set.
-        n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed: see ``StudyDataModule``.
+        n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise: see
+            ``StudyDataModule``.
         noise_scale: standard deviation of the feature noise.
     """
 
@@ -39,8 +40,9 @@ class AdultDataModule(StudyDataModule):
         feature_noise: float = 0.0,
         noise_scale: float = 1.0,
         seed: int = 0,
+        val_label_noise: bool = False,
     ) -> None:
-        super().__init__(n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed)
+        super().__init__(n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise)
         self.class_names = ["<=50K", ">50K"]
         self.path, self.noise_scale = path, noise_scale
         self.save_hyperparameters()

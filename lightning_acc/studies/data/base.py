@@ -38,7 +38,8 @@ class StudyDataModule(pl.LightningDataModule):
     """Draws training, validation and test samples, and corrupts a share of the training samples, all from one seed.
 
     Training and validation samples come from the data set's own training split, test samples from its test split. Only
-    training samples are ever corrupted; which ones is told to the recorder, so that a ranking can be checked against it.
+    training samples are corrupted, and with ``val_label_noise`` validation labels; test samples never. Which training samples
+    are is told to the recorder, so that a ranking can be checked against it.
 
     Args:
         n_train: training samples; None takes all that validation leaves.
@@ -46,9 +47,12 @@ class StudyDataModule(pl.LightningDataModule):
         n_test: test samples; None takes all.
         batch_size: samples in a training batch.
         label_noise: share of the training labels that are made wrong, from 0 to 1.
-        class_dependent: flip labels of even classes only, c into c + 1, instead of uniformly into any other class.
+        class_dependent: flip labels of even classes only, c into c + 1, instead of uniformly into any other class. The share is
+            still one of all labels, so that of the even classes a larger one is flipped; no more than there are.
         feature_noise: share of the training samples whose features are made noisy, from 0 to 1.
         seed: of the draw and of the corruption.
+        val_label_noise: whether the validation labels are made wrong too, in the same way and by the same share. What is
+            drawn otherwise stays the same.
 
     Raises:
         RequestError: a number is out of range, or the data set cannot be loaded.
@@ -67,6 +71,7 @@ class StudyDataModule(pl.LightningDataModule):
         class_dependent: bool,
         feature_noise: float,
         seed: int,
+        val_label_noise: bool = False,
     ) -> None:
         super().__init__()
         for name, share in (("label_noise", label_noise), ("feature_noise", feature_noise)):
@@ -77,7 +82,7 @@ class StudyDataModule(pl.LightningDataModule):
                 raise RequestError(f"{name}={count} is too few: choose at least 1.")
         self.n_train, self.n_val, self.n_test, self.batch_size = n_train, n_val, n_test, batch_size
         self.label_noise, self.class_dependent, self.feature_noise = label_noise, class_dependent, feature_noise
-        self.seed = seed
+        self.seed, self.val_label_noise = seed, val_label_noise
 
     @abstractmethod
     def candidates(self, split: str) -> np.ndarray:
@@ -117,6 +122,9 @@ class StudyDataModule(pl.LightningDataModule):
         self.true_labels = train.labels.copy()
         self._flip(train.labels, random)
         self.corrupted = noisy | (train.labels != self.true_labels)
+        if self.val_label_noise:
+            # From random numbers of its own: the test samples' are the same with and without it.
+            self._flip(val.labels, np.random.default_rng([self.seed, 1]))
         self.splits = {"train": train, "val": val, "test": self.take("test", test, none[: len(test)], random)}
 
     @property

@@ -18,7 +18,7 @@ class DigitsDataModule(StudyDataModule):
     pixel, cut off at 0 and 1.
 
     Args:
-        n_train, n_val, batch_size, label_noise, class_dependent, feature_noise, seed: see ``StudyDataModule``.
+        n_train, n_val, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise: see ``StudyDataModule``.
     """
 
     def __init__(
@@ -30,8 +30,9 @@ class DigitsDataModule(StudyDataModule):
         class_dependent: bool = False,
         feature_noise: float = 0.0,
         seed: int = 0,
+        val_label_noise: bool = False,
     ) -> None:
-        super().__init__(n_train, n_val, None, batch_size, label_noise, class_dependent, feature_noise, seed)
+        super().__init__(n_train, n_val, None, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise)
         self.class_names = [str(digit) for digit in range(10)]
         self.save_hyperparameters()
 

@@ -21,7 +21,8 @@ class MNISTDataModule(StudyDataModule):
         path: a name on the Hub or a local folder of its layout; None: ``ylecun/mnist``, from $LIGHTNING_ACC_DATA where that
             is set.
         digits: the classes, such as ``[1, 7]``; None takes all ten.
-        n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed: see ``StudyDataModule``.
+        n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise: see
+            ``StudyDataModule``.
         noise_scale: standard deviation of the feature noise.
         val_from: where the validation images are taken from: ``train``, or ``test``, which leaves all 60 000 for training.
     """
@@ -40,8 +41,9 @@ class MNISTDataModule(StudyDataModule):
         noise_scale: float = 0.5,
         seed: int = 0,
         val_from: Literal["train", "test"] = "train",
+        val_label_noise: bool = False,
     ) -> None:
-        super().__init__(n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed)
+        super().__init__(n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise)
         self.path, self.noise_scale, self.val_from = path, noise_scale, val_from
         self.digits = list(range(10)) if digits is None else list(digits)
         if len(set(self.digits)) < 2 or not set(self.digits) <= set(range(10)):

@@ -26,7 +26,8 @@ class NewsgroupsDataModule(StudyDataModule):
             where that is set.
         groups: names of the groups to tell apart; by default the two on hardware.
         n_features: number of words.
-        n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed: see ``StudyDataModule``.
+        n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise: see
+            ``StudyDataModule``.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class NewsgroupsDataModule(StudyDataModule):
         class_dependent: bool = False,
         feature_noise: float = 0.0,
         seed: int = 0,
+        val_label_noise: bool = False,
     ) -> None:
-        super().__init__(n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed)
+        super().__init__(n_train, n_val, n_test, batch_size, label_noise, class_dependent, feature_noise, seed, val_label_noise)
         if len(set(groups)) < 2:
             raise RequestError(f"groups={list(groups)} leaves nothing to tell apart: name at least two newsgroups.")
         self.path, self.words = path, n_features
