@@ -178,12 +178,6 @@ class Record:
         return str(self.manifest["dtype"])
 
     @property
-    def checkpoints(self) -> dict[str, int]:
-        """The number of optimizer steps taken when each of the training's checkpoints was written, by path; of the one that
-        monitoring found ``best``, where there is one, and of the ``last``."""
-        return dict(self.manifest.get("checkpoints", {}))
-
-    @property
     def steps(self) -> Steps:
         """The steps, ``run.steps[t]``."""
         return Steps(self)

@@ -178,7 +178,5 @@ def _without_a_score(scores: Scores) -> list[str]:
     unbounded = [removal for removal, value in scores.by_removal().items() if not np.isfinite(value)]
     if not unbounded:
         return []
-    return [
-        f"{len(unbounded)} of {len(set(scores.removals))} removals have no finite score ({pieces.few(unbounded)}): without them "
-        "the run, or its estimate, diverges. The others are not affected."
-    ]
+    which = f"{len(unbounded)} of {len(set(scores.removals))} removals have no finite score ({pieces.few(unbounded)})"
+    return [f"{which}: without them the run, or its estimate, diverges. The others are not affected."]
