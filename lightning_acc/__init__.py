@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_acc.recorder import TrajectoryRecorder
     from lightning_acc.recorder.ending import repair
     from lightning_acc.run import Run
+    from lightning_acc.scoring.matrices import ScoreMatrix, score_matrix
     from lightning_acc.scoring.score import score
     from lightning_acc.scoring.scores import Scores
     from lightning_acc.show.report import write_report
@@ -50,6 +51,7 @@ __all__ = [
     "RequestError",
     "Run",
     "RunError",
+    "ScoreMatrix",
     "Scores",
     "TrajectoryRecorder",
     "clean",
@@ -58,6 +60,7 @@ __all__ = [
     "register_optimizer",
     "repair",
     "score",
+    "score_matrix",
     "write_report",
 ]
 
@@ -70,6 +73,7 @@ _HOMES = {
     "RequestError": "errors",
     "Run": "run",
     "RunError": "errors",
+    "ScoreMatrix": "scoring.matrices",
     "Scores": "scoring.scores",
     "TrajectoryRecorder": "recorder",
     "clean": "judge.cleaning",
@@ -79,6 +83,7 @@ _HOMES = {
     "repair": "recorder.ending",
     "write_report": "show.report",
     "score": "scoring.score",
+    "score_matrix": "scoring.matrices",
 }
 
 

@@ -35,7 +35,8 @@ from lightning_acc.record import batches
 from lightning_acc.record.record import Record, opened
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import cluster, shards
-from lightning_acc.scoring.score import DEFAULT_MEMORY_GB, score
+from lightning_acc.scoring.score import score
+from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 
 TRAININGS_AT_ONCE = 8
 """Batched together: enough to be fast, few enough that the workers end together."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lightning_acc.core import replay as replays
 from lightning_acc.core.queries import Query
@@ -15,6 +16,8 @@ from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay, saved_bytes
 from lightning_acc.errors import RequestError
 from lightning_acc.record import batches
+
+T = TypeVar("T")
 
 LARGEST_CHUNK = 512
 """More removals at a time gain no speed; smaller chunks stay in the processor's caches."""
@@ -44,13 +47,14 @@ TRAINING = Copies(7, 3, beside=1)
 """A training in a batch of trainings, beside which the undisturbed one goes along."""
 
 
-def chunk_size(replay: Replay, name: str, copies: Copies, memory: int) -> int:
-    """The number of removals for the method ``name`` to sweep at once within ``memory`` bytes.
+def chunk_size(replay: Replay, name: str, copies: Copies, memory: int, kept: int = 0) -> int:
+    """The number of removals for the method ``name`` to sweep at once within ``memory`` bytes, ``kept`` shifts of each being
+    kept.
 
     Raises:
         RequestError: not even one fits.
     """
-    each = copies.each(replay)
+    each = copies.each(replay) + kept * replay.initial[0].nbytes
     fit = memory // each - copies.beside
     if fit < 1:
         raise RequestError(
@@ -68,14 +72,32 @@ def chunks(removals: Sequence[Removal], size: int) -> list[list[Removal]]:
     return even_pieces(removals, size, for_two=len(removals) >= 64)
 
 
-def even_pieces(removals: Sequence[Removal], size: int, for_two: bool = False) -> list[list[Removal]]:
-    """Removals in pieces of at most ``size``, as even as can be; with ``for_two`` an even number of them."""
+def even_pieces(removals: Sequence[T], size: int, for_two: bool = False) -> list[list[T]]:
+    """Removals, or what else, in pieces of at most ``size``, as even as can be; with ``for_two`` an even number of them."""
     n = len(removals)
     count = -(-n // size)
     if for_two:
         count += count % 2
     edges = [n * i // count for i in range(count + 1)] if count else []
     return [list(removals[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def adjoints_at_once(replay: Replay, name: str, memory: int) -> int:
+    """The number of examples whose adjoints the method ``name`` takes back together, half of ``memory`` being the tape's.
+
+    Raises:
+        RequestError: not even one fits.
+    """
+    vector, parts = replay.initial[0].nbytes, len(replay.initial)
+    # Adjoint and scores of each; a step holds the new adjoint, gamma and what autograd makes on the way.
+    each = (4 * parts + 3) * vector + 2 * replay.run.n_samples * replay.initial[0].element_size()
+    fit = memory // 2 // each
+    if fit < 1:
+        raise RequestError(
+            f"One example of {name} needs about {2 * each / 2**30:.2f} GB on this run, more than the budget of "
+            f"{memory / 2**30:.2f} GB: give memory_gb={2.2 * each / 2**30:.1f} or more."
+        )
+    return int(min(fit, LARGEST_CHUNK // 2))
 
 
 def query_rows(replay: Replay, query: Query, memory: int) -> int:

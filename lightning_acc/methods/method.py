@@ -117,6 +117,15 @@ class Method(ABC):
             RequestError: it cannot answer this question on this run.
         """
 
+    def blocks(
+        self, replay: Replay, removals: Sequence[Removal], examples: Sequence[int], question: Question
+    ) -> list[tuple[list[Removal], list[int]]]:
+        """A question about each of ``examples`` in blocks of removals and examples that are worked on at once.
+
+        Unless a method has a better way, the pieces of removals, with all examples.
+        """
+        return [(piece, list(examples)) for piece in self.pieces(replay, removals, question)]
+
     @abstractmethod
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]

@@ -48,8 +48,18 @@ class Swept(Method):
         """All at once where one sweep back answers for them, else chunks that fit into memory."""
         if self._back(question) is not None:
             return [list(removals)]
-        size = memory.chunk_size(replay, self.name, self.copies, question.memory) if removals else 1
+        kept = len(question.moments.steps) if question.keep_shifts else 0
+        size = memory.chunk_size(replay, self.name, self.copies, question.memory, kept) if removals else 1
         return memory.chunks(removals, size)
+
+    def blocks(
+        self, replay: Replay, removals: Sequence[Removal], examples: Sequence[int], question: Question
+    ) -> list[tuple[list[Removal], list[int]]]:
+        """All removals at once, with as many examples as go back together within memory; else the pieces of removals."""
+        if self._back(question) is None:
+            return super().blocks(replay, removals, examples, question)
+        size = memory.adjoints_at_once(replay, self.name, question.memory)
+        return [(list(removals), part) for part in memory.even_pieces(examples, size)]
 
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]

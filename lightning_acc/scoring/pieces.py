@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -24,24 +24,22 @@ def compute_all(
     ray_address: str | None,
     progress: bool | None,
     amount: int,
-    keep: Callable[[Piece, Result], None],
+    failed: list[tuple[Piece, str]],
     unit: str = "removals",
-) -> tuple[list[tuple[Piece, Result]], list[tuple[Piece, str]]]:
-    """Every piece with its result, and those that failed for good with the reason, after all others are done.
+) -> Iterator[tuple[Piece, Result]]:
+    """Every piece with its result, as they are done.
 
     Args:
         replay: of the run, in this process.
         job: what all pieces share.
         work: ``work(job, piece, progress, replay=None)``, a function that can be imported.
-        pieces: what it is asked; they must be of the kind that ``work.smaller`` takes.
+        pieces: what it is asked: removals, or what knows how to make itself ``smaller``.
         ray_address: as for ``score``.
         progress: as for ``score``.
         amount: of what the pieces hold together.
-        keep: told of every piece as it is done.
+        failed: gets the pieces that failed for good, with the reason; the others are done all the same.
         unit: what is counted.
     """
-    finished: list[tuple[Piece, Result]] = []
-    failed: list[tuple[Piece, str]] = []
     with Progress(f"{job.method.name} · {amount} {unit}", len(pieces), progress, amount, unit) as bar:
         # A single piece gains nothing from workers that would have to be started first.
         alone = ray_address is None or (ray_address == "local" and len(pieces) < 2)
@@ -49,10 +47,8 @@ def compute_all(
         for piece, result in cluster.each(here, job, pieces, None if alone else ray_address, bar, partial(_smaller, job)):
             if isinstance(result, cluster.Failure):
                 failed.append((piece, result.reason))
-                continue
-            finished.append((piece, result))
-            keep(piece, result)
-    return finished, failed
+            else:
+                yield piece, result
 
 
 def _here(work: Callable[..., Result], replay: Replay, job: Job, piece: Any, progress: Callable[[float], None]) -> Result:

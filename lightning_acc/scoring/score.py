@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -21,14 +22,12 @@ from lightning_acc.core.replay import Replay, explained
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
 from lightning_acc.record.record import Record, opened
-from lightning_acc.scoring import pieces, shards
+from lightning_acc.scoring import bank, pieces, shards
+from lightning_acc.scoring.bank import Bank
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust import check as checks
 from lightning_acc.scoring.trust.check import Check
-from lightning_acc.scoring.work import Job, Result, compute, table_name
-
-READOUTS = ("exact", "linear")
-DEFAULT_MEMORY_GB = 2.0
+from lightning_acc.scoring.work import DEFAULT_MEMORY_GB, READOUTS, Job, Result, compute, table_name
 
 
 @explained
@@ -48,6 +47,7 @@ def score(
     confirm: int = 0,
     keep_shifts: bool = False,
     memory_gb: float = DEFAULT_MEMORY_GB,
+    bank_gb: float = bank.DEFAULT_GB,
     save: bool = True,
     progress: bool | None = None,
 ) -> Scores:
@@ -83,6 +83,8 @@ def score(
         confirm: so many of the most harmful removals are also retrained without. Estimates screen, the truth confirms.
         keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``.
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
+        bank_gb: how much the run directory may hold of what retraining ended with (``bank/``): from this, removals that were
+            retrained without answer another query at no training, of ``score`` or of ``score_matrix``.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
             are done; removals scored before under the same conditions are taken from there.
         progress: show a progress bar; None shows one in a terminal, and elsewhere a line now and then.
@@ -98,7 +100,7 @@ def score(
     run = opened(run)
     confirm = arguments.whole("confirm", confirm, "is no number of removals to retrain without")
     ray_address = arguments.ray_address(ray_address)
-    memory = arguments.memory_bytes(memory_gb)
+    memory, bank_bytes = arguments.memory_bytes(memory_gb), bank.budget(bank_gb)
     chosen = registry.find(method).configured(directions=directions, followed=followed).settled(run, keep_shifts)
     readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
@@ -107,25 +109,37 @@ def score(
     job = Job(rebuild.portable(run), chosen, question, dtype)
     replay = Replay(run, dtype, question.moments.last)  # refuses what cannot be replayed before any worker starts
     distinct = list(dict.fromkeys(wanted))
-    parts_of_work = chosen.pieces(replay, distinct, question)
-    if check and not chosen.is_truth:
-        checks.refuse_too_dear(replay, question.memory, distinct)
-
     started = time.perf_counter()
     conditions = job.conditions(distinct)
     name = table_name(conditions, run.dtype)
+    # What was retrained is kept, for questions that are still to come.
+    kept = Bank(run, conditions, bank_bytes) if chosen.is_truth and save and not keep_shifts else None
+    if kept is not None and kept.fits(len(question.moments.steps), replay):
+        job = replace(job, question=replace(question, keep_shifts=True))
+    parts_of_work = chosen.pieces(replay, distinct, job.question)
+    if check and not chosen.is_truth:
+        checks.refuse_too_dear(replay, question.memory, distinct)
+
     # What a function computes may depend on more than its code and data.
     reusable = save and not keep_shifts and question.query.function is None
     stored = shards.stored(run, conditions, name) if reusable else None
     left = shards.missing(parts_of_work, stored)
+    if kept is not None and left:
+        open_ones = [removal for piece in left for removal in piece]
+        banked = Scores.build(*kept.answer(replay, question, open_ones), {**conditions, **shards.FREE})
+        left = shards.missing(left, banked)
+        stored = banked if stored is None else stored.merged(banked)
     amount = sum(map(len, left))
-
-    def keep(piece: list[Removal], result: Result) -> None:
+    failed: list[tuple[list[Removal], str]] = []
+    finished: list[tuple[list[Removal], Result]] = []
+    for piece, result in pieces.compute_all(replay, job, compute, left, ray_address, progress, amount, failed):
         if save:
             cost = {"n": len(piece), "wall_seconds": result.seconds, **result.cost}
             shards.write(run, Scores.build(piece, result.scores, {**conditions, **cost}, more=result.more))
-
-    finished, failed = pieces.compute_all(replay, job, compute, left, ray_address, progress, amount, keep)
+        if kept is not None:
+            kept.keep(question.moments.steps, piece, result)
+            result = replace(result, shifts=None)
+        finished.append((piece, result))
     if failed:
         if save:
             shards.gather(run, conditions, name, None)
@@ -149,8 +163,8 @@ def score(
 
         def retrain(some: list[Removal]) -> Scores:
             return score(
-                run, registry.TRUTH, some, query, at=at, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb, save=save,
-                progress=progress,
+                run, registry.TRUTH, some, query, at=at, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb,
+                bank_gb=bank_gb, save=save, progress=progress,
             )  # fmt: skip
 
         seconds = scores.conditions["wall_seconds"]

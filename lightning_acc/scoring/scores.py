@@ -156,6 +156,11 @@ class Scores:
         removals, values = self.removals, self.values
         return [removals[i] for i in np.argsort(values, kind="stable")[:count] if np.isfinite(values[i])]
 
+    def most_helpful(self, count: int) -> list[Removal]:
+        """The removals with the highest scores, the most helpful first."""
+        removals, values = self.removals, self.values
+        return [removals[i] for i in np.argsort(-values, kind="stable")[:count] if np.isfinite(values[i])]
+
     def checked(self, truths: Mapping[Removal, float], verdict: Verdict) -> Scores:
         """These scores with true ones in the places of some, and with a verdict."""
         conditions = {**self.conditions, "verdict": verdict.to_json()}

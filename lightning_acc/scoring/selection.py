@@ -15,10 +15,14 @@ from lightning_acc.scoring import scores
 def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None:
     """The removals ``words`` names.
 
-    ``all``: every sample by itself. ``random:64``: 64 samples drawn at random, the same ones every time. ``top:50@sgd-ie``:
-    the 50 most harmful by the stored scores of a method. ``group:label``: one removal for each value of a column that the
-    data module tells of its samples (``describe_samples``), such as a label or a source. Anything else is a file with one
-    removal on each line, its sample ids separated by blanks or commas; empty lines and what follows a ``#`` are passed over.
+    * ``all``: every sample by itself; ``random:64``: 64 samples drawn at random, the same ones every time;
+    * ``top:50@sgd-ie``: the 50 most harmful by the stored scores of a method; ``top-group:1%@sgd-ie``: one group, the 1 % of
+      the samples that help most by them;
+    * ``group:label``: one removal for each value of a column that the data module tells of its samples
+      (``describe_samples``), such as a label or a source;
+    * ``random-groups:100x5%``: 100 groups of 5 % of the samples each, drawn at random, the same ones every time;
+    * anything else is a file with one removal on each line, its sample ids separated by blanks or commas; empty lines and what
+      follows a ``#`` are passed over.
 
     Raises:
         RequestError: the words mean nothing, or there is no such file, method or sample.
@@ -31,22 +35,18 @@ def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None
             raise RequestError(f"{words} asks for {count} samples, but this run has {run.n_samples}.")
         return [(i,) for i in sorted(random.Random(0).sample(range(run.n_samples), count))]
     if match := re.fullmatch(r"top:(\d+)@(.+)", words):
-        known = scores.names(run.store)
-        if match[2] not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none yet"
-            raise RequestError(
-                f"{words} needs the scores of {match[2]}, but this run has none of them: {has}. Score them first."
-            )
-        table = scores.read(run.store, match[2], n_samples=run.n_samples)
-        if table.conditions["manifest_hash"] != run.hash:
-            raise RequestError(f"The scores of {match[2]} belong to a run that was here before: score this one first.")
-        return table.most_harmful(int(match[1]))
+        return _stored(run, words, match[2]).most_harmful(int(match[1]))
+    if match := re.fullmatch(r"random-groups:(\d+)x(\d+(?:\.\d+)?)%", words):
+        return random_groups(run, int(match[1]), _share(run, words, match[2]))
+    if match := re.fullmatch(r"top-group:(\d+(?:\.\d+)?)%@(.+)", words):
+        helpful = _stored(run, words, match[2]).most_helpful(_share(run, words, match[1]))
+        return {f"the {match[1]} % that help most by {match[2]}": tuple(sorted(i for removal in helpful for i in removal))}
     if match := re.fullmatch(r"group:(.+)", words):
         return {f"{match[1]} {value}": samples for value, samples in groups(run, match[1]).items()}
     if not os.path.isfile(words):
         raise RequestError(
-            f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, group:COLUMN, or a file with a removal "
-            "on each line."
+            f"{words!r} names no removals and no file: use all, random:N, top:N@METHOD, group:COLUMN, random-groups:NxSHARE%, "
+            "top-group:SHARE%@METHOD, or a file with a removal on each line."
         )
     try:
         with open(words, encoding="utf-8") as file:
@@ -54,6 +54,39 @@ def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None
         return parse([[int(word) for word in line] for line in lines if line], run.n_samples)
     except ValueError as error:
         raise RequestError(f"The file {words} names no removals, lines of sample ids: {str(error).rstrip('.')}.") from error
+
+
+RANDOM_GROUP = "random group"
+"""What names of groups begin with that were drawn at random."""
+
+
+def random_groups(run: Record, count: int, size: int, seed: int = 0) -> dict[str, Removal]:
+    """``count`` groups of ``size`` samples each, drawn at random, by name."""
+    draw = random.Random(seed)
+    return {f"{RANDOM_GROUP} {k}": tuple(sorted(draw.sample(range(run.n_samples), size))) for k in range(count)}
+
+
+def _share(run: Record, words: str, percent: str) -> int:
+    """So many percent of the samples.
+
+    Raises:
+        RequestError: that is none of them, or all.
+    """
+    size = round(float(percent) / 100 * run.n_samples)
+    if not 0 < size < run.n_samples:
+        raise RequestError(f"{words} asks for {size} of the {run.n_samples} samples of this run: give another share.")
+    return size
+
+
+def _stored(run: Record, words: str, name: str) -> scores.Scores:
+    known = scores.names(run.store)
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none yet"
+        raise RequestError(f"{words} needs the scores of {name}, but this run has none of them: {has}. Score them first.")
+    table = scores.read(run.store, name, n_samples=run.n_samples)
+    if table.conditions["manifest_hash"] != run.hash:
+        raise RequestError(f"The scores of {name} belong to a run that was here before: score this one first.")
+    return table
 
 
 def groups(run: Record, column: str) -> dict[str, Removal]:

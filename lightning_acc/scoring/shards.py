@@ -45,6 +45,8 @@ SAME = (
 """Conditions under which two scores of one removal are the same number."""
 
 COST = ("seconds", "wall_seconds", "peak_memory_gb")
+FREE = {"n": 0, **dict.fromkeys(COST, 0.0)}
+"""Of what was there already."""
 
 
 def key(conditions: dict[str, Any]) -> str:
@@ -60,9 +62,7 @@ def write(run: Record, shard: Scores) -> None:
 
 def stored(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
     """Everything there is under these conditions: the table ``name`` where it is of the same kind, and the shards."""
-    parts = [
-        _intact(run, f"{FOLDER}/{part}.parquet", partial(_part, run, conditions, part)) for part in _parts(run, conditions)
-    ]
+    parts = [intact(run, f"{FOLDER}/{part}.parquet", partial(_part, run, conditions, part)) for part in _parts(run, conditions)]
     tables = [table for table in (_table(run, conditions, name), *parts) if table is not None]
     return reduce(Scores.merged, tables) if tables else None
 
@@ -102,7 +102,7 @@ def _table(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
     """The table ``name``, where it holds scores under these conditions."""
     if name not in scores.names(run.store):
         return None
-    table = _intact(run, f"scores/{name}.parquet", partial(scores.read, run.store, name, n_samples=run.n_samples))
+    table = intact(run, f"scores/{name}.parquet", partial(scores.read, run.store, name, n_samples=run.n_samples))
     return table if table is not None and _same(table, conditions) else None
 
 
@@ -122,7 +122,7 @@ def _same(table: Scores, conditions: dict[str, Any]) -> bool:
     return all(str(table.conditions.get(one)) == str(conditions.get(one)) for one in SAME)
 
 
-def _intact(run: Record, file: str, read: Callable[[], T]) -> T | None:
+def intact(run: Record, file: str, read: Callable[[], T]) -> T | None:
     """What ``read`` reads from a file; None, with a warning, where that is damaged. It goes, so that all can be as new."""
     try:
         return read()
@@ -145,7 +145,7 @@ def stored_figures(run: Record, kind: str, count: int) -> dict[str, list[float]]
     files = [file for file in run.store.names(FOLDER) if file.startswith(f"{FOLDER}/{kind}-") and file.endswith(".json")]
     figures: dict[str, list[float]] = {}
     for file in files:
-        figures.update(_intact(run, file, partial(_figures, run, file, count)) or {})
+        figures.update(intact(run, file, partial(_figures, run, file, count)) or {})
     return figures
 
 

@@ -25,6 +25,9 @@ from lightning_acc.record.manifest import CONVENTION
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 
+READOUTS = ("exact", "linear")
+DEFAULT_MEMORY_GB = 2.0
+
 
 @dataclass(frozen=True)
 class Job:

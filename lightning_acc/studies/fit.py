@@ -24,8 +24,9 @@ from lightning_acc.record.store import Store
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.run import Run
 from lightning_acc.scoring import cluster
-from lightning_acc.scoring.score import DEFAULT_MEMORY_GB, score
+from lightning_acc.scoring.score import score
 from lightning_acc.scoring.selection import select
+from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 from lightning_acc.show import tracking
 from lightning_acc.show.report import write_report
 

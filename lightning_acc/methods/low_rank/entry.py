@@ -115,6 +115,12 @@ class LowRank(Method):
             return even_pieces(removals, max(1, len(removals)))
         return even_pieces(removals, removals_at_once(replay, question.memory))
 
+    def blocks(
+        self, replay: Replay, removals: Sequence[Removal], examples: Sequence[int], question: Question
+    ) -> list[tuple[list[Removal], list[int]]]:
+        """Example by example: each needs a pass of its own."""
+        return [(piece, [example]) for example in examples for piece in self.pieces(replay, removals, question)]
+
     def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
         """Screened removals are screened together."""
         return [piece] if self.form == SCREENED else super().smaller(piece, question)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_acc.record import seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
 from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, whole
+from lightning_acc.record.store import Store
 
 Shape = tuple[str, ...]
 STEPS: dict[str, tuple[torch.dtype, Shape]] = {
@@ -48,6 +50,26 @@ def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"it holds no tensors ({' '.join(str(error).split())[:100]})") from error
     header = seal.parsed(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, {key: seal.parsed(value) for key, value in header.get("__metadata__", {}).items()}
+
+
+def sealed_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], name: str) -> bytes:
+    """Tensors and JSON beside them, as a result that is stored, sealed, under ``name``."""
+    words = {key: json.dumps(value) for key, value in {**metadata, seal.KEY: seal.BLANK}.items()}
+    return seal.sealed(safetensors.torch.save(dict(tensors), words), name)
+
+
+def opened_tensors(store: Store, name: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``sealed_tensors`` packed.
+
+    Raises:
+        DamagedResult: the file holds something else; ends with ``remedy``.
+    """
+    data = seal.opened(store.read(name), store, name, remedy)
+    try:
+        tensors, metadata = unpacked(data)
+    except ValueError as error:
+        raise seal.damaged(store, name, remedy) from error
+    return tensors, {key: value for key, value in metadata.items() if key != seal.KEY}
 
 
 def fault_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], manifest: Manifest) -> str | None:

@@ -23,7 +23,7 @@ from lightning_acc.methods.registry import TRUTH
 from lightning_acc.methods.rules import LeaveOneOut
 from lightning_acc.planning.plan import duration
 from lightning_acc.scoring.scores import Scores
-from lightning_acc.scoring.trust.verdict import FAITHFUL, FEWEST, Verdict, judge, unchecked
+from lightning_acc.scoring.trust.verdict import FAITHFUL, FEWEST, Verdict, judge, judge_each, unchecked
 
 Check = str | int
 """``"auto"``, or how many removals to retrain without."""
@@ -79,7 +79,7 @@ def price(replay: Replay, memory: int, n: int) -> Price:
     """The price of n retrainings in this process, from the largest step and one in the middle, timed once each."""
     size = max(1, min(n, sum(SIZES[0]), chunk_size(replay, TRUTH, TRAINING, memory)))
     total, rule, chunk = len(replay), LeaveOneOut(), Removals([(i % replay.run.n_samples,) for i in range(size)])
-    sizes = [len(step.sample_ids) for step in replay.run.steps]
+    sizes = [len(step.sample_ids) for step in replay.records]
     with as_scored():
         carry = rule.init(replay.initial, chunk)
         steps = [replay.step(t) for t in {int(np.argmax(sizes)), total // 2}]
@@ -185,6 +185,46 @@ def check_scores(
     if verdict.spearman is not None and verdict.word != FAITHFUL:
         verdict = verdict.because(_what_would_help(replay, n, cost))
     return scores.checked(truths, verdict)
+
+
+def check_matrix(
+    removals: Sequence[Removal],
+    values: np.ndarray,
+    replay: Replay,
+    memory: int,
+    check: Check,
+    seconds: float,
+    retrain: Callable[[list[Removal]], np.ndarray],
+) -> Verdict:
+    """The verdict on estimates (n, examples), after retraining without some of the removals.
+
+    Args:
+        removals: n distinct ones.
+        values: what was estimated.
+        replay: of the run.
+        memory: bytes to compute with.
+        check: as for ``score``; all removals that are checked are drawn at random.
+        seconds: that the scoring took.
+        retrain: gives the true scores (m, examples) of m removals.
+    """
+    n = len(removals)
+    if check == 0 or not n:
+        return unchecked("nothing was retrained without, as check=0" if n else "there are no removals")
+    try:
+        cost = price(replay, memory, n)
+        count = check if isinstance(check, int) else sum(_affordable(check, n, cost, max(LEAST_SECONDS, seconds))[:1])
+        if min(n, count) < FEWEST:
+            least = SIZES[-1][0]
+            few = f"{n} removals are too few for a verdict"
+            if n >= FEWEST:
+                time = duration(cost.seconds(least))
+                few = f"to retrain without {least} takes about {time}, longer than the scoring; ask for it with check={least}"
+            return unchecked(few)
+        rows = sorted(np.random.default_rng(0).permutation(n)[:count].tolist())
+        truths = retrain([removals[i] for i in rows])
+    except InfluenceError as error:  # what was scored is not lost to a check that cannot be
+        return unchecked(f"retraining without some failed ({_first(error)})")
+    return judge_each(values[rows], truths, [removals[i] for i in rows])
 
 
 def _affordable(check: Check, n: int, cost: Price, budget: float) -> tuple[int, int]:

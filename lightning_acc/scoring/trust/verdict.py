@@ -27,6 +27,8 @@ FEWEST = 12
 SHARE_OF_RANDOM = 0.9
 """A checked extreme is confirmed where its truth lies beyond this share of the random ones, on the side that was said."""
 DRAWS, LEVEL = 2000, 0.95
+FEW_DRAWS, FEW_EXAMPLES = 400, 200
+"""Of the bootstrap of a matrix, whose correlations are means over examples."""
 _FIGURES = ("spearman", "spearman_low", "spearman_high", "kendall", "rmse_sd")
 """All are there, or none."""
 
@@ -169,6 +171,47 @@ def judge(
         random=list(random),
         extremes=list(extremes),
     )
+
+
+def judge_each(estimates: np.ndarray, truths: np.ndarray, random: Sequence[Removal], seed: int = 0) -> Verdict:
+    """The verdict on estimates for many examples: the mean over these of the rank correlations over ``random`` removals.
+
+    Args:
+        estimates: (m, examples).
+        truths: (m, examples).
+        random: the m removals.
+        seed: of the bootstrap, which draws the removals anew for all examples together.
+    """
+    finite = np.isfinite(estimates).all(1) & np.isfinite(truths).all(1)
+    diverged = int((~finite).sum())
+    estimates, truths = (values[finite].T.astype(np.float64) for values in (estimates, truths))
+    spread = (np.ptp(truths, axis=1) > 0) & (np.ptp(estimates, axis=1) > 0) if finite.sum() >= FEWEST else np.zeros(0, bool)
+    if not spread.any():
+        few = f"{int(finite.sum())} random removals with finite scores, of which none move an example, are too few"
+        return replace(unchecked(f"{few}: {FEWEST} are needed"), n_diverged=diverged)
+    estimates, truths = estimates[spread], truths[spread]
+    rho, low, high = interval_each(estimates, truths, seed)
+    word = FAITHFUL if low >= SURE and diverged <= 0.05 * len(random) else ROUGH
+    if high < DOUBTFUL or rho < BAD:
+        word = UNRELIABLE
+    taus = [kendall(a, b) for a, b in zip(estimates[:FEW_EXAMPLES], truths[:FEW_EXAMPLES], strict=True)]
+    error = float(np.mean(np.sqrt(((estimates - truths) ** 2).mean(1)) / truths.std(1)))
+    n = truths.shape[1]
+    return Verdict(word, n, rho, low, high, float(np.mean(taus)), error, None, 0, diverged, random=list(random))
+
+
+def interval_each(estimates: np.ndarray, truths: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """The mean over examples of Spearman's correlation over m removals, (examples, m) each, and its 95 % interval.
+
+    By a bootstrap that draws the removals anew for all examples together; of many examples a part is taken for it.
+    """
+    rho = float(_correlations(estimates, truths).mean())
+    draw, n = np.random.default_rng(seed), truths.shape[1]
+    some = draw.permutation(len(truths))[:FEW_EXAMPLES]
+    drawn = [draw.integers(0, n, n) for _ in range(FEW_DRAWS)]
+    means = [_correlations(estimates[some][:, rows], truths[some][:, rows]).mean() for rows in drawn]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    return rho, min(low, rho), max(high, rho)
 
 
 def interval(estimate: np.ndarray, truth: np.ndarray, seed: int = 0) -> tuple[float, float]:
