@@ -1,8 +1,8 @@
 """LDS: do the scores of samples, added up, tell what removing random groups of them does? (arXiv 2303.14186, definition 2.3)
 
 Spearman's rank correlation over the groups between the sum of the members' scores and the truth, with a bootstrap interval.
-The truth is the recorded run without the group, so that no noise of other seeds is in it. And QLD: what removing the samples that
-a ranking calls most helpful really does, beside what random groups of that size do.
+The truth is the recorded run without the group, so that no noise of other seeds is in it. And QLD: what removing the samples
+that a ranking calls most helpful really does, beside what random groups of that size do.
 """
 
 from __future__ import annotations
