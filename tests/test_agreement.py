@@ -12,7 +12,7 @@ from scipy import stats
 import lightning_acc as la
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import detection_precision
-from lightning_acc.scoring import figures as agreement
+from lightning_acc.scoring.trust import figures as agreement
 
 
 @pytest.mark.parametrize("seed", range(5))
