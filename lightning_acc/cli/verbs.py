@@ -60,6 +60,7 @@ def plan(
     ray_address: str | None = "local",
     workers: int | None = None,
     memory_gb: float = 2.0,
+    at: str = "end",
 ) -> None:
     """What each method would cost on this run, from a few of its steps, and which one to use.
 
@@ -71,13 +72,15 @@ def plan(
         ray_address: where it would be computed: local, auto, ray://host:port, or null for this process.
         workers: how many workers there are; by default as many as this machine has cores.
         memory_gb: budget of each process.
+        at: when the query is read, as for score.
     """
     from lightning_acc.planning.plan import plan as forecast
     from lightning_acc.run import Run
-    from lightning_acc.scoring.selection import select
+    from lightning_acc.scoring.selection import moment, select
 
     opened = Run(run)
-    print(forecast(opened, select(opened, removals), query, dtype, ray_address, workers=workers, memory_gb=memory_gb))
+    wanted = select(opened, removals)
+    print(forecast(opened, wanted, query, dtype, ray_address, at=moment(at), workers=workers, memory_gb=memory_gb))
 
 
 def score(
@@ -185,29 +188,32 @@ def evaluate(run: str) -> None:
 
 
 def clean(
-    run: str,
+    run: list[str],
     method: list[str] = ["acc-sgd-ie"],  # noqa: B006
     fractions: list[float] = [0.05, 0.1, 0.2],  # noqa: B006
     seeds: int = 5,
     test: str | None = None,
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
+    at: str = "end",
 ) -> None:
     """Drop the most harmful samples, train anew over several seeds, and test; beside controls.
 
     Args:
-        run: the run directory.
+        run: the run directory; or several on the same data: the first is cleaned, by the mean of all their scores.
         method: whose rankings to use.
         fractions: of the training samples to drop.
         seeds: how many trainings, each from new initial parameters and in a new order.
         test: the recorded query to test on; by default test where there is one, else val.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
+        at: when the rankings read their query, as for score.
     """
     from lightning_acc.judge.cleaning import clean as compute
     from lightning_acc.judge.cleaning_table import as_text
+    from lightning_acc.scoring.selection import moment
 
-    print(as_text(compute(run, method, fractions, seeds, test, ray_address, memory_gb=memory_gb)))
+    print(as_text(compute(run, method, fractions, seeds, test, ray_address, at=moment(at), memory_gb=memory_gb)))
 
 
 def study(study: Study, ray_address: str | None = "local") -> None:
