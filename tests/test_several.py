@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
 from lightning_acc.cli import main
-from lightning_acc.judge.agreement import stored_scores, truth_for
+from lightning_acc.judge.agreement import as_text, stored_scores, truth_for
 from lightning_acc.scoring.several import counterparts
 
 SGD = {"momentum": 0.9, "lr": 0.05, "weight_decay": 0.01}
@@ -197,6 +197,11 @@ def test_the_mean_is_stored_and_never_taken_for_a_run(copies: list[la.Run]) -> N
     for name, table in tables.items():
         truth = truth_for(tables, table)
         assert truth is tables[name.replace("sgd-ie", "loo")]
+    rows = la.evaluate(copies[0])
+    assert sorted((row["method"], row["runs"], row["at"]) for row in rows.to_pylist()) == [
+        (method, runs, "along") for method in ("loo", "sgd-ie") for runs in (1, 2)
+    ]
+    assert " runs " in as_text(rows).splitlines()[0]
     scored(copies, removals=[[1, 2]], save=True, at="along")
     assert len(stored_scores(copies[0])["sgd-ie.along.mean-of-2-runs"]) == N + 1
     mean = scored(copies[::-1], save=True, at="along")  # the same two, in the other's directory
