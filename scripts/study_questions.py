@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -170,9 +171,14 @@ def batches(query: la.Query) -> list[Any]:
     return [unflatten(structure, leaves) for leaves, structure in query.batches]
 
 
+def file(place: Path, cell: str) -> Path:
+    """Where the figures of a cell are kept."""
+    return place / (re.sub(r"[^a-z0-9.]+", "-", cell.lower()) + ".json")
+
+
 def tables(place: Path, cells: list[str]) -> None:
     """Put what was found into the README beside the figures."""
-    found = {cell: json.loads((place / f"{cell}.json").read_text()) for cell in cells if (place / f"{cell}.json").exists()}
+    found = {cell: json.loads(file(place, cell).read_text()) for cell in cells if file(place, cell).exists()}
     head = table("network and optimizer", "method", "Spearman at the end", "along", "Kendall at the end", "along")
     mine = {cell: lines for cell, lines in found.items() if cell.startswith("agreement")}
     into_readme(
@@ -211,9 +217,10 @@ def main() -> None:
             train()
         return
     for cell, work in cells.items():
-        if options.only in cell and not (place / f"{cell}.json").exists():
-            (place / f"{cell}.json").write_text(json.dumps(work()))
-            print(cell, *json.loads((place / f"{cell}.json").read_text()), sep="\n  ", flush=True)
+        if options.only in cell and not file(place, cell).exists():
+            lines = work()
+            file(place, cell).write_text(json.dumps(lines))
+            print(cell, *lines, sep="\n  ", flush=True)
     tables(place, list(cells))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from problems import data, make, record
 from scipy import stats
 
 import lightning_acc as la
-from lightning_acc.judge.agreement import stored_scores, truth_for
+from lightning_acc.judge.agreement import as_json, as_text, read, stored_scores, truth_for
 from lightning_acc.judge.samples import detection_precision
-from lightning_acc.scoring import figures as agreement
+from lightning_acc.scoring.trust import figures as agreement
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -143,3 +144,30 @@ def test_scores_of_an_older_record_are_left_out(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "run/scores", tmp_path / "other/scores")
     with pytest.raises(la.RequestError, match="no scores yet"):
         la.evaluate(tmp_path / "other")
+
+
+def test_the_truth_is_that_of_the_same_steps(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    options: dict[str, Any] = {"ray_address": None, "check": 0}
+    for at in ("end", "along", 4):
+        la.score(run, "sgd-ie", at=at, **options)
+    for at in ("end", 4):
+        la.score(run, "loo", at=at, **options)
+    tables = stored_scores(run)
+    assert truth_for(tables, tables["sgd-ie"]) is tables["loo"]
+    assert truth_for(tables, tables["sgd-ie.step-4"]) is tables["loo.step-4"]
+    assert truth_for(tables, tables["sgd-ie.along"]) is None
+    rows = la.evaluate(run)
+    assert [(row["method"], row["at"], row["runs"]) for row in rows.to_pylist()] == [
+        (method, at, 1) for method in ("loo", "sgd-ie") for at in ("end", "4")
+    ]
+    for at, row in (("end", 2), (4, 3)):
+        values, true = (la.score(run, method, at=at, **options).values for method in ("sgd-ie", "loo"))
+        assert rows["rmse"][row].as_py() == pytest.approx(np.sqrt(np.mean((values - true) ** 2)))
+    assert " at " in as_text(rows).splitlines()[0]
+    assert "runs" not in as_text(rows)
+    assert read(run) is not None
+    without = [{key: value for key, value in row.items() if key != "at"} for row in rows.to_pylist()]
+    run.store.write("evaluation.json", as_json(run, without))
+    with pytest.raises(la.RunError, match="delete it and evaluate again"):
+        read(run)

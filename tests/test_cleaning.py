@@ -14,8 +14,9 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
+from lightning_acc.cli import main
 from lightning_acc.core.replay import Replay
-from lightning_acc.judge import cleaning, cleaning_table
+from lightning_acc.judge import cleaning, cleaning_table, controls
 from lightning_acc.judge.fresh_training import Retraining, fresh_parameters, retrain
 
 
@@ -255,5 +256,46 @@ def test_a_ranking_is_that_of_the_method_as_usual(tmp_path: Path) -> None:
     la.score(run, "acc-sgd-ie", query=other, ray_address=None, check=0)
     for method in ("sgd-ie", "acc-sgd-ie"):
         expected = np.argsort(la.score(run, method, ray_address=None, check=0, save=False).values, kind="stable")
-        assert np.array_equal(cleaning._ranking(run, method, None, 2.0, False), expected)
+        assert np.array_equal(cleaning._ranking([run], method, "end", None, 2.0, False)[1], expected)
     assert len(odd) == 60
+
+
+def test_rankings_along_the_run_and_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [record(tmp_path / f"run-{i}", make(i, hidden=4), data(n=60), seed=i) for i in range(2)]
+    for at in ("end", "along"):
+        la.score(runs[0], "loo", ray_address=None, at=at)
+    options: dict[str, Any] = {
+        "fractions": [0.1],
+        "seeds": 2,
+        "ray_address": None,
+        "test": "val",
+        "controls": ["none", "loss", "loo"],
+    }
+    mean = la.score(runs, "sgd-ie", ray_address=None, check=0, at="along")
+    order = np.argsort(mean.values, kind="stable")
+    table = la.clean(runs, "sgd-ie", at="along", **options)
+    assert [row["method"] for row in table.to_pylist()] == ["none", "sgd-ie along, 2 runs", "loss", "loo along"]
+    alone = la.clean(runs[0], "sgd-ie", **options)
+    assert [row["method"] for row in alone.to_pylist()] == ["none", "sgd-ie", "loss", "loo"]
+    # The trainings without the same samples are the same.
+    truth = controls.stored_values(runs[0], "loo", "along")
+    assert truth is not None
+    for name, removed in (("sgd-ie along, 2 runs", order), ("loo along", np.argsort(truth))):
+        dropped = [frozenset(removed[:6].tolist())]
+        theta = retrain(runs[0], Retraining(0, dropped), 2**30)
+        loss = runs[0].query("val").values(Replay(runs[0]).objective, theta)
+        row = next(row for row in table.to_pylist() if row["method"] == name)
+        assert row["losses"][0] == pytest.approx(float(loss[0]), rel=1e-9)
+    text = cleaning_table.as_text(table)
+    assert "sgd-ie along, 2 runs at 10 % against loss" in " ".join(text.split())
+    assert "Rankings by influence" in text
+    assert len({line.index(" %") for line in text.splitlines()[2:5] if "%" in line}) == 1  # columns are aligned
+    stored = la.clean(runs[0], [], at=4, fractions=[0.1], seeds=2, ray_address=None, test="val", controls=["loss", "loo"])
+    assert "score with method='loo' and at='4' first" in cleaning_table.as_text(stored)
+    paths = [run.path for run in runs]
+    main(
+        ["clean", *paths, "--method", "sgd-ie", "--fractions", "0.1", "--seeds=2", "--at=4", "--ray-address=null", "--test=val"]
+    )
+    assert "sgd-ie at 4, 2 runs " in capsys.readouterr().out
+    with pytest.raises(la.RequestError, match="is no run"):
+        la.clean([])

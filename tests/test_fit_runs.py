@@ -71,6 +71,8 @@ def test_one_after_another(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     )
     recorded = runs(3)
     assert_same_data(recorded)
+    main(["score", *paths, "--method=sgd-ie", "--at", "along", "--check=0", "--ray-address=null"])
+    assert "query val at along, linear readout, float32, mean of 3 runs)" in capsys.readouterr().out
     assert all(run.query_names() == ["test", "val"] for run in recorded)
     for i in (0, 2):
         alone = [f"--seed_everything={7 + i}", f"--recorder.directory=runs/alone-{i}", "--data.init_args.seed=4", QUIET]
@@ -178,3 +180,13 @@ def test_help_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     assert "--runs" not in capsys.readouterr().out
+
+
+def test_run_reads_the_query_when_it_is_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--influence.at=2,4", "--influence.methods=[loo,sgd-ie]", "--influence.clean_fractions=[0.1]"]
+    main(["run", "--config", str(CONFIG), *SMALL, *options, "--influence.clean_seeds=2", HERE, QUIET])
+    out = capsys.readouterr().out
+    assert "Scores(loo: 40 removals, query val at along:2, " in out  # of four steps
+    assert "Scores(sgd-ie: 40 removals, query val at along:2, " in out
+    assert "sgd-ie along:2 " in out
+    assert {row["at"] for row in la.evaluate("runs/several").to_pylist()} == {"along:2"}

@@ -15,12 +15,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
 from lightning_acc.core import replay as replays
+from lightning_acc.core.queries import moments
 from lightning_acc.core.replay import Replay, Tape
 from lightning_acc.methods import memory
 from lightning_acc.methods.registry import METHODS
 from lightning_acc.methods.swept import Swept
 from lightning_acc.planning import plan as plans
 from lightning_acc.planning.calibration import Calibration, Cost
+from lightning_acc.planning.forecasts import forecast
 from lightning_acc.planning.plan import Plan, Resources, amount, duration, plan, recommend
 
 NUMBERS = ("seconds", "work_seconds", "peak_memory_gb", "chunks")
@@ -89,6 +91,25 @@ def test_work_grows_with_the_removals() -> None:
     assert cost.work_seconds(50) == pytest.approx(0.1 + 2 + 25)
     sweep = Cost(0.1, 2.0, 0.0, None)
     assert sweep.work_seconds(10) == sweep.work_seconds(10_000)
+
+
+def test_steps_that_are_not_asked_about_cost_nothing_and_readings_add_up(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were every piece of work a second: a step forward, one back, a reading of all removals, the query's gradient."""
+    monkeypatch.setattr(Calibration, "seconds", lambda timer, work: 1.0)
+
+    def seconds(method: str, at: Any) -> float:
+        timer = Calibration(run, run.query("val"), None, 2**30, [(i,) for i in range(N)], moments.find(run, at))
+        timer.scan = 0.0
+        cost = forecast(METHODS[method], timer).cost()
+        return cost.per_chunk + (2 * cost.per_removal if method == "loo" else 0)  # two were timed together
+
+    for at, samples, readings in (("end", 72, 1), (4, 24, 1), ("along:3", 72, 3), ([2, 5], 31, 2)):
+        steps = samples / 7  # steps of 7 samples are timed, and shorter ones taken in proportion
+        assert seconds("loo", at) == pytest.approx(steps + readings)
+        assert seconds("sgd-ie", at) == pytest.approx(2 * steps + readings)
+    assert seconds("acc-low-rank", 4) < seconds("acc-low-rank", "end") < seconds("acc-low-rank", "along")
+    one, several = (plan(run, ray_address=None, at=at).table["seconds"].to_pylist() for at in (4, "along"))
+    assert all(a < b for a, b in zip(one, several, strict=True))
 
 
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 150, 601])

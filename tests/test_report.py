@@ -29,9 +29,11 @@ from torch.utils.data import DataLoader
 import lightning_acc as la
 from lightning_acc.errors import RequestError
 from lightning_acc.judge import cleaning_table, exports
+from lightning_acc.judge.agreement import stored_scores
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.selection import select
 from lightning_acc.show import report
+from lightning_acc.show.tracking import dashboard
 from lightning_acc.studies.data.base import png
 
 N = 60
@@ -561,3 +563,48 @@ def test_a_sample_that_was_never_seen_is_null_and_a_taken_name_is_changed(tmp_pa
 def test_what_cannot_be_exported_is_said_in_one_sentence(run: la.Run, act: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         act(run, scores.read(run.store, "sgd-ie"))
+
+
+def asked_in_many_ways(folder: Path) -> list[la.Run]:
+    """Two runs; the first has three tables of one method, which differ in when the query is read and of how many runs."""
+    runs = [record(folder / f"run-{i}", make(i, hidden=4), seed=i) for i in range(2)]
+    for run, at in ((runs[0], "end"), (runs[0], "along"), (runs, "along")):
+        la.score(run, "sgd-ie", ray_address=None, check=0, at=at)
+    la.score(runs[0], "sgd-ie", removals=[[1, 2]], ray_address=None, check=0, at="along")
+    return runs
+
+
+def test_when_a_query_was_read_and_of_how_many_runs_is_told(tmp_path: Path) -> None:
+    run, _ = asked_in_many_ways(tmp_path)
+    found = report.collect(run)
+    told = [(one["conditions"]["at"], one["conditions"]["runs"]) for one in found["methods"]]
+    assert told == [("end", 1), ("along", 1), ("along", 2)]
+    assert [one["conditions"]["at"] for one in found["groups"]] == ["along"]
+    for name, first in (
+        ("sgd-ie", "# sgd-ie, "),
+        ("sgd-ie.along", "# sgd-ie at along, "),
+        ("sgd-ie.along.mean-of-2-runs", "# sgd-ie at along, mean of 2 runs, "),
+    ):
+        exports.write_ranking_csv(run, scores.read(run.store, name), tmp_path / "ranking.csv")
+        assert (tmp_path / "ranking.csv").read_text().startswith(first)
+    labels = [dashboard._label(run, table.conditions) for table in stored_scores(run).values()]
+    assert labels == ["sgd-ie (linear)", "sgd-ie (linear, at along)", "sgd-ie (linear, at along, mean of 2 runs)"]
+
+
+def test_tables_of_one_method_have_names_of_their_own(started: Browser, tmp_path: Path) -> None:
+    run, _ = asked_in_many_ways(tmp_path)
+    table = removal_curves()
+    names = pa.array(["sgd-ie along, 4 runs" if name == "acc-sgd-ie" else name for name in table["method"].to_pylist()])
+    cleaning_table.write(run, table.set_column(0, "method", names))
+    started.complaints.clear()
+    started.open(Path(report.write_report(run)))
+    assert started.see("[...document.querySelectorAll('#method option')].map(option => option.textContent)") == [
+        "sgd-ie (linear readout)",
+        "sgd-ie at along (linear readout)",
+        "sgd-ie at along (linear readout), mean of 2 runs",
+    ]
+    assert "sgd-ie at along" in started.see("document.querySelector('#groups').textContent")
+    assert "sgd-ie along, 4 runs" in started.see("document.querySelector('#cleaning').textContent")
+    assert started.see("getComputedStyle(document.documentElement).getPropertyValue('--sgd-ie') !== ''")
+    assert "var(--sgd-ie," in started.see("document.querySelector('#cleaning').innerHTML")
+    assert started.complaints == []

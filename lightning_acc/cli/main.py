@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from typing import Any
 
-from lightning_acc.cli.verbs import LISTS, VERBS
+from lightning_acc.cli.verbs import LISTS, SEVERAL, VERBS
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import InfluenceError
 
@@ -55,6 +56,24 @@ def _lists_in_brackets(args: list[str]) -> list[str]:
     return out
 
 
+def _runs_together(args: list[str]) -> list[str]:
+    """The run directories of a verb that takes several as one list, which is how the parser takes them."""
+    if not args or args[0] not in SEVERAL:
+        return args
+    runs: list[str] = []
+    options: list[str] = []
+    rest = args[1:]
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            runs.append(word)
+            continue
+        options.append(word)
+        if word.startswith("--") and "=" not in word and word != "--help" and rest:  # all others have a value
+            options.append(rest.pop(0))
+    return [args[0], *([json.dumps(runs)] if runs else []), *options]
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point: one line on stderr and exit status 1 for what cannot be done, 130 after Ctrl-C."""
     args = _trusting(list(sys.argv[1:] if args is None else args))
@@ -68,10 +87,11 @@ def main(args: list[str] | None = None) -> None:
 
             class DashedParser(ArgumentParser):
                 def format_help(self, *formatter: Any) -> str:
-                    return _OPTION.sub(lambda option: option[0].replace("_", "-"), super().format_help(*formatter))
+                    text = super().format_help(*formatter).replace("[ITEM,...]", "RUN [RUN ...]")
+                    return _OPTION.sub(lambda option: option[0].replace("_", "-"), text)
 
             # Options are written with dashes, as users of other commands expect; underscores do as well.
-            listed = _lists_in_brackets(args)
+            listed = _runs_together(_lists_in_brackets(args))
             dashed = [_OPTION.sub(_underscored, arg, count=1) if arg.startswith("--") else arg for arg in listed]
             auto_cli(VERBS, args=dashed, parser_class=DashedParser, prog="lightning-acc", description=DESCRIPTION)
     except InfluenceError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning_acc import arguments
+from lightning_acc.cli.results import dashboards, export, report, track
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.studies.grid import Study
@@ -59,6 +60,7 @@ def plan(
     ray_address: str | None = "local",
     workers: int | None = None,
     memory_gb: float = 2.0,
+    at: str = "end",
 ) -> None:
     """What each method would cost on this run, from a few of its steps, and which one to use.
 
@@ -70,20 +72,23 @@ def plan(
         ray_address: where it would be computed: local, auto, ray://host:port, or null for this process.
         workers: how many workers there are; by default as many as this machine has cores.
         memory_gb: budget of each process.
+        at: when the query is read, as for score.
     """
     from lightning_acc.planning.plan import plan as forecast
     from lightning_acc.run import Run
-    from lightning_acc.scoring.selection import select
+    from lightning_acc.scoring.selection import moment, select
 
     opened = Run(run)
-    print(forecast(opened, select(opened, removals), query, dtype, ray_address, workers=workers, memory_gb=memory_gb))
+    wanted = select(opened, removals)
+    print(forecast(opened, wanted, query, dtype, ray_address, at=moment(at), workers=workers, memory_gb=memory_gb))
 
 
 def score(
-    run: str,
+    run: list[str],
     method: str = "acc-sgd-ie",
     removals: str = "all",
     query: str = "val",
+    at: str = "end",
     readout: Literal["exact", "linear"] | None = None,
     dtype: Literal["float32", "float64"] | None = None,
     ray_address: str | None = "local",
@@ -99,11 +104,13 @@ def score(
     Positive scores: the samples help. Negative: the model would be better without them.
 
     Args:
-        run: the run directory.
+        run: the run directory; or several on the same data, whose scores are averaged, with the ids of the first.
         method: loo retrains and is the truth; acc-sgd-ie follows it closely at about the same cost; acc-low-rank does for
             many samples at once; sgd-ie, and tracin as a baseline, answer for all samples in one sweep.
         removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with the sample ids of one removal on each line.
         query: a query recorded with the run, such as val.
+        at: when it is read: end; along, the mean over 20 steps spread over the run (along:K over K); a step, or several with
+            commas between; or a checkpoint of the run by its name, such as best.
         readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
             default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin.
         dtype: precision of the replay; by default as recorded.
@@ -121,18 +128,19 @@ def score(
     from lightning_acc.cli.shown import shown
     from lightning_acc.run import Run
     from lightning_acc.scoring.score import score as compute
-    from lightning_acc.scoring.selection import most, select
+    from lightning_acc.scoring.selection import moment, most, select
 
     top = arguments.whole("top", top, "removals cannot be printed")
-    opened = Run(run)
+    opened = [Run(one) for one in run]
     scores = compute(
         opened,
         method,
-        select(opened, removals),
+        select(opened[0], removals),
         query,
         readout,
         dtype,
         ray_address,
+        at=moment(at),
         check=int(check) if check.isdecimal() else check,
         directions=directions,
         followed=followed,
@@ -143,24 +151,28 @@ def score(
 
 
 def retrain(
-    run: str,
+    run: list[str],
     removals: str = "all",
     query: str = "val",
     dtype: Literal["float32", "float64"] | None = None,
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
+    at: str = "end",
 ) -> None:
     """Retrain without each removal: the truth the estimates are compared with (score --method loo).
 
     Args:
-        run: the run directory.
+        run: the run directory; or several on the same data, whose scores are averaged, with the ids of the first.
         removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with the sample ids of one removal on each line.
         query: a query recorded with the run, such as val.
+        at: when it is read: end; along, the mean over 20 steps spread over the run (along:K over K); a step, or several with
+            commas between; or a checkpoint of the run by its name, such as best.
         dtype: precision of the replay; by default as recorded.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
+        at: when the query is read, as for score.
     """
-    score(run, "loo", removals, query, None, dtype, ray_address, memory_gb)
+    score(run, "loo", removals, query, at, None, dtype, ray_address, memory_gb)
 
 
 def evaluate(run: str) -> None:
@@ -176,77 +188,32 @@ def evaluate(run: str) -> None:
 
 
 def clean(
-    run: str,
+    run: list[str],
     method: list[str] = ["acc-sgd-ie"],  # noqa: B006
     fractions: list[float] = [0.05, 0.1, 0.2],  # noqa: B006
     seeds: int = 5,
     test: str | None = None,
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
+    at: str = "end",
 ) -> None:
     """Drop the most harmful samples, train anew over several seeds, and test; beside controls.
 
     Args:
-        run: the run directory.
+        run: the run directory; or several on the same data: the first is cleaned, by the mean of all their scores.
         method: whose rankings to use.
         fractions: of the training samples to drop.
         seeds: how many trainings, each from new initial parameters and in a new order.
         test: the recorded query to test on; by default test where there is one, else val.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
+        at: when the rankings read their query, as for score.
     """
     from lightning_acc.judge.cleaning import clean as compute
     from lightning_acc.judge.cleaning_table import as_text
+    from lightning_acc.scoring.selection import moment
 
-    print(as_text(compute(run, method, fractions, seeds, test, ray_address, memory_gb=memory_gb)))
-
-
-def export(
-    run: str,
-    scores: str = "acc-sgd-ie",
-    csv: str | None = None,
-    ids: str | None = None,
-    fraction: float = 0.1,
-) -> None:
-    """Write a ranking as CSV, or the ids of the samples to drop.
-
-    Args:
-        run: the run directory.
-        scores: which stored scores, such as sgd-ie.
-        csv: file for the ranking: rank, sample, score and what is known of it.
-        ids: file for the ids to drop, one on each line: the most harmful ones, of negative score.
-        fraction: of the samples that ids may hold at most.
-    """
-    from lightning_acc.errors import RequestError
-    from lightning_acc.judge import exports
-    from lightning_acc.judge.agreement import stored_scores
-    from lightning_acc.run import Run
-
-    opened = Run(run)
-    tables = stored_scores(opened)
-    if scores not in tables:
-        has = f"it has {', '.join(tables)}" if tables else "it has none yet"
-        raise RequestError(f"This run has no scores {scores!r}: {has}. Compute them with lightning-acc score.")
-    if csv is None and ids is None:
-        raise RequestError("Nothing to write: name a file with --csv or --ids.")
-    if csv is not None:
-        exports.write_ranking_csv(opened, tables[scores], csv)
-        print(f"ranking: {without_credentials(csv)}")
-    if ids is not None:
-        drop = exports.ids_to_drop(tables[scores], fraction=fraction)
-        exports.write_ids(drop, ids)
-        print(f"{len(drop)} ids to drop: {without_credentials(ids)}")
-
-
-def report(run: str) -> None:
-    """Write the page report/index.html in the run directory.
-
-    Args:
-        run: the run directory.
-    """
-    from lightning_acc.show.report import write_report
-
-    print(f"report: {write_report(run)}")
+    print(as_text(compute(run, method, fractions, seeds, test, ray_address, at=moment(at), memory_gb=memory_gb)))
 
 
 def study(study: Study, ray_address: str | None = "local") -> None:
@@ -263,35 +230,10 @@ def study(study: Study, ray_address: str | None = "local") -> None:
     print(f"{len(table)} rows: {without_credentials(study.directory)}/study.parquet")
 
 
-def track(run: str, project: str | None = None) -> None:
-    """Log rankings, agreement and cost to W&B; offline where there is no key.
-
-    Args:
-        run: the run directory.
-        project: by default that of the training's own logger, else lightning-acc.
-    """
-    from lightning_acc.judge import agreement
-    from lightning_acc.run import Run
-    from lightning_acc.show.tracking import mode
-    from lightning_acc.show.tracking import track as log
-
-    opened = Run(run)
-    print(f"W&B ({mode()}): {log(opened, agreement.read(opened), project)}")
-
-
-def dashboards(project: str | None = None) -> None:
-    """Say how to open what was logged to W&B: its address, or the commands for runs that are offline.
-
-    Args:
-        project: by default lightning-acc.
-    """
-    from lightning_acc.show import tracking
-
-    print(tracking.dashboards(project))
-
-
 LISTS = {"clean": ("--method", "--fractions")}
 """Options that take several values."""
+SEVERAL = ("score", "retrain", "clean")
+"""Verbs that take several runs."""
 VERBS: dict[str, Any] = {
     "run": run,
     "fit": fit,

@@ -146,6 +146,7 @@ def explained(verb: Verb) -> Verb:
             raise
         except OF_DATA as error:
             run = (*arguments, options.get("run"))[0]
+            run = run[0] if isinstance(run, (list, tuple)) and run else run  # of several
             if not is_out_of_memory(error) and run is not None:
                 _refuse_unusable(opened(run))
             raise

@@ -18,7 +18,7 @@ from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.figures import shown
 
 NAME = "evaluation.json"
-WORDS = ("method", "query", "readout", "dtype", "removals", "verdict")
+WORDS = ("method", "query", "at", "readout", "dtype", "removals", "verdict")
 """Of a row of ``evaluate``; all else are figures."""
 
 
@@ -29,15 +29,15 @@ def stored_scores(run: Record) -> dict[str, Scores]:
 
 
 def truth_for(tables: dict[str, Scores], estimate: Scores) -> Scores | None:
-    """The ``loo`` table that answers the same question: same query, by name and content, and convention; the same
-    dtype where there is one."""
-    same = ("query", "query_fingerprint", "convention")
+    """The ``loo`` table that answers the same question: same query, by name and content, at the same steps, convention, and
+    runs where it is a mean; the same dtype where there is one."""
+    same = ("query", "query_fingerprint", "at", "convention", "run_hashes")
     found = [
         table
         for table in tables.values()
         if registry.is_truth(table.conditions["method"])
         and table.conditions["readout"] == "exact"
-        and all(table.conditions[key] == estimate.conditions[key] for key in same)
+        and all(table.conditions.get(key) == estimate.conditions.get(key) for key in same)
     ]
     return max(found, key=lambda table: table.conditions["dtype"] == estimate.conditions["dtype"], default=None)
 
@@ -50,10 +50,11 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
         save: store the table as ``evaluation.json`` in the run directory.
 
     Returns:
-        One row per table of scores and kind of removals: method, query, readout, dtype, removals (``samples``: single ones;
-        ``groups``), rmse, rmse_sd (in standard deviations of the truth), kendall, spearman (null over fewer than 20
-        removals), jaccard_10 to jaccard_70, n (removals compared), n_diverged (those whose score is not finite), seconds (of
-        all workers together), peak_memory_gb and the word of the table's verdict. The truth is among them, for its cost.
+        One row per table of scores and kind of removals: method, query, at, readout, dtype, removals (``samples``: single
+        ones; ``groups``), runs (1, or of how many the table is the mean), rmse, rmse_sd (in standard deviations of the truth),
+        kendall, spearman (null over fewer than 20 removals), jaccard_10 to jaccard_70, n (removals compared), n_diverged (those
+        whose score is not finite), seconds (of all workers together), peak_memory_gb and the word of the table's verdict. The
+        truth is among them, for its cost.
 
     Raises:
         RequestError: there are no scores, or none of ``loo`` to compare with.
@@ -78,8 +79,9 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
             if common:
                 rows.append(
                     {
-                        **{key: c[key] for key in ("method", "query", "readout", "dtype")},
+                        **{key: c[key] for key in ("method", "query", "at", "readout", "dtype")},
                         "removals": kind,
+                        "runs": int(c.get("runs", 1)),
                         **shown(np.array([said[r] for r in common]), np.array([expected[r] for r in common])),
                         "seconds": c["seconds"],
                         "peak_memory_gb": c["peak_memory_gb"],
@@ -89,7 +91,7 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
     if not rows:
         raise RequestError(
             f"{run.path} has no leave-one-out truth for its scores: compute it with score(run, method='loo'), on the same "
-            "query and some of the same removals."
+            "query, at the same steps (at), and some of the same removals."
         )
     if save:
         run.store.write(NAME, as_json(run, rows))
@@ -132,7 +134,21 @@ def _is_row(row: Any) -> bool:
 
 def as_text(table: pa.Table) -> str:
     """The table of ``evaluate`` for a terminal."""
-    columns = ["method", "readout", "removals", "rmse", "rmse_sd", "kendall", "spearman", "n", "seconds", "verdict"]
+    of_several = ["runs"] if any(runs != 1 for runs in table["runs"].to_pylist()) else []
+    columns = [
+        "method",
+        "at",
+        *of_several,
+        "readout",
+        "removals",
+        "rmse",
+        "rmse_sd",
+        "kendall",
+        "spearman",
+        "n",
+        "seconds",
+        "verdict",
+    ]
     frame = table.select(columns).to_pandas()
     text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
     return text

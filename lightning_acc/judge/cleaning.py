@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,8 @@ import pyarrow as pa
 from lightning_acc import arguments
 from lightning_acc.core import queries, rebuild
 from lightning_acc.core.process import threads
-from lightning_acc.core.queries import Query
+from lightning_acc.core.queries import Query, moments
+from lightning_acc.core.queries.moments import At
 from lightning_acc.core.replay import Replay, explained
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.judge import cleaning_table
@@ -62,13 +64,14 @@ class _Job:
 
 @explained
 def clean(
-    run: Record | str | os.PathLike[str],
+    run: Record | str | os.PathLike[str] | list[Any] | tuple[Any, ...],
     method: str | Sequence[str] = "acc-sgd-ie",
     fractions: Sequence[float] = (0.05, 0.1, 0.2),
     seeds: int = 5,
     test: str | Query | None = None,
     ray_address: str | None = "local",
     *,
+    at: At = moments.END,
     controls: Sequence[str] = CONTROLS,
     memory_gb: float = DEFAULT_MEMORY_GB,
     save: bool = True,
@@ -77,13 +80,15 @@ def clean(
     """Drop the most harmful samples, train anew, test: does the ranking clean the data?
 
     Args:
-        run: a recorded run, or its path.
+        run: a recorded run, or its path; or a list of runs on the same data: the data of the first is cleaned, by the mean of
+            the rankings' scores over all of them. The controls, the truth among them, are of the first.
         method: whose ranking to use, or several; computed now for all samples where it is not stored.
         fractions: of the training samples to drop.
         seeds: how many trainings, each from new initial parameters and in a new order (``lightning_acc.judge.fresh_training``).
         test: a query recorded with the run, or a Query, to test on; None takes ``test`` where it is recorded, else ``val``,
             which the rankings have seen.
         ray_address: where to compute, as for ``score``.
+        at: when the rankings read their query, as for ``score``; ``loo`` reads it then too.
         controls: which of none, random, loss, self-influence, cleanlab, validation, validation added, loo and oracle to show
             beside. cleanlab needs that package and a classifier; the two of validation a query ``val`` whose batches are like
             the training's; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
@@ -95,7 +100,8 @@ def clean(
         progress: show a progress bar; None shows one in a terminal, and elsewhere a line now and then.
 
     Returns:
-        One row per method and fraction: n_removed, n_added (0 but for ``validation added``, whose one row has the fraction 0
+        One row per method (with ``at`` where that is not the end, and the number of runs: ``sgd-ie along, 4 runs``) and
+        fraction: n_removed, n_added (0 but for ``validation added``, whose one row has the fraction 0
         and is compared with every other), seeds, means and 95 % intervals over the seeds of the test accuracy and
         loss (``accuracy``, ``accuracy_low``, ``accuracy_high``, ``loss``, ...) and of the gain in accuracy over the
         training with nothing removed from the same seed (``gain``, ...); a module without an accuracy gains in loss. The
@@ -105,7 +111,10 @@ def clean(
         RequestError: a fraction, method or query cannot be used.
         RunError: the run cannot be read, or its module not be built anew.
     """
-    run = opened(run)
+    runs = [opened(one) for one in run] if isinstance(run, (list, tuple)) else [opened(run)]
+    if not runs:
+        raise RequestError("run=[] is no run: give a recorded run, or a list of runs on the same data.")
+    run = runs[0]
     methods = [method] if isinstance(method, str) else arguments.listed("method", method, "names of methods")
     for name in methods:
         registry.find(name)
@@ -118,10 +127,13 @@ def clean(
     seeds = arguments.whole("seeds", seeds, "gives no interval", least=2)
     ray_address, memory = arguments.ray_address(ray_address), arguments.memory_bytes(memory_gb)
     job = _Job(rebuild.portable(run), _test_query(run, test), memory)
-    orders = {name: _ranking(run, name, ray_address, memory_gb, progress) for name in methods}
+    at = list(at) if np.iterable(at) and not isinstance(at, str) else at
+    when = moments.find(run, at).name
+    orders = dict(_ranking(runs, name, at, ray_address, memory_gb, progress) for name in methods)
     missing: dict[str, str] = {}
     ranked = [name for name in controls if name not in ("none", "random", ADDED, *methods)]
-    orders.update(rankings(run, ranked, job.memory, missing))
+    beside = rankings(run, ranked, job.memory, missing, when)
+    orders.update({cleaning_table.label(name, when) if registry.is_truth(name) else name: beside[name] for name in beside})
     if ADDED in controls and (why := why_not_added(run, job.test)) is not None:
         missing[ADDED] = why
     added = queries.find(run, QUERY) if ADDED in controls and ADDED not in missing else None
@@ -178,10 +190,13 @@ def _test_query(run: Record, test: str | Query | None) -> Query:
     return queries.find(run, test)
 
 
-def _ranking(run: Record, method: str, ray_address: str | None, memory_gb: float, progress: bool | None) -> np.ndarray:
-    """All samples, the most harmful first; scored as by default, where that is not stored."""
-    scores = score(run, method, ray_address=ray_address, memory_gb=memory_gb, progress=progress, check=0)
-    return np.argsort(scores.estimates, kind="stable")
+def _ranking(
+    runs: list[Record], method: str, at: At, ray_address: str | None, memory_gb: float, progress: bool | None
+) -> tuple[str, np.ndarray]:
+    """What the table calls the ranking, and all samples, the most harmful first; scored as by default, where not stored."""
+    scores = score(runs, method, at=at, ray_address=ray_address, memory_gb=memory_gb, progress=progress, check=0)
+    name = cleaning_table.label(method, scores.conditions["at"], len(runs))
+    return name, np.argsort(scores.estimates, kind="stable")
 
 
 def _plan(

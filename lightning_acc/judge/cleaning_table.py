@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from lightning_acc.core.queries.moments import END
 from lightning_acc.methods import registry
 from lightning_acc.record import seal, tables
 from lightning_acc.record.record import Record
@@ -42,6 +43,17 @@ SHOWN = (
     *(f"{what}{end}" for what in ("loss", "gain") for end in ("", "_low", "_high")),
 )
 """Columns that no row of a stored table may lack."""
+
+
+def label(method: str, at: str, runs: int = 1) -> str:
+    """What the table calls a method's ranking: ``sgd-ie``, or ``sgd-ie along, 4 runs``."""
+    name = method if at == END else f"{method} {'at ' if at[0].isdigit() else ''}{at.replace(',', ' ')}"
+    return name if runs == 1 else f"{name}, {runs} runs"
+
+
+def method_of(name: str) -> str:
+    """The method whose ranking a row is, by what ``label`` made of it; of a control its name, or a part of it."""
+    return name.partition(",")[0].partition(" ")[0]
 
 
 def build(rows: list[dict[str, Any]], about: dict[str, str]) -> pa.Table:
@@ -83,13 +95,14 @@ def _is_whole(row: dict[str, Any]) -> bool:
 
 def as_text(table: pa.Table) -> str:
     """The table of ``clean`` for a terminal: gains in percentage points, or in loss."""
-    lines = [f"{'method':16} {'dropped':>8} {'accuracy':>9} {'loss':>8}   gain with 95 % interval"]
+    width = max([16, *(len(name) for name in table["method"].to_pylist())])
+    lines = [f"{'method':{width}} {'dropped':>8} {'accuracy':>9} {'loss':>8}   gain with 95 % interval"]
     for row in table.to_pylist():
         accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"
         scale, unit = (1, "") if row["accuracy"] is None else (100, " points")
         gain = f"{scale * row['gain']:+.2f} ({scale * row['gain_low']:+.2f} to {scale * row['gain_high']:+.2f}){unit}"
         dropped = f"+{row['n_added']}" if row["method"] == ADDED else f"{100 * row['fraction']:.1f} %"
-        lines.append(f"{row['method']:16} {dropped:>8} {accuracy:>9} {row['loss']:8.4f}   {gain}")
+        lines.append(f"{row['method']:{width}} {dropped:>8} {accuracy:>9} {row['loss']:8.4f}   {gain}")
     about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     lines += _differences(table)
     missing = json.loads(about.get("missing", "{}"))
@@ -108,7 +121,7 @@ def notes(table: pa.Table) -> list[str]:
         for row in rows
         if row["method"] == ADDED
     ]
-    rest_on_it = any(row["method"] in ("validation", *registry.METHODS) for row in rows)
+    rest_on_it = any(method_of(row["method"]) in ("validation", *registry.METHODS) for row in rows)
     return [*said, MAY_ERR] if rest_on_it else said
 
 
@@ -121,9 +134,10 @@ def _differences(table: pa.Table) -> list[str]:
             f"{other['method']} {scale * other['difference']:+.2f} ({scale * other['difference_low']:+.2f} to "
             f"{scale * other['difference_high']:+.2f})"
             for other in row["against"] or ()
-            if other["method"] not in registry.METHODS
+            if method_of(other["method"]) not in registry.METHODS
         ]
-        if parts and row["method"] in registry.METHODS and not registry.is_truth(row["method"]):
+        method = method_of(row["method"])
+        if parts and method in registry.METHODS and not registry.is_truth(method):
             text = f"{row['method']} at {100 * row['fraction']:g} % against {', '.join(parts)}"
             lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent="      "))
     return ["paired differences in gain:", *lines] if lines else []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_acc.contract import HasPerSampleAccuracy
 from lightning_acc.core import queries
+from lightning_acc.core.queries.moments import END, file_part
 from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.judge.agreement import stored_scores
 from lightning_acc.judge.fresh_training import Retraining, contents, own_samples, retrain, visited_samples
@@ -23,7 +24,9 @@ FOLDS = 5
 """Of the cross-validation that predicts every sample by a model that has not seen it."""
 
 
-def rankings(run: Record, names: list[str], memory: int, missing: dict[str, str] | None = None) -> dict[str, np.ndarray]:
+def rankings(
+    run: Record, names: list[str], memory: int, missing: dict[str, str] | None = None, at: str = END
+) -> dict[str, np.ndarray]:
     """The samples in the order each of the controls would drop them, as far as what it needs is there.
 
     Args:
@@ -32,6 +35,7 @@ def rankings(run: Record, names: list[str], memory: int, missing: dict[str, str]
             examples at their word, which may itself be wrong.
         memory: bytes to compute with.
         missing: gets, for each that cannot be had, why.
+        at: the name of the steps at which loo reads its query.
     """
     missing = {} if missing is None else missing
     orders = {}
@@ -57,11 +61,12 @@ def rankings(run: Record, names: list[str], memory: int, missing: dict[str, str]
         except NotAClassifier as error:
             missing["cleanlab"] = f"it needs class probabilities, and {error}"
     if TRUTH in names:
-        values = stored_values(run, TRUTH)
+        values = stored_values(run, TRUTH, at)
         if values is not None:
             orders[TRUTH] = np.argsort(values, kind="stable")
         else:
-            missing[TRUTH] = "not all samples were retrained without (score with method='loo' first)"
+            asked = "" if at == END else f" and at={at!r}"
+            missing[TRUTH] = f"not all samples were retrained without (score with method='loo'{asked} first)"
     info = run.sample_info()
     if "oracle" in names:
         if info is not None and "corrupted" in info.column_names:
@@ -76,18 +81,19 @@ def _highest_first(values: np.ndarray) -> np.ndarray:
     return np.argsort(-values, kind="stable")
 
 
-def stored_values(run: Record, method: str) -> np.ndarray | None:
+def stored_values(run: Record, method: str, at: str = END) -> np.ndarray | None:
     """Stored scores (n_samples,) of every single sample under the recorded query ``val``; None where they are not complete.
 
-    Of a method's tables this is the one with the usual readout and options, in the dtype of the run.
+    Of a method's tables this is the one with the usual readout and options, in the dtype of the run and of it alone.
     """
-    table = stored_scores(run).get(method)
+    table = stored_scores(run).get(method if at == END else f"{method}.{file_part(at)}")
     if table is None or "val" not in run.query_names():
         return None
     usual = {"method": method, "readout": METHODS[method].readout, "dtype": run.dtype, "query": "val"}
+    usual["at"] = at
     usual["query_fingerprint"] = queries.find(run, "val").fingerprint
     single = {removal[0]: value for removal, value in table.by_removal().items() if len(removal) == 1}
-    if any(table.conditions[key] != value for key, value in usual.items()) or len(single) < run.n_samples:
+    if any(table.conditions.get(key) != value for key, value in {**usual, "runs": None}.items()) or len(single) < run.n_samples:
         return None
     return np.array([single[i] for i in range(run.n_samples)])
 

@@ -13,6 +13,7 @@ import torch
 
 from lightning_acc import arguments
 from lightning_acc.core import removals
+from lightning_acc.core.queries.moments import END
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
@@ -33,7 +34,8 @@ _DESCRIBED = ("label", "true_label", "corrupted")
 def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str]) -> None:
     """Write a table of scores as CSV, the most harmful removal first.
 
-    The first line, after a ``#``, says how far the ranking can be trusted. Columns: ``rank``, ``sample`` (the id; the ids of a
+    The first line, after a ``#``, says whose ranking it is, when its query was read where that is not the end, of how many
+    runs it is the mean, and how far it can be trusted. Columns: ``rank``, ``sample`` (the id; the ids of a
     group with blanks between them), ``name`` (where there are groups that have one), ``score``, ``source`` (``estimate``, or
     ``loo`` where that is the truth), ``loo`` (the score by leave-one-out retraining, where the run has it stored for the same
     query; else without this column), ``label``, ``true_label`` and ``corrupted`` of single samples, empty where not known.
@@ -56,7 +58,10 @@ def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str])
     expected = None if truth is None else truth.by_removal()
     views = SampleViews(run)
     buffer = io.StringIO(newline="")
-    buffer.write(f"# {scores.conditions['method']}, {scores.verdict}\n")
+    c = scores.conditions
+    when = "" if c["at"] == END else f" at {c['at']}"
+    runs = f", mean of {c['runs']} runs" if "runs" in c else ""
+    buffer.write(f"# {c['method']}{when}{runs}, {scores.verdict}\n")
     writer = csv.writer(buffer, lineterminator="\n")
     names, truths = scores.names, [] if expected is None else [registry.TRUTH]
     writer.writerow(["rank", SAMPLE, *(["name"] if names else []), "score", "source", *truths, *_DESCRIBED])

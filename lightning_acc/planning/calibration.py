@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lightning_acc.core.queries import Query
+from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.memory import chunks
@@ -64,14 +65,24 @@ class Calibration:
         dtype: as for ``score``.
         memory: bytes of each process's budget.
         removals: whose cost is asked for.
+        moments: when the query is read; None for at the end. What comes later in the run is not taken.
     """
 
-    def __init__(self, run: Record, query: Query, dtype: str | None, memory: int, removals: Sequence[Removal]) -> None:
+    def __init__(
+        self,
+        run: Record,
+        query: Query,
+        dtype: str | None,
+        memory: int,
+        removals: Sequence[Removal],
+        moments: Moments | None = None,
+    ) -> None:
         self.query, self.memory = query, memory
+        self.readings, until = (1, None) if moments is None else (len(moments.steps), moments.last)
         self.cpu = self.wall = 0.0
         Replay(run, dtype)  # imports what the module needs, once and for all
-        self.load = self.seconds(lambda: Replay(copy.copy(run), dtype).activation_bytes)  # a copy has read nothing yet
-        self.replay = Replay(copy.copy(run), dtype)
+        self.load = self.seconds(lambda: Replay(copy.copy(run), dtype, until).activation_bytes)  # a copy has read nothing yet
+        self.replay = Replay(copy.copy(run), dtype, until)
         (self.sizes, seen), self.scan = self._once(self._read_steps)
         self.visited = [removal for removal in removals if any(seen[i] for i in removal)]
         self.share_visited = len(self.visited) / max(1, len(removals))
@@ -82,7 +93,7 @@ class Calibration:
     def _read_steps(self) -> tuple[np.ndarray, torch.Tensor]:
         """The size of every step (T,), and which samples any of them saw, (n_samples,)."""
         sizes, seen = [], torch.zeros(self.replay.run.n_samples, dtype=torch.bool)
-        for step in self.replay.run.steps:
+        for step in self.replay.records:
             sizes.append(len(step.sample_ids))
             seen[step.sample_ids] = True
         return np.array(sizes), seen

@@ -64,8 +64,8 @@ class Forward(Forecast):
         theta = replay.initial[0]
         rows = memory.query_rows(replay, c.query, c.memory)
         b, read, _ = c.line(lambda m: self._readout(theta.expand(m, -1)), min(size, rows), -(-n // size))
-        per_chunk = scale * a + c.scan + b * -(-size // rows)
-        return Cost(c.load, per_chunk, c.share_visited * scale * slope + read, largest)
+        per_chunk = scale * a + c.scan + c.readings * b * -(-size // rows)
+        return Cost(c.load, per_chunk, c.share_visited * scale * slope + c.readings * read, largest)
 
     def _step(self, t: int, m: int) -> float:
         """Seconds of step t with m removals."""
@@ -99,7 +99,7 @@ class Back(Forecast):
         few = c.visited[:100]
         picked = c.seconds(lambda: [carry[1][list(removal)].sum() for removal in few]) / max(1, len(few))
         ahead = (1 + replays.taken_again(replay, c.memory)) * self.taken_once()
-        return Cost(c.load, ahead + back + query, picked, None)
+        return Cost(c.load, ahead + back + c.readings * query, picked, None)
 
     def bytes(self, removals: int) -> int:
         """Bytes the sweep adds."""
@@ -126,7 +126,9 @@ class LowRankPass(Forecast):
         seconds, read, size = self._screened() if self.screens else self._tracked()
         thetas = theta.expand(min(read, 8, memory.query_rows(replay, c.query, c.memory)), -1)
         each = c.seconds(lambda: c.query.values(replay.objective, thetas)) / len(thetas)
-        return Cost(c.load, shared + seconds + read * each, 0.0, None if size >= n else size)
+        if c.readings > 1:  # the sweep back takes up the query's gradient again at each of the others
+            shared += (c.readings - 1) * c.seconds(lambda: c.query.gradient(replay.objective, theta))
+        return Cost(c.load, shared + seconds + c.readings * read * each, 0.0, None if size >= n else size)
 
     def _tracked(self) -> tuple[float, int, int]:
         """Seconds of the basis and the pass, how many are read exactly, and how many are tracked together."""
@@ -136,7 +138,7 @@ class LowRankPass(Forecast):
         shifts = tracked.Shifts(Removals(c.visited[:size]), vectors, len(replay.initial), len(replay))
         forward = c.over_the_run(lambda t: c.seconds(lambda: shifts.advance(t, replay.step(t), replay.initial, theta)))
         basis = 0.0 if most == len(theta) else self._basis(most, bases.MOST_STEPS)
-        return basis + forward, low_rank.read_exactly(replay.run, len(c.visited), c.query), size
+        return basis + forward, low_rank.read_exactly(replay.run, len(c.visited), c.query, c.readings), size
 
     def _screened(self) -> tuple[float, int, int]:
         """The same where few removals are followed."""

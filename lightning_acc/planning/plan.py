@@ -21,7 +21,8 @@ from lightning_acc import arguments
 from lightning_acc.core import queries
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.process import as_scored, resident_bytes
-from lightning_acc.core.queries import Query
+from lightning_acc.core.queries import Query, moments
+from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.registry import METHODS, TRUTH, is_ranking, is_truth, place
@@ -133,6 +134,7 @@ def plan(
     dtype: str | None = None,
     ray_address: str | None = "local",
     *,
+    at: At = moments.END,
     workers: int | None = None,
     memory_gb: float = 2.0,
     progress: bool | None = None,
@@ -147,6 +149,7 @@ def plan(
         query: as for ``score``.
         dtype: as for ``score``.
         ray_address: as for ``score``.
+        at: as for ``score``: the run is taken no further than to the last of these steps, and the query is read at each.
         workers: how many compute at the same time; None: as many as Ray starts here, one for each core, or one without Ray.
         memory_gb: as for ``score``.
         progress: show a progress bar; None shows one in a terminal.
@@ -162,13 +165,13 @@ def plan(
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
     run = opened(run)
     distinct = list(dict.fromkeys(removal_sets.named(removals, run.n_samples)[0]))
-    query = queries.find(run, query)
+    query, when = queries.find(run, query), moments.find(run, at)
     n = len(distinct)
     costs: dict[str, Cost] = {}
     peaks: dict[str, int] = {}
     reasons: list[str] = []
     with as_scored(), Progress("plan", 1 + len(METHODS), progress) as bar:
-        calibration = Calibration(run, query, dtype, memory, distinct)
+        calibration = Calibration(run, query, dtype, memory, distinct, when)
         for i, method in enumerate(METHODS.values()):
             bar.update(i, 1.0)
             try:

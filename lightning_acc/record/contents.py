@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Leaves, signature
+from lightning_acc.record.store import digest
 
 NUMBERS = "#"
 """Name of the tensor that says which contents a file holds."""
@@ -47,6 +50,23 @@ class Contents:
             raise self._fault(self._alike[kinds[0]][0], "samples of a batch have different shapes")
         _, tensors = self._alike[kinds[0]]
         return {name: leaf[places[:, 1]] for name, leaf in tensors.items() if name != NUMBERS}
+
+    def digests(self) -> list[str]:
+        """A hash of each content, by number: of the names, dtypes, shapes and bytes of its leaves."""
+        found = [""] * len(self._places)
+        for _, tensors in self._alike:
+            leaves = {name: leaf for name, leaf in sorted(tensors.items()) if name != NUMBERS}
+            kind = json.dumps([[name, str(leaf.dtype), list(leaf.shape[1:])] for name, leaf in leaves.items()]).encode()
+            rows = [_as_bytes(leaf) for leaf in leaves.values()]
+            for i, number in enumerate(tensors[NUMBERS].tolist()):
+                found[number] = digest(kind + b"".join(row[i].tobytes() for row in rows))
+        return found
+
+
+def _as_bytes(leaf: Tensor) -> np.ndarray:
+    """The bytes of each row, (n, bytes)."""
+    rows = leaf.flatten(1) if leaf.ndim > 1 else leaf[:, None]
+    return np.asarray(rows.contiguous().view(torch.uint8).numpy())
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -220,6 +220,11 @@ class Record:
             return None
         return {name: leaf[0] for name, leaf in self._contents[torch.tensor([number])].items()}
 
+    def content_digests(self) -> dict[int, str]:
+        """Of every sample that was seen a hash of what ``content_of`` gives, by its id."""
+        digests = self._contents.digests()
+        return {sample: digests[number] for sample, number in self._first_contents.items()}
+
     def structure(self) -> Structure:
         """How the leaves make up a batch."""
         return dict(self.manifest["batch_structure"])

@@ -22,7 +22,7 @@ from lightning_acc.core.replay import Replay, explained
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
 from lightning_acc.record.record import Record, opened
-from lightning_acc.scoring import bank, pieces, shards
+from lightning_acc.scoring import bank, pieces, several, shards
 from lightning_acc.scoring.bank import Bank
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust import check as checks
@@ -30,9 +30,10 @@ from lightning_acc.scoring.trust.check import Check
 from lightning_acc.scoring.work import DEFAULT_MEMORY_GB, READOUTS, Job, Result, compute, table_name
 
 
+@several.averaging
 @explained
 def score(
-    run: Record | str | os.PathLike[str],
+    run: Record | str | os.PathLike[str] | list[Any] | tuple[Any, ...],
     method: str = "acc-sgd-ie",
     removals: removal_sets.Wanted = None,
     query: str | Query = "val",
@@ -57,7 +58,8 @@ def score(
     loss weights of the removed samples are 0 in every step, and nothing else changes. ``method="loo"`` carries it out.
 
     Args:
-        run: a recorded run, or its path.
+        run: a recorded run, or its path; or a list of runs on the same data, such as those of ``fit --runs``: the mean of
+            their scores, in ids of the first, with its standard error over the runs (see ``lightning_acc.scoring.several``).
         method: ``"loo"`` (the truth), ``"acc-sgd-ie"``, ``"acc-low-rank"``, ``"sgd-ie"`` or ``"tracin"``.
         removals: None for every sample by itself; a list of sample ids; a list of lists of ids, each removed together; or
             such lists by their names, which then stand in the table.
@@ -97,7 +99,9 @@ def score(
         RequestError: there is no such method, query, sample, readout or dtype; or groups too large for an estimate take more
             than an hour to be retrained without.
     """
+    assert not isinstance(run, (list, tuple))  # they are taken apart before
     run = opened(run)
+    _tell_of_the_best(run, at)
     confirm = arguments.whole("confirm", confirm, "is no number of removals to retrain without")
     ray_address = arguments.ray_address(ray_address)
     memory, bank_bytes = arguments.memory_bytes(memory_gb), bank.budget(bank_gb)
@@ -174,8 +178,21 @@ def score(
     shifts = _shifts(run, wanted, finished) if keep_shifts else None
     scores = scores.picked(wanted, scores.conditions, shifts)
     for text in [*_without_a_score(scores), *chosen.warnings(told)]:
-        warnings.warn(text, UserWarning, stacklevel=3)
+        warnings.warn(text, UserWarning, stacklevel=4)
     return scores
+
+
+_told: set[str] = set()
+"""Runs of whose best checkpoint was told."""
+
+
+def _tell_of_the_best(run: Record, at: At) -> None:
+    """Where the end is asked about, and another checkpoint was the best: that there is one; once for each run."""
+    best = run.checkpoints.get("best", run.n_steps)
+    if isinstance(at, str) and at == moments.END and best != run.n_steps and run.hash not in _told:
+        _told.add(run.hash)
+        what = f'The best checkpoint of {run.path} was written after step {best} of {run.n_steps}: at="best" asks about it.'
+        warnings.warn(what, UserWarning, stacklevel=5)
 
 
 def _shifts(run: Record, wanted: list[Removal], finished: list[tuple[list[Removal], Result]]) -> torch.Tensor:

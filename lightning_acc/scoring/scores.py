@@ -42,7 +42,8 @@ class Scores:
             the samples help), ``rank`` (1 is the most harmful), ``source`` (``"estimate"``, or ``"loo"`` where the removal was
             retrained without and the score is the truth) and ``estimate`` (float64, what the method said), in the order of
             the removals asked for. Methods may add ``uncertainty`` (float64), a figure for how far the estimate may be off,
-            and ``diverged`` (bool), where it left the region in which a linearisation can be true; groups have ``name``.
+            and ``diverged`` (bool), where it left the region in which a linearisation can be true; groups have ``name``. Of
+            a mean over several runs ``uncertainty`` is its standard error over them.
         conditions: method, query, readout, dtype, convention, manifest hash, version, seconds, peak memory and so on;
             also in the table's Arrow metadata.
         shifts: parameter shifts (n_removals, p) at the last step asked about, where they were asked for.
@@ -95,7 +96,8 @@ class Scores:
     def __repr__(self) -> str:
         c = self.conditions
         query = c["query"] if c["at"] == END else f"{c['query']} at {c['at']}"
-        what = f"Scores({c['method']}: {len(self)} removals, query {query}, {c['readout']} readout, {c['dtype']})"
+        runs = f", mean of {c['runs']} runs" if "runs" in c else ""
+        what = f"Scores({c['method']}: {len(self)} removals, query {query}, {c['readout']} readout, {c['dtype']}{runs})"
         return what if c["method"] == TRUTH else f"{what}\n{self.verdict}"
 
     def __len__(self) -> int:

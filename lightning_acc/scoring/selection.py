@@ -1,4 +1,4 @@
-"""Removals in words, as the command line and configurations give them."""
+"""Removals and moments in words, as the command line and configurations give them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import random
 import re
 
+from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal, parse
 from lightning_acc.errors import RequestError
 from lightning_acc.record.record import Record
@@ -116,3 +117,11 @@ def most(words: str) -> int:
     if match is None:
         raise RequestError(f"{words!r} does not say what to confirm: use top:N, such as top:50.")
     return int(match[1])
+
+
+def moment(at: str) -> At:
+    """``at`` in words: a number is a step, several with commas between them are several; all else is as ``score`` takes it."""
+    if re.fullmatch(r"\d+(,\d+)*", at):
+        steps = [int(step) for step in at.split(",")]
+        return steps if len(steps) > 1 else steps[0]
+    return at

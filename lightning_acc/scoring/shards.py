@@ -41,6 +41,7 @@ SAME = (
     "directions",
     "followed",
     "among",
+    "run_hashes",
 )
 """Conditions under which two scores of one removal are the same number."""
 

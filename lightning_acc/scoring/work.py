@@ -89,13 +89,14 @@ class Result:
 
 
 def table_name(conditions: dict[str, Any], dtype: str) -> str:
-    """File name of a table: ``<method>[-<query>]``, then what is not as usual (at, readout, and the dtype of a run
-    in ``dtype``)."""
+    """File name of a table: ``<method>[-<query>]``, then what is not as usual (at, readout, the dtype of a run in
+    ``dtype``, and the number of runs)."""
     usual = registry.find(conditions["method"]).readout
     name = conditions["label"] if conditions["query"] == "val" else f"{conditions['label']}-{conditions['query']}"
     name += "" if conditions["at"] == moments.END else f".{moments.file_part(conditions['at'])}"
     name += "" if conditions["readout"] == usual else f".{conditions['readout']}"
-    return name + ("" if conditions["dtype"] == dtype else f".{conditions['dtype']}")
+    name += "" if conditions["dtype"] == dtype else f".{conditions['dtype']}"
+    return name + (f".mean-of-{conditions['runs']}-runs" if "runs" in conditions else "")
 
 
 def compute(job: Job, removals: list[Removal], progress: Callable[[float], None], replay: Replay | None = None) -> Result:

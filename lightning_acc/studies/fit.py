@@ -25,7 +25,7 @@ from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.run import Run
 from lightning_acc.scoring import cluster
 from lightning_acc.scoring.score import score
-from lightning_acc.scoring.selection import select
+from lightning_acc.scoring.selection import moment, select
 from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 from lightning_acc.show import tracking
 from lightning_acc.show.report import write_report
@@ -39,6 +39,7 @@ class Influence:
         methods: estimators and truth to compute, in order.
         removals: all, random:N, top:N@METHOD or a file, as for the verb score.
         query: name of the recorded query.
+        at: when it is read: end, along, along:K, a step, several with commas between, or a checkpoint such as best.
         dtype: None as recorded, or float64.
         ray_address: local, auto, ray://..., or None for this process.
         memory_gb: budget of each process.
@@ -51,6 +52,7 @@ class Influence:
     methods: list[str] = field(default_factory=lambda: ["loo", "acc-sgd-ie", "sgd-ie", "tracin"])
     removals: str = "all"
     query: str = "val"
+    at: str = "end"
     dtype: str | None = None
     ray_address: str | None = "local"
     memory_gb: float = DEFAULT_MEMORY_GB
@@ -185,13 +187,14 @@ def _score_and_evaluate(recorded: Run, options: Any) -> list[dict[str, Any]] | N
 
 
 def _score_all(recorded: Run, options: Any) -> None:
-    removals = select(recorded, options.removals)
+    removals, at = select(recorded, options.removals), moment(options.at)
     for method in options.methods:
         scores = score(
             recorded,
             method,
             removals,
             options.query,
+            at=at,
             dtype=options.dtype,
             ray_address=options.ray_address,
             memory_gb=options.memory_gb,
@@ -199,5 +202,7 @@ def _score_all(recorded: Run, options: Any) -> None:
         print(f"{scores}\n{scores.conditions['seconds']:.1f} s of work")
     if options.clean_fractions:
         rankings = [method for method in options.methods if registry.is_ranking(method)]
-        cleaned = clean(recorded, rankings, options.clean_fractions, options.clean_seeds, ray_address=options.ray_address)
+        cleaned = clean(
+            recorded, rankings, options.clean_fractions, options.clean_seeds, ray_address=options.ray_address, at=at
+        )
         print(as_lines(cleaned))

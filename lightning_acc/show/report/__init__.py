@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_acc.core.queries.moments import END
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews, detection_precision, opened_picture
@@ -115,7 +116,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     ranks = np.arange(1, len(order) + 1)
     entry: dict[str, Any] = {
         "name": name,
-        "conditions": {key: table.conditions[key] for key in ("method", "query", "readout", "dtype")},
+        "conditions": _conditions(table),
         "seconds": table.conditions["seconds"],
         "memory": table.conditions["peak_memory_gb"],
         "verdict": _verdict(table),
@@ -154,6 +155,12 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     return entry
 
 
+def _conditions(table: Scores) -> dict[str, Any]:
+    """What tells a table from the others of the run."""
+    c = table.conditions
+    return {**{key: c[key] for key in ("method", "query", "at", "readout", "dtype")}, "runs": int(c.get("runs", 1))}
+
+
 def _verdict(table: Scores) -> dict[str, str]:
     word, _, rest = str(table.verdict).partition(": ")
     return {"word": word, "text": rest}
@@ -169,7 +176,7 @@ def _groups(name: str, table: Scores) -> dict[str, Any] | None:
         if len(removal) > 1
     ]
     found.sort(key=lambda group: (group["score"] is None, group["score"]))
-    return {"name": name, "conditions": {"method": table.conditions["method"]}, "rows": found} if found else None
+    return {"name": name, "conditions": _conditions(table), "rows": found} if found else None
 
 
 def _drawn(common: list[int], extremes: set[int]) -> list[int]:
@@ -204,17 +211,20 @@ def _cleaning(run: Record) -> dict[str, Any] | None:
 
 
 def _curve_order(name: str) -> tuple[int, str]:
+    from lightning_acc.judge import cleaning_table
+
     order = [*registry.METHODS, *CONTROLS]
-    return order.index(name) if name in order else len(registry.METHODS), name
+    known = name if name in CONTROLS else cleaning_table.method_of(name)
+    return order.index(known) if known in order else len(registry.METHODS), name
 
 
 def _single(table: Scores) -> dict[int, float]:
     return {removal[0]: score for removal, score in table.by_removal().items() if len(removal) == 1}
 
 
-def _prominence(table: Scores) -> tuple[int, str]:
+def _prominence(table: Scores) -> tuple[int, str, bool, str, int]:
     c = table.conditions
-    return registry.place(c["method"]), c["readout"]
+    return registry.place(c["method"]), c["readout"], c["at"] != END, c["at"], int(c.get("runs", 1))
 
 
 def _plain(value: float | None) -> float | None:

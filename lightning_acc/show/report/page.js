@@ -19,9 +19,11 @@ const percent = (value, digits = 1) => known(value) ? `${(100 * value).toFixed(d
 const count = value => value.toLocaleString("en");
 const labelOf = method => {
   const c = method.conditions, variant = method.name.includes(".") || c.readout === "linear";
-  return c.method + (variant ? ` (${c.readout} readout)` : "") + (c.query === "val" ? "" : ` on ${c.query}`);
+  return c.method + (c.at === "end" ? "" : ` at ${c.at}`) + (variant ? ` (${c.readout} readout)` : "")
+    + (c.query === "val" ? "" : ` on ${c.query}`) + (c.runs > 1 ? `, mean of ${c.runs} runs` : "");
 };
-const colour = method => `var(--${method.replaceAll(" ", "-")}, var(--other))`;
+// A ranking of cleaning may be called by its method and more: "sgd-ie along, 4 runs" has the colour of sgd-ie.
+const colour = name => `var(--${name.replaceAll(" ", "-").replaceAll(/[^\w-]/g, "")}, var(--${name.split(/[ ,]/)[0]}, var(--other)))`;
 const ticks = (low, high, wanted) => {
   if (!(high > low)) return [low];
   const raw = (high - low) / wanted, magnitude = 10 ** Math.floor(Math.log10(raw));
@@ -297,7 +299,7 @@ if (data.groups.length) {
   const section = $("#groups");
   section.hidden = false;
   section.querySelector("thead").append(make("tr", {}, ...["method", "group", "samples", "score", "source", "estimate"].map(name => make("th", {scope: "col"}, name))));
-  section.querySelector("tbody").append(...data.groups.flatMap(table => table.rows.map(row => make("tr", {}, make("td", {}, table.conditions.method),
+  section.querySelector("tbody").append(...data.groups.flatMap(table => table.rows.map(row => make("tr", {}, make("td", {}, labelOf(table)),
     make("td", {class: "left"}, row.name), make("td", {}, count(row.samples)), make("td", {}, show(row.score)),
     make("td", {}, row.source === "estimate" ? "estimate" : "retrained"), make("td", {}, show(row.estimate))))));
 }

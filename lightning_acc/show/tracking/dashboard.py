@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_acc.core import queries
+from lightning_acc.core.queries.moments import END
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
@@ -20,7 +21,7 @@ from lightning_acc.show.tracking import panels
 from lightning_acc.show.tracking.connection import results, start, tie
 from lightning_acc.show.tracking.driver import Live
 
-_CONDITIONS = ("method", "query", "readout", "dtype", "removals")
+_CONDITIONS = ("method", "query", "at", "readout", "dtype", "removals", "runs")
 
 
 def track(
@@ -124,16 +125,23 @@ def _log_over_time(tracked: Any, run: Record, tables: dict[str, Scores], count: 
 
 
 def _to_follow(run: Record, tables: dict[str, Scores]) -> tuple[dict[int, float], dict[str, Any]] | None:
-    """The scores that say which samples are worth following: of the most samples, and of these the truest."""
+    """The scores that say which samples are worth following: of the most samples, at the end of this run, and the truest."""
     recorded = {name: queries.find(run, name).fingerprint for name in run.query_names()}
     asked = [t for t in tables.values() if recorded.get(t.conditions["query"]) == t.conditions["query_fingerprint"]]
     candidates = [(panels.singles(table), table.conditions) for table in asked]
-    best = min(candidates, key=lambda c: (-len(c[0]), registry.place(c[1]["method"])), default=None)
+
+    def order(candidate: tuple[dict[int, float], dict[str, Any]]) -> tuple[int, bool, bool, int]:
+        scores, c = candidate
+        return -len(scores), c["at"] != END, "runs" in c, registry.place(c["method"])
+
+    best = min(candidates, key=order, default=None)
     return best if best and best[0] else None
 
 
 def _label(run: Record, conditions: dict[str, Any]) -> str:
-    """Method and readout, and of query, dtype and kind of removals what is not as usual."""
+    """Method and readout, and of query, its steps, dtype, kind of removals and number of runs what is not as usual."""
     usual = {"query": "val", "dtype": run.dtype, "removals": "samples"}
     other = [conditions[key] for key, value in usual.items() if conditions.get(key, value) != value]
+    other += [] if conditions["at"] == END else [f"at {conditions['at']}"]
+    other += [f"mean of {conditions['runs']} runs"] if int(conditions.get("runs", 1)) > 1 else []
     return f"{conditions['method']} ({', '.join([conditions['readout'], *other])})"

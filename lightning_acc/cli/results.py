@@ -1,0 +1,80 @@
+"""The verbs that show what was found, and hand it on."""
+
+from __future__ import annotations
+
+from lightning_acc.credentials import without_credentials
+
+
+def export(
+    run: str,
+    scores: str = "acc-sgd-ie",
+    csv: str | None = None,
+    ids: str | None = None,
+    fraction: float = 0.1,
+) -> None:
+    """Write a ranking as CSV, or the ids of the samples to drop.
+
+    Args:
+        run: the run directory.
+        scores: which stored scores, such as sgd-ie.
+        csv: file for the ranking: rank, sample, score and what is known of it.
+        ids: file for the ids to drop, one on each line: the most harmful ones, of negative score.
+        fraction: of the samples that ids may hold at most.
+    """
+    from lightning_acc.errors import RequestError
+    from lightning_acc.judge import exports
+    from lightning_acc.judge.agreement import stored_scores
+    from lightning_acc.run import Run
+
+    opened = Run(run)
+    tables = stored_scores(opened)
+    if scores not in tables:
+        has = f"it has {', '.join(tables)}" if tables else "it has none yet"
+        raise RequestError(f"This run has no scores {scores!r}: {has}. Compute them with lightning-acc score.")
+    if csv is None and ids is None:
+        raise RequestError("Nothing to write: name a file with --csv or --ids.")
+    if csv is not None:
+        exports.write_ranking_csv(opened, tables[scores], csv)
+        print(f"ranking: {without_credentials(csv)}")
+    if ids is not None:
+        drop = exports.ids_to_drop(tables[scores], fraction=fraction)
+        exports.write_ids(drop, ids)
+        print(f"{len(drop)} ids to drop: {without_credentials(ids)}")
+
+
+def report(run: str) -> None:
+    """Write the page report/index.html in the run directory.
+
+    Args:
+        run: the run directory.
+    """
+    from lightning_acc.show.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+def track(run: str, project: str | None = None) -> None:
+    """Log rankings, agreement and cost to W&B; offline where there is no key.
+
+    Args:
+        run: the run directory.
+        project: by default that of the training's own logger, else lightning-acc.
+    """
+    from lightning_acc.judge import agreement
+    from lightning_acc.run import Run
+    from lightning_acc.show.tracking import mode
+    from lightning_acc.show.tracking import track as log
+
+    opened = Run(run)
+    print(f"W&B ({mode()}): {log(opened, agreement.read(opened), project)}")
+
+
+def dashboards(project: str | None = None) -> None:
+    """Say how to open what was logged to W&B: its address, or the commands for runs that are offline.
+
+    Args:
+        project: by default lightning-acc.
+    """
+    from lightning_acc.show import tracking
+
+    print(tracking.dashboards(project))
