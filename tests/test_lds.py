@@ -12,6 +12,7 @@ from scipy import stats
 
 import lightning_acc as la
 from lightning_acc.judge import lds
+from lightning_acc.judge.agreement import as_text
 from lightning_acc.scoring.selection import select
 
 SGD = {"momentum": 0.9, "lr": 0.05}
@@ -92,3 +93,34 @@ def test_dropping_what_a_ranking_calls_helpful(tmp_path: Path) -> None:
     assert (mean, deviation) == (pytest.approx(np.mean(random)), pytest.approx(np.std(random, ddof=1)))
     assert value > mean + 2 * deviation
     assert lds.dropped(truth, "loo") is None
+
+
+def test_evaluate_tells_lds_of_the_mean_and_of_each_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(tmp_path / "run", make(hidden=4, optimizer=SGD))
+    scores = scored(run, "sgd-ie", at=[5, 12])
+    truth = scored(run, "loo", select(run, "random-groups:40x12.5%"), at=[5, 12])
+    (row,) = la.evaluate(run).to_pylist()[-1:]
+    expected = lds.of_scores(scores.by_removal(), truth)
+    assert expected is not None
+    assert (row["method"], row["removals"], row["n"]) == ("sgd-ie", "samples", 0)
+    assert (row["lds"], row["lds_low"], row["lds_high"], row["lds_n"]) == (*vars(expected).values(),)
+    assert row["lds_each"] is None
+    matrix = la.score_matrix(run, examples=[3, 9, 1], at=[5, 12], ray_address=None, check=0)
+    assert not lds.NOTHING["lds"]
+    whole = la.score_matrix(run, at=[5, 12], ray_address=None, check=0)
+    assert np.array_equal(whole.values[:, [3, 9, 1]], matrix.values)
+
+    def trained(*_: Any) -> None:
+        raise AssertionError("something is trained")
+
+    from lightning_acc.scoring.matrices import compute
+
+    monkeypatch.setattr(compute, "compute", trained)
+    row = la.evaluate(run).to_pylist()[-1]
+    groups = list(dict.fromkeys(truth.removals))
+    truths = la.score_matrix(run, "loo", removals=groups, at=[5, 12], ray_address=None)
+    each = lds.of_matrix(whole, truths)
+    assert each is not None
+    assert row["lds_each"] == pytest.approx(each.value, abs=1e-6)
+    assert row["lds_each"] > 0.8
+    assert "lds_each" in as_text(la.evaluate(run))

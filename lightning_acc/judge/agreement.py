@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from lightning_acc.errors import RequestError
+from lightning_acc.judge import lds
 from lightning_acc.methods import registry
 from lightning_acc.record import seal
 from lightning_acc.record.record import Record, opened
@@ -56,6 +57,12 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
         whose score is not finite), seconds (of all workers together), peak_memory_gb and the word of the table's verdict. The
         truth is among them, for its cost.
 
+        Where random groups were retrained without (``--removals random-groups:100x5%``), the row of single samples has
+        ``lds``: how well sums of their scores rank what removing the groups does, with lds_low and lds_high, a 95 % interval,
+        and lds_n, the number of groups. ``lds_each`` is the mean of that over the examples of a stored ``score_matrix``.
+        ``qld`` is what removing the samples that help most by the ranking does (``top-group:1%@METHOD``), and qld_random and
+        qld_random_sd what random groups of that size do. Null where these were not retrained without.
+
     Raises:
         RequestError: there are no scores, or none of ``loo`` to compare with.
     """
@@ -65,29 +72,9 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
         raise RequestError(f"{run.path} has no scores yet: compute some with score(run, method=...) first.")
     rows = []
     for name in sorted(tables, key=lambda name: (registry.place(tables[name].conditions["method"]), name)):
-        estimate = tables[name]
-        truth = truth_for(tables, estimate)
-        if truth is None:
-            continue
-        expected, said = truth.by_removal(), estimate.by_removal("estimate")
-        c, verdict = estimate.conditions, estimate.verdict
-        # Extremes that were picked to be checked would flatter the figures where not all removals were retrained without.
-        picked = set() if set(said) <= set(expected) else set(verdict.extremes) - set(verdict.random)
-        # Groups move the query much more than single samples: together, one kind would hide the other.
-        for kind, is_kind in (("samples", lambda removal: len(removal) == 1), ("groups", lambda removal: len(removal) != 1)):
-            common = [removal for removal in said if removal in expected and is_kind(removal) and removal not in picked]
-            if common:
-                rows.append(
-                    {
-                        **{key: c[key] for key in ("method", "query", "at", "readout", "dtype")},
-                        "removals": kind,
-                        "runs": int(c.get("runs", 1)),
-                        **shown(np.array([said[r] for r in common]), np.array([expected[r] for r in common])),
-                        "seconds": c["seconds"],
-                        "peak_memory_gb": c["peak_memory_gb"],
-                        "verdict": "truth" if registry.is_truth(c["method"]) else verdict.word,
-                    }
-                )
+        truth = truth_for(tables, tables[name])
+        if truth is not None:
+            rows += _rows(run, name, tables[name], truth)
     if not rows:
         raise RequestError(
             f"{run.path} has no leave-one-out truth for its scores: compute it with score(run, method='loo'), on the same "
@@ -96,6 +83,33 @@ def evaluate(run: Record | str | os.PathLike[str], save: bool = True) -> pa.Tabl
     if save:
         run.store.write(NAME, as_json(run, rows))
     return pa.Table.from_pylist(rows)
+
+
+def _rows(run: Record, name: str, estimate: Scores, truth: Scores) -> list[dict[str, Any]]:
+    """The rows of one table: one for single samples, one for groups, as far as there is something to compare."""
+    expected, said = truth.by_removal(), estimate.by_removal("estimate")
+    c, verdict = estimate.conditions, estimate.verdict
+    # Extremes that were picked to be checked would flatter the figures where not all removals were retrained without.
+    picked = set() if set(said) <= set(expected) else set(verdict.extremes) - set(verdict.random)
+    rows = []
+    # Groups move the query much more than single samples: together, one kind would hide the other.
+    for kind, single in (("samples", True), ("groups", False)):
+        common = [one for one in said if one in expected and (len(one) == 1) == single and one not in picked]
+        sums = lds.figures(run, name, estimate, truth) if single else lds.NOTHING
+        if common or sums["lds"] is not None:
+            rows.append(
+                {
+                    **{key: c[key] for key in ("method", "query", "at", "readout", "dtype")},
+                    "removals": kind,
+                    "runs": int(c.get("runs", 1)),
+                    **shown(np.array([said[r] for r in common]), np.array([expected[r] for r in common])),
+                    **sums,
+                    "seconds": c["seconds"],
+                    "peak_memory_gb": c["peak_memory_gb"],
+                    "verdict": "truth" if registry.is_truth(c["method"]) else verdict.word,
+                }
+            )
+    return rows
 
 
 def as_json(run: Record, rows: list[dict[str, Any]]) -> bytes:
@@ -134,21 +148,10 @@ def _is_row(row: Any) -> bool:
 
 def as_text(table: pa.Table) -> str:
     """The table of ``evaluate`` for a terminal."""
-    of_several = ["runs"] if any(runs != 1 for runs in table["runs"].to_pylist()) else []
-    columns = [
-        "method",
-        "at",
-        *of_several,
-        "readout",
-        "removals",
-        "rmse",
-        "rmse_sd",
-        "kendall",
-        "spearman",
-        "n",
-        "seconds",
-        "verdict",
-    ]
+    several = any(runs != 1 for runs in table["runs"].to_pylist())
+    lds = [column for column in ("lds", "lds_each", "qld") if any(one is not None for one in table[column].to_pylist())]
+    first = ["method", "at", *(["runs"] if several else []), "readout", "removals"]
+    columns = [*first, "rmse", "rmse_sd", "kendall", "spearman", "n", *lds, "seconds", "verdict"]
     frame = table.select(columns).to_pandas()
     text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
     return text

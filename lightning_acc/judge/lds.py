@@ -12,8 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_acc.core.queries import moments
 from lightning_acc.core.removals import Removal
-from lightning_acc.scoring.matrices import ScoreMatrix
+from lightning_acc.methods.registry import TRUTH
+from lightning_acc.record.record import Record
+from lightning_acc.scoring import selection, shards
+from lightning_acc.scoring.bank import Bank
+from lightning_acc.scoring.matrices import ScoreMatrix, score_matrix
+from lightning_acc.scoring.matrices import matrix as matrices
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.selection import RANDOM_GROUP
 from lightning_acc.scoring.trust.figures import FEWEST_CORRELATED
@@ -30,14 +36,49 @@ class Lds:
     n: int
 
 
+NOTHING: dict[str, float | None] = dict.fromkeys(
+    ("lds", "lds_low", "lds_high", "lds_n", "lds_each", "lds_each_low", "lds_each_high", "qld", "qld_random", "qld_random_sd")
+)
+"""The columns of ``evaluate``, where nothing is known."""
+
+
+def figures(run: Record, name: str, estimate: Scores, truth: Scores) -> dict[str, float | None]:
+    """The columns of ``evaluate`` for the table stored as ``name``, given the truth of groups."""
+    found = dict(NOTHING)
+    whole = of_scores(estimate.by_removal("estimate"), truth)
+    if whole is not None:
+        found.update(lds=whole.value, lds_low=whole.low, lds_high=whole.high, lds_n=whole.n)
+        each = _of_stored_matrix(run, name, estimate, random_groups(truth))
+        if each is not None:
+            found.update(lds_each=each.value, lds_each_low=each.low, lds_each_high=each.high)
+    best = dropped(truth, name)
+    if best is not None:
+        found.update(zip(("qld", "qld_random", "qld_random_sd"), best, strict=True))
+    return found
+
+
+def _of_stored_matrix(run: Record, name: str, estimate: Scores, groups: list[Removal]) -> Lds | None:
+    """LDS of each example, where a matrix of the same scores is stored and what retraining ended with is kept."""
+    c = estimate.conditions
+    if name not in matrices.names(run.store) or c["query"] not in run.query_names() or "run_hashes" in c:
+        return None
+    matrix = matrices.read(run.store, name, run.n_samples)
+    if any(str(matrix.conditions.get(key)) != str(c.get(key)) for key in shards.SAME):
+        return None
+    at = selection.moment(c["at"])
+    if not Bank(run, c, 0).holds(moments.find(run, at).steps, groups):
+        return None
+    truths = score_matrix(
+        run, TRUTH, c["query"], matrix.examples, groups, at, dtype=c["dtype"], ray_address=None, progress=False
+    )
+    return of_matrix(matrix, truths)
+
+
 def random_groups(truth: Scores) -> list[Removal]:
     """The groups of a table that were not chosen for what their samples have in common: those of a column have its name."""
     names = truth.names
-    return [
-        removal
-        for removal in truth.removals
-        if len(removal) > 1 and (removal not in names or names[removal].startswith(RANDOM_GROUP))
-    ]
+    groups = {removal for removal in truth.removals if len(removal) > 1}
+    return sorted(group for group in groups if group not in names or names[group].startswith(RANDOM_GROUP))
 
 
 def of_scores(estimates: Mapping[Removal, float], truth: Scores) -> Lds | None:
@@ -52,7 +93,11 @@ def of_scores(estimates: Mapping[Removal, float], truth: Scores) -> Lds | None:
 def of_matrix(estimates: ScoreMatrix, truths: ScoreMatrix) -> Lds | None:
     """The mean over examples of the LDS for each, given the truth of groups for the same examples."""
     rows = {removal[0]: i for i, removal in enumerate(estimates.removals) if len(removal) == 1}
-    groups = [i for i, group in enumerate(truths.removals) if all(sample in rows for sample in group)]
+    groups = [
+        i
+        for i in sorted(range(len(truths.removals)), key=truths.removals.__getitem__)
+        if all(sample in rows for sample in truths.removals[i])
+    ]
     values = estimates.values
     sums = [values[[rows[sample] for sample in truths.removals[i]]].sum(0, dtype=np.float64) for i in groups]
     if not sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -114,8 +115,9 @@ def score_matrix(
     started = time.perf_counter()
     conditions = job.conditions(distinct)
     name = table_name(conditions, run.dtype)
-    kept = _Kept(run, conditions, name, reusable=save and asked.function is None)
-    known = [part for part in (kept.whole(), *kept.blocks()) if part is not None]
+    every = len(columns) == asked.n_examples and distinct == [(i,) for i in range(run.n_samples)]
+    kept = _Kept(run, conditions, name, None if every else (distinct, columns), save and asked.function is None)
+    known = kept.found()
     by_example = np.full((len(columns), len(distinct)), np.nan, dtype=np.float32)
     values = by_example.T
     there = np.zeros(values.shape, dtype=bool)
@@ -218,23 +220,33 @@ def _fill(
 
 
 class _Kept:
-    """What of a matrix is stored in the run directory: the whole, and the blocks of one that was not finished."""
+    """What is stored of matrices under these conditions: whole ones, and the blocks of one that was not finished.
 
-    def __init__(self, run: Record, conditions: dict[str, Any], name: str, reusable: bool) -> None:
-        self._run, self._name, self._reusable = run, name, reusable
-        self._conditions = conditions
-        self._prefix = f"part-{shards.key(conditions)}-"
+    Args:
+        run: the run.
+        conditions: of the matrix.
+        name: of the table of scores with the same conditions, which the matrix of all samples and examples is named as.
+        part: the removals and examples of another one, whose name tells it apart.
+        reusable: whether what is stored may be used.
+    """
 
-    def whole(self) -> ScoreMatrix | None:
-        """The stored matrix, where it was computed under these conditions."""
-        return self._read(self._name) if self._reusable and self._name in matrices.names(self._run.store) else None
+    def __init__(
+        self, run: Record, conditions: dict[str, Any], name: str, part: tuple[list[Removal], list[int]] | None, reusable: bool
+    ) -> None:
+        self._run, self._conditions, self._reusable, self._table = run, conditions, reusable, name
+        self._name = name if part is None else f"{name}.{_which(*part)[:8]}"
+        self._prefix = f"{matrices.PART}{shards.key(conditions)}-"
 
-    def blocks(self) -> list[ScoreMatrix | None]:
-        """The stored blocks."""
-        return [self._read(name) for name in self._names()] if self._reusable else []
+    def found(self) -> list[ScoreMatrix]:
+        """Everything there is."""
+        if not self._reusable:
+            return []
+        mine = [name for name in matrices.names(self._run.store) if name == self._table or name.startswith(f"{self._table}.")]
+        read = [self._read(name) for name in [*mine, *self._blocks()]]
+        return [matrix for matrix in read if matrix is not None]
 
-    def _names(self) -> list[str]:
-        return [name for name in matrices.names(self._run.store) if name.startswith(self._prefix)]
+    def _blocks(self) -> list[str]:
+        return [name for name in matrices.names(self._run.store, parts=True) if name.startswith(self._prefix)]
 
     def _read(self, name: str) -> ScoreMatrix | None:
         file = f"{matrices.FOLDER}/{name}.safetensors"
@@ -246,12 +258,16 @@ class _Kept:
 
     def keep(self, block: ScoreMatrix) -> None:
         """Store a block."""
-        which = digest(matrices.identity(block.removals, block.examples).encode())[:16]
-        matrices.write(self._run.store, self._prefix + which, block)
+        matrices.write(self._run.store, self._prefix + _which(block.removals, block.examples), block)
 
     def write(self, whole: ScoreMatrix) -> None:
         """Store the whole; its blocks are not needed any more, and go."""
         matrices.write(self._run.store, self._name, whole)
-        done = [f"{matrices.FOLDER}/{name}.safetensors" for name in self._names()]
+        done = [f"{matrices.FOLDER}/{name}.safetensors" for name in self._blocks()]
         if done:
             self._run.store.remove(*done)
+
+
+def _which(removals: list[Removal], examples: list[int]) -> str:
+    """What tells parts of a matrix apart."""
+    return digest(json.dumps([removals, examples]).encode())[:16]

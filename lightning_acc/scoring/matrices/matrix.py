@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,6 +20,8 @@ from lightning_acc.record.store import Store
 from lightning_acc.scoring.trust.verdict import FAITHFUL, Verdict, unchecked
 
 FOLDER = "matrices"
+PART = "part-"
+"""What names of parts begin with: of matrices that are not finished."""
 REMEDY = "delete it and score again"
 
 
@@ -117,10 +118,6 @@ class ScoreMatrix:
     def _column(self) -> dict[int | None, int]:
         return {example: i for i, example in enumerate(self.examples)}
 
-    def covers(self, removals: Sequence[Removal], examples: Sequence[int]) -> bool:
-        """Whether all of these are in it."""
-        return set(removals) <= set(self.removals) and set(examples) <= set(self.examples)
-
     def picked(self, removals: Sequence[Removal], examples: Sequence[int], conditions: dict[str, Any]) -> ScoreMatrix:
         """Some of its rows and columns, in another order."""
         if list(removals) == self.removals and list(examples) == self.examples:
@@ -160,10 +157,11 @@ def read(store: Store, name: str, n_samples: int | None = None) -> ScoreMatrix:
     return ScoreMatrix(head["removals"], head["examples"], head["conditions"], stored=(store, file))
 
 
-def names(store: Store) -> list[str]:
-    """Names of the stored matrices; those of their parts begin with a dot."""
+def names(store: Store, parts: bool = False) -> list[str]:
+    """Names of the stored matrices, or of the parts of those that are not finished."""
     found = [name.split("/")[1] for name in store.names(FOLDER)]
-    return sorted(file.removesuffix(".safetensors") for file in found if file.endswith(".safetensors"))
+    stems = sorted(file.removesuffix(".safetensors") for file in found if file.endswith(".safetensors"))
+    return [stem for stem in stems if stem.startswith(PART) == parts]
 
 
 def _read(store: Store, file: str, n_samples: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
@@ -209,8 +207,3 @@ def as_text(matrix: ScoreMatrix, examples: Sequence[int], k: int) -> str:
             said = [f"{' '.join(map(str, r[:5]))} ({s:+.2e})" for r, s in zip(removals, scores.tolist(), strict=True)]
             lines.append(f"  {word} most by  {', '.join(said)}")
     return "\n".join(lines)
-
-
-def identity(removals: Sequence[Removal], examples: Sequence[int]) -> str:
-    """What says which part of a matrix something is."""
-    return json.dumps([list(removals), list(examples)])
