@@ -98,8 +98,20 @@ def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.Captu
     out = capsys.readouterr().out
     assert len(re.findall(r"^ +[12]  -\S+  \d+  \(by retraining; estimated [-+]\S+\)$", out, re.MULTILINE)) == 2
     assert re.search(r"^ +3  [-+]\S+  \d+", out, re.MULTILINE)
+    main(["matrix", run, "--examples", "worst:3", "--at", "along", "--ray-address", "null", "--top", "2"])
+    out = capsys.readouterr().out
+    assert "ScoreMatrix(sgd-ie: 60 removals x 3 examples of query val at along" in out
+    assert len(re.findall(r"^  (helped|harmed) most by  \d+ \([-+]\S+\), \d+ \([-+]\S+\)$", out, re.MULTILINE)) == 6
+    main(["matrix", run, "--examples=4,2", "--removals=random:5", "--method=acc-sgd-ie", "--check=0", "--ray-address=null"])
+    assert re.search(r"5 removals x 2 examples(.*\n)+example 4:(.*\n)+example 2:", capsys.readouterr().out)
+    main(["retrain", run, "--removals=random-groups:24x10%", "--ray-address=null"])
+    assert re.search(r"random group \d+ \(6 samples\)", capsys.readouterr().out)
+    main(["retrain", run, "--removals=top-group:10%@sgd-ie", "--ray-address=null"])
+    assert "the 10 % that help most by sgd-ie (6 samples)" in capsys.readouterr().out
     main(["evaluate", run])
-    assert "verdict" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "verdict" in out
+    assert all(column in out for column in ("lds", "qld"))
     main(["report", run])
     assert "index.html" in capsys.readouterr().out
     main(["track", run])
@@ -113,6 +125,8 @@ def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.Captu
         (["score", "RUN", "--removals", "nofile"], "'nofile' names no removals and no file"),
         (["score", "RUN", "--removals", "random:100"], "random:100 asks for 100 samples, but this run has 60"),
         (["score", "RUN", "--removals", "top:3@magic"], r"needs the scores of magic.*it has acc-low-rank, acc-sgd-ie"),
+        (["matrix", "RUN", "--examples", "bad"], "'bad' names no examples: use all, worst:N"),
+        (["score", "RUN", "--removals", "random-groups:9x0%"], "asks for 0 of the 60 samples"),
         (["score", "RUN", "--confirm", "all"], "'all' does not say what to confirm: use top:N"),
         (["score", "RUN", "--query", "train"], "no query 'train': it has test, val"),
     ],

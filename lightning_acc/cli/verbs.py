@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning_acc import arguments
+from lightning_acc.cli.matrix import matrix
 from lightning_acc.cli.results import dashboards, export, report, track
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
@@ -107,7 +108,9 @@ def score(
         run: the run directory; or several on the same data, whose scores are averaged, with the ids of the first.
         method: loo retrains and is the truth; acc-sgd-ie follows it closely at about the same cost; acc-low-rank does for
             many samples at once; sgd-ie, and tracin as a baseline, answer for all samples in one sweep.
-        removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with the sample ids of one removal on each line.
+        removals: all; random:N; top:N@METHOD, the most harmful by stored scores; group:COLUMN; random-groups:100x5%, drawn at
+            random, for LDS; top-group:1%@METHOD, those that help most, as one; or a file with the sample ids of one removal on
+            each line.
         query: a query recorded with the run, such as val.
         at: when it is read: end; along, the mean over 20 steps spread over the run (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
@@ -163,7 +166,9 @@ def retrain(
 
     Args:
         run: the run directory; or several on the same data, whose scores are averaged, with the ids of the first.
-        removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with the sample ids of one removal on each line.
+        removals: all; random:N; top:N@METHOD, the most harmful by stored scores; group:COLUMN; random-groups:100x5%, drawn at
+            random, for LDS; top-group:1%@METHOD, those that help most, as one; or a file with the sample ids of one removal on
+            each line.
         query: a query recorded with the run, such as val.
         at: when it is read: end; along, the mean over 20 steps spread over the run (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
@@ -241,6 +246,7 @@ VERBS: dict[str, Any] = {
     "repair": repair,
     "plan": plan,
     "score": score,
+    "matrix": matrix,
     "retrain": retrain,
     "evaluate": evaluate,
     "clean": clean,

@@ -11,6 +11,7 @@ from lightning_acc.core.removals import Removal, parse
 from lightning_acc.errors import RequestError
 from lightning_acc.record.record import Record
 from lightning_acc.scoring import scores
+from lightning_acc.scoring.matrices import worst_examples
 
 
 def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None:
@@ -117,6 +118,21 @@ def most(words: str) -> int:
     if match is None:
         raise RequestError(f"{words!r} does not say what to confirm: use top:N, such as top:50.")
     return int(match[1])
+
+
+def some_examples(run: Record, query: str, words: str) -> list[int] | None:
+    """The examples of a query that ``words`` name: ``all`` (None), ``worst:20``, or their numbers with commas between.
+
+    Raises:
+        RequestError: the words mean nothing.
+    """
+    if words == "all":
+        return None
+    if match := re.fullmatch(r"worst:(\d{1,9})", words):
+        return worst_examples(run, query, int(match[1]))
+    if re.fullmatch(r"\d{1,9}(,\d{1,9})*", words):
+        return [int(word) for word in words.split(",")]
+    raise RequestError(f"{words!r} names no examples: use all, worst:N, or their numbers with commas between.")
 
 
 def moment(at: str) -> At:

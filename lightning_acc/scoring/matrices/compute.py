@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from lightning_acc import arguments
 from lightning_acc.core import queries, rebuild
@@ -18,7 +19,7 @@ from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal
-from lightning_acc.core.replay import Replay, explained
+from lightning_acc.core.replay import Replay, explained, parameters_at
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
@@ -176,6 +177,16 @@ def score_matrix(
     if save and wanted:
         kept.write(whole)
     return whole.picked(wanted, columns, conditions)
+
+
+def worst_examples(run: Record, query: str | Query, count: int) -> list[int]:
+    """The ``count`` examples of a query whose value, such as the loss, is highest at the end of the run, the highest first."""
+    replay, asked = Replay(run), queries.find(run, query)
+    theta = parameters_at(run, run.n_steps).to(replay.dtype)
+    with torch.no_grad():
+        values = asked.values(replay.objective, theta[None], each=True)[0]
+    order: list[int] = values.argsort(descending=True, stable=True)[:count].tolist()
+    return order
 
 
 def _examples(query: Query, examples: Iterable[int] | None) -> list[int]:
