@@ -53,7 +53,7 @@ if (data.predictions) {
     if (one.label !== undefined) row("label", one.label);
     if (one.corrupted) row("", make("span", {class: "flip"}, was(one)));
     if (one.said !== undefined) row("the model", ...calledIt(one));
-    if (known(one.loss)) row("loss", show(one.loss), ` · ${count(place + 1)}. highest of ${count(matrix.total)}`);
+    if (known(one.loss)) row("loss", show(one.loss), place ? `, number ${count(place + 1)} of ${count(matrix.total)} from the highest` : `, the highest of ${count(matrix.total)}`);
     const head = make("div", {class: "example"});
     if (one.image) head.append(image(one.image, `example ${number}`));
     head.append(facts);
