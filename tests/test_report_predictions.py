@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import pytorch_lightning as pl
+import torch
 from problems import Data, data, make, record, trainer
 from test_report import NASTY, NASTY_LABEL, Browser, started  # noqa: F401 (a fixture)
 from torch.utils.data import DataLoader
@@ -68,6 +69,14 @@ def losses_of(run: la.Run) -> np.ndarray:
     return np.asarray(values[0].double().numpy())
 
 
+def near(run: la.Run, example: int, name: str = "sgd-ie") -> list[list[int]]:
+    stored = matrices.read(run.store, name, run.n_samples)
+    found = []
+    for (removals, scores), sign in ((stored.helpful(example, 5), 1), (stored.harmful(example, 5), -1)):
+        found.append([i for (i,), score in zip(removals, scores.tolist(), strict=True) if score * sign > 0])
+    return found
+
+
 def test_what_is_embedded_is_what_the_matrix_says(run: la.Run, page: Path) -> None:
     content, losses = content_of(page), losses_of(run)
     own = content["predictions"]
@@ -81,13 +90,10 @@ def test_what_is_embedded_is_what_the_matrix_says(run: la.Run, page: Path) -> No
         assert (entry["removals"], entry["total"], entry["pictured"]) == (len(stored.removals), EXAMPLES, EXAMPLES)
         assert entry["numbers"] == sorted(range(EXAMPLES), key=lambda example: -losses[example])
         for number, row in zip(entry["numbers"], entry["rows"], strict=True):
-            for near, (removals, scores), sign in (
-                (row[0], stored.helpful(number, 5), 1),
-                (row[1], stored.harmful(number, 5), -1),
-            ):
-                kept = [(i, score) for (i,), score in zip(removals, scores.tolist(), strict=True) if score * sign > 0]
-                assert [what for what, _ in near] == [i for i, _ in kept]
-                assert [score for _, score in near] == pytest.approx([score for _, score in kept], rel=1e-3)
+            for embedded, expected in zip(row, near(run, number, entry["name"]), strict=True):
+                assert [what for what, _ in embedded] == expected
+                rows = [stored.removals.index((i,)) for i in expected]
+                assert [score for _, score in embedded] == pytest.approx(stored.of(number)[rows].tolist(), rel=1e-3)
     assert own["matrices"][0]["verdict"]["text"].startswith("Spearman")
     assert own["matrices"][1]["verdict"]["word"] == "unchecked"
     assert own["matrices"][1]["verdict"]["text"]
@@ -108,18 +114,16 @@ def test_examples_and_samples_stand_there_as_they_were_described(run: la.Run, pa
         assert one["loss"] == pytest.approx(losses[number])
         assert one["said"] in digits.class_names
         assert (one["said"] == one["label"]) or losses[number] > np.log(2)  # where another class is likelier
-    near = {what for entry in content["predictions"]["matrices"] for row in entry["rows"] for part in row for what, _ in part}
-    assert len(near) > 20
-    for sample in near:
+    entries = content["predictions"]["matrices"]
+    needed = {what for entry in entries for row in entry["rows"] for part in row for what, _ in part}
+    assert len(needed) > 20
+    for sample in needed:
         one = content["samples"][str(sample)]
         assert base64.b64decode(one["image"].partition(",")[2]) == trained["image"][sample]
         assert one["label"] == trained["label"][sample]
     pictures = re.findall(r"data:image/png;base64,[^\"]+", page.read_text())
-    by_hand = {one["image"] for one in content["samples"].values()} | {
-        one["image"] for one in content["predictions"]["examples"][0].values()
-    }
-    assert len(pictures) == len(content["samples"]) + EXAMPLES  # each once, however often it is shown
-    assert set(pictures) == by_hand
+    described = [*content["samples"].values(), *content["predictions"]["examples"][0].values()]
+    assert sorted(pictures) == sorted(one["image"] for one in described)  # each once, however often it is shown
 
 
 def test_where_there_is_no_room_the_worst_keep_their_pictures(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +140,7 @@ def test_where_there_is_no_room_the_worst_keep_their_pictures(run: la.Run, monke
     assert 0 < first["pictured"] < len(first["numbers"])
     pictured = [number for number in first["numbers"] if "image" in small["examples"][0][number]]
     assert pictured[:2] == first["numbers"][:2]
-    for near, _ in first["rows"]:
-        assert all("label" in whole["samples"][what] for what, _ in near)
+    assert all("label" in whole["samples"][what] for row in first["rows"] for part in row for what, _ in part)
     added = {i: one for i, one in whole["samples"].items() if i >= 10}
     assert len(json.dumps(small)) + len(json.dumps(added)) < 22_000
 
@@ -154,15 +157,7 @@ def browser(started: Browser, page: Path) -> Iterator[Browser]:  # noqa: F811 (t
 
 PICKED = "Number(document.querySelector('#predictions [aria-selected=true]').dataset.example)"
 NEAR = """[...document.querySelectorAll('#predictions .near')].map(box => [...box.children].map(
-  card => Number(card.textContent.match(/#(\\d+)/)[1])))"""
-
-
-def near(run: la.Run, example: int, name: str = "sgd-ie") -> list[list[int]]:
-    stored = matrices.read(run.store, name, run.n_samples)
-    found = []
-    for (removals, scores), sign in ((stored.helpful(example, 5), 1), (stored.harmful(example, 5), -1)):
-        found.append([i for (i,), score in zip(removals, scores.tolist(), strict=True) if score * sign > 0])
-    return found
+  card => Number([...card.children].map(line => line.textContent.match(/#(\\d+)$/)).find(found => found)[1])))"""
 
 
 def test_an_example_that_is_picked_shows_its_samples(run: la.Run, browser: Browser) -> None:
@@ -192,10 +187,8 @@ def test_the_keyboard_steps_through_the_examples(run: la.Run, browser: Browser) 
         assert browser.see(PICKED) == order[place]
         assert browser.see(NEAR) == near(run, order[place])
         assert browser.see("location.hash") == f"#prediction={order[place]}"
-        assert (
-            browser.see("document.querySelector('#predictions .list').getAttribute('aria-activedescendant')")
-            == f"example-{place}"
-        )
+        active = "document.querySelector('#predictions .list').getAttribute('aria-activedescendant')"
+        assert browser.see(active) == f"example-{place}"
         assert f"Example #{order[place]}" in browser.see("document.querySelector('#said').textContent")
         inside = """((list, item) => item.top >= list.top - 1 && item.bottom <= list.bottom + 1)(
           document.querySelector('#predictions .list').getBoundingClientRect(),
@@ -203,17 +196,17 @@ def test_the_keyboard_steps_through_the_examples(run: la.Run, browser: Browser) 
         assert browser.see(inside)
 
 
-def enter(browser: Browser, number: int) -> None:
-    browser.see(
-        f"(box => {{ box.value = {number}; box.dispatchEvent(new Event('change')); }})(document.querySelector('#predictions input'))"
-    )
+def change(browser: Browser, selector: str, value: str) -> None:
+    """Choose or enter a value."""
+    box = f"document.querySelector('#predictions {selector}')"
+    browser.see(f"(box => {{ box.value = '{value}'; box.dispatchEvent(new Event('change')); }})({box})")
 
 
 def test_any_example_is_found_by_its_number(run: la.Run, browser: Browser) -> None:
     for number in (17, 0, 39):
-        enter(browser, number)
+        change(browser, "input", str(number))
         assert (browser.see(PICKED), browser.see(NEAR)) == (number, near(run, number))
-    enter(browser, 40)
+    change(browser, "input", "40")
     assert browser.see("document.querySelector('#predictions [role=status]').textContent") == "is not here"
     assert browser.see(PICKED) == 39
 
@@ -239,10 +232,7 @@ def test_a_link_names_the_example_and_the_matrix(run: la.Run, page: Path, browse
     browser.see("new Promise(done => setTimeout(done, 50))")
     assert browser.see(PICKED) == 6
     # Another matrix keeps the example, and says so in the link.
-    choose = (
-        "(box => { box.value = '1'; box.dispatchEvent(new Event('change')); })(document.querySelector('#predictions select'))"
-    )
-    browser.see(choose)
+    change(browser, "select", "1")
     assert (browser.see(PICKED), browser.see(NEAR)) == (6, near(run, 6, "tracin"))
     assert browser.see("location.hash") == "#prediction=6&by=tracin"
 
@@ -252,30 +242,22 @@ def test_narrow_and_dark_are_readable(page: Path, browser: Browser, dark: bool) 
     for width in (1280, 400):
         browser.open(page, width, dark)
         assert browser.see("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-        boxes = (
-            "[...document.querySelectorAll('#predictions > *, .picked > *, .near > *')].map(box => box.getBoundingClientRect())"
-        )
-        assert browser.see(f"{boxes}.filter(box => box.right > innerWidth || box.width < 40).length") == 0
+        boxes = "[...document.querySelectorAll('#predictions > *, .picked > *, .near > *')]"
+        wrong = f"{boxes}.map(one => one.getBoundingClientRect()).filter(box => box.right > innerWidth || box.width < 40)"
+        assert browser.see(f"{wrong}.length") == 0
     assert browser.see("[...document.querySelectorAll('select, input')].every(box => box.labels.length === 1)")
 
 
 class Nasty(Data):
-    """Two validation loaders; of the first one texts and labels that try to break out of the page."""
-
-    def val_dataloader(self) -> Any:
-        return [DataLoader(data(n=16, seed=9), 8), DataLoader(data(n=6, seed=8), 6)]
+    """Texts and labels that try to break out of the page."""
 
     def describe_samples(self) -> dict[str, Any]:
         return {"text": [f"{NASTY} {i}" for i in range(24)], "label": [NASTY_LABEL] * 24}
 
     def describe_examples(self, query: str) -> dict[str, Any] | None:
-        if query != "val":
-            return None
-        return {
-            "text": [f"{NASTY} of {i}" for i in range(16)],
-            "label": [NASTY_LABEL] * 16,
-            "image": [b"<svg onload=alert(1)>"] * 16,
-        }
+        assert query == "val"
+        texts = [f"{NASTY} of {i}" for i in range(16)]
+        return {"text": texts, "label": [NASTY_LABEL] * 16, "image": [b"<svg onload=alert(1)>"] * 16}
 
 
 def recorded(path: Path, module: pl.LightningDataModule, **options: Any) -> la.Run:
@@ -286,10 +268,11 @@ def recorded(path: Path, module: pl.LightningDataModule, **options: Any) -> la.R
 
 def test_what_was_described_is_text_and_nothing_else(started: Browser, tmp_path: Path) -> None:  # noqa: F811
     run = recorded(tmp_path / "run", Nasty())
-    assert run.example_info("val-1") is None
+    run.add_query("more", DataLoader(data(n=6, seed=8), 4))
+    assert run.example_info("more") is None
     la.score(run, "sgd-ie", ray_address=None, check=0)
     la.score_matrix(run, "sgd-ie", ray_address=None, check=0)
-    la.score_matrix(run, "sgd-ie", "val-1", [4, 1], removals=[[3, 5], [7]], ray_address=None, check=0)
+    la.score_matrix(run, "sgd-ie", "more", [4, 1], removals=[[3, 5], [7]], ray_address=None, check=0)
     page = Path(report.write_report(run))
     assert NASTY not in page.read_text()
     started.complaints.clear()
@@ -299,9 +282,7 @@ def test_what_was_described_is_text_and_nothing_else(started: Browser, tmp_path:
     assert f"{NASTY} of {number}" in text
     assert NASTY_LABEL in text
     assert started.see("document.querySelectorAll('#predictions script, #predictions img, #predictions b b').length") == 0
-    started.see(
-        "(box => { box.value = '1'; box.dispatchEvent(new Event('change')); })(document.querySelector('#predictions select'))"
-    )
+    change(started, "select", "1")
     assert started.see("[...document.querySelectorAll('#predictions [role=option]')].length") == 2
     cards = started.see("[...document.querySelectorAll('#predictions .near > *')].map(card => card.textContent)")
     assert any("2 samples removed together#3 #5" in card for card in cards)
@@ -345,7 +326,7 @@ def test_examples_that_nobody_described_are_what_the_model_sees(tmp_path: Path) 
     run = record(tmp_path / "run", make())
     assert run.example_info("val") is None
     images = np.random.default_rng(0).random((3, 2, 3, 5, 6), dtype=np.float32)
-    query = la.Query("images", [(pa_tensor(batch), pa_tensor(np.array([7, 8]))) for batch in images])
+    query = la.Query("images", [(torch.from_numpy(batch), torch.tensor([7, 8])) for batch in images])
     views = samples.ExampleViews(run, query)
     for number in range(6):
         view = views[number]
@@ -353,16 +334,9 @@ def test_examples_that_nobody_described_are_what_the_model_sees(tmp_path: Path) 
         assert picture is not None
         assert picture.size == (6, 5)
         pixels = images[number // 2, number % 2]
-        np.testing.assert_allclose(
-            np.array(picture) / 255, ((pixels - pixels.min()) / np.ptp(pixels)).transpose(1, 2, 0), atol=0.005
-        )
+        expected = ((pixels - pixels.min()) / np.ptp(pixels)).transpose(1, 2, 0)
+        np.testing.assert_allclose(np.array(picture) / 255, expected, atol=0.005)
         assert view.label == str(7 + number % 2)
-
-
-def pa_tensor(array: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(array)
 
 
 class Failing(Data):

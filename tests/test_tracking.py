@@ -221,7 +221,7 @@ def test_the_worst_predictions_stand_with_the_samples_that_made_them(logged: Log
     pictures = [Path(entry["local_path"]).read_bytes() for entry in staged if entry["path"].endswith(".png")]
     assert pictures
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
-    assert logged.summary["verdict/predictions by sgd-ie/n"] == 12
+    assert logged.summary["verdict/predictions by sgd-ie/n"] == 18
     assert str(logged.summary["verdict/predictions by sgd-ie/sentence"]).startswith(
         str(logged.summary["verdict/predictions by sgd-ie/word"])
     )

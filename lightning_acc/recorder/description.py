@@ -102,7 +102,8 @@ def write_example_info(writer: RunWriter, trainer: Any, query: str) -> None:
         if columns is None:
             return
         table, data = _as_parquet(columns)
-        if len(table) != n_examples and trainer.limit_val_batches not in (0, 1.0):  # it validates on the first ones alone
+        limit = trainer.limit_val_batches
+        if limit and (isinstance(limit, int) or limit < 1.0):  # of a whole number, batches; of another, a share
             table, data = _as_parquet(table[:n_examples])
         if len(table) != n_examples:
             raise RunError(f"it gives {len(table)} rows for {n_examples} examples")

@@ -36,8 +36,8 @@ def track(
     """Log what is known about a run to W&B, never asking anything; offline where there is no key.
 
     Logged are the rankings with pictures or text, what made the worst predictions, the agreement with the truth, the
-    removal curves of cleaning, the influence of the most harmful and most helpful samples over training time, cost, the finding of corrupted samples,
-    and the results themselves as an artifact. Of these, what the run directory holds.
+    removal curves of cleaning, the influence of the most harmful and most helpful samples over training time, cost, the
+    finding of corrupted samples, and the results themselves as an artifact. Of these, what the run directory holds.
 
     Args:
         run: the recorded run with its scores.
