@@ -113,6 +113,7 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
     return {
         "repr": lambda: repr(run).partition(": ")[2],
         "described": lambda: None if (info := run.sample_info()) is None else info.to_pydict(),
+        "examples": lambda: None if (info := run.example_info("val")) is None else info.to_pydict(),
         "parameters": lambda: [run.parameters(t).tolist() for t in (0, run.n_steps)],
         "steps": lambda: [(s.sample_ids.tolist(), s.weights.tolist(), str(s.hyperparameters), s.sizes) for s in run.steps],
         "audit": lambda: str(run.audit()),

@@ -27,6 +27,7 @@ KINDS = {
     "parameters": "parameters/*.safetensors",
     "samples": "samples/*.safetensors",
     "info": "samples/info.parquet",
+    "example info": "queries/*.info.parquet",
     "module": "module.safetensors",
     "query": "queries/val.safetensors",
     "added query": "queries/more.safetensors",

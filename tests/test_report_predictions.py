@@ -90,10 +90,10 @@ def test_what_is_embedded_is_what_the_matrix_says(run: la.Run, page: Path) -> No
         assert (entry["removals"], entry["total"], entry["pictured"]) == (len(stored.removals), EXAMPLES, EXAMPLES)
         assert entry["numbers"] == sorted(range(EXAMPLES), key=lambda example: -losses[example])
         for number, row in zip(entry["numbers"], entry["rows"], strict=True):
-            for embedded, expected in zip(row, near(run, number, entry["name"]), strict=True):
-                assert [what for what, _ in embedded] == expected
-                rows = [stored.removals.index((i,)) for i in expected]
-                assert [score for _, score in embedded] == pytest.approx(stored.of(number)[rows].tolist(), rel=1e-3)
+            assert [row[0], row[2]] == near(run, number, entry["name"])
+            for embedded, scores in (row[:2], row[2:]):
+                rows = [stored.removals.index((i,)) for i in embedded]
+                assert scores == pytest.approx(stored.of(number)[rows].tolist(), rel=5e-3)
     assert own["matrices"][0]["verdict"]["text"].startswith("Spearman")
     assert own["matrices"][1]["verdict"]["word"] == "unchecked"
     assert own["matrices"][1]["verdict"]["text"]
@@ -110,12 +110,17 @@ def test_examples_and_samples_stand_there_as_they_were_described(run: la.Run, pa
     for number in range(EXAMPLES):
         one = content["predictions"]["examples"][0][str(number)]
         assert base64.b64decode(one["image"].partition(",")[2]) == told["image"][number]
-        assert (one["label"], one["true_label"]) == (told["label"][number], told["true_label"][number])
-        assert one["loss"] == pytest.approx(losses[number])
-        assert one["said"] in digits.class_names
-        assert (one["said"] == one["label"]) or losses[number] > np.log(2)  # where another class is likelier
+        assert one["label"] == told["label"][number]
+        assert one.get("corrupted", False) == told["corrupted"][number]
+        assert one.get("true_label", one["label"]) == told["true_label"][number]
+        assert one["loss"] == pytest.approx(losses[number], rel=5e-3)
+        if "said" in one:
+            assert one["said"] in set(digits.class_names) - {one["label"]}
+            assert losses[number] > np.log(2) - 1e-6  # another class is likelier
+        else:
+            assert losses[number] < np.log(10)
     entries = content["predictions"]["matrices"]
-    needed = {what for entry in entries for row in entry["rows"] for part in row for what, _ in part}
+    needed = {what for entry in entries for row in entry["rows"] for what in (*row[0], *row[2])}
     assert len(needed) > 20
     for sample in needed:
         one = content["samples"][str(sample)]
@@ -130,8 +135,8 @@ def test_where_there_is_no_room_the_worst_keep_their_pictures(run: la.Run, monke
     content = report.collect(run)["predictions"]
     assert len(json.dumps(content)) < predictions.BYTES
     monkeypatch.setattr(predictions, "FIRST", 4)
-    monkeypatch.setattr(predictions, "ROWS_BYTES", 15_000)
-    monkeypatch.setattr(predictions, "BYTES", 20_000)
+    monkeypatch.setattr(predictions, "ROWS_BYTES", 8_000)
+    monkeypatch.setattr(predictions, "BYTES", 14_000)
     whole = report.collect(run)
     small = whole["predictions"]
     first = small["matrices"][0]
@@ -140,9 +145,9 @@ def test_where_there_is_no_room_the_worst_keep_their_pictures(run: la.Run, monke
     assert 0 < first["pictured"] < len(first["numbers"])
     pictured = [number for number in first["numbers"] if "image" in small["examples"][0][number]]
     assert pictured[:2] == first["numbers"][:2]
-    assert all("label" in whole["samples"][what] for row in first["rows"] for part in row for what, _ in part)
+    assert all("label" in whole["samples"][what] for row in first["rows"] for what in (*row[0], *row[2]))
     added = {i: one for i, one in whole["samples"].items() if i >= 10}
-    assert len(json.dumps(small)) + len(json.dumps(added)) < 22_000
+    assert len(json.dumps(small)) + len(json.dumps(added)) < 16_000
 
 
 @pytest.fixture

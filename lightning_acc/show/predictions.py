@@ -77,6 +77,11 @@ class Examples:
         """What there is to see of an example."""
         return SampleView(example) if self._views is None else self._views[example]
 
+    @property
+    def classes(self) -> bool:
+        """Whether the model's classes are known."""
+        return self._said is not None
+
     def loss(self, example: int) -> float | None:
         """The loss of an example at the end of the run; None where it is not known."""
         if self.losses is None or not np.isfinite(self.losses[example]):

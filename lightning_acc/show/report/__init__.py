@@ -76,7 +76,7 @@ def render(title: str, facts: list[tuple[str, str]], content: dict[str, Any]) ->
     )
     # Whatever a sample's text says, it must not end the script element it stands in; and should anything slip through,
     # the browser runs no script but this one and loads nothing from elsewhere.
-    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = jinja2.Environment(autoescape=True).from_string(page)
     return template.render(title=title, facts=facts, data=data, style=style, script=script, script_hash=script_hash)
@@ -124,6 +124,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     whole = len(order) <= WHOLE
     ends = order if whole else order[:ENDS] + order[-ENDS:]
     ranks = np.arange(1, len(order) + 1)
+    truths = {} if registry.is_truth(table.conditions["method"]) else table.truths
     entry: dict[str, Any] = {
         "name": name,
         "conditions": {key: table.conditions[key] for key in ("method", "query", "readout", "dtype")},
@@ -135,7 +136,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
             "ranks": (ranks if whole else np.r_[ranks[:ENDS], ranks[-ENDS:]]).tolist(),
             "samples": ends,
             "scores": [_plain(scores[sample]) for sample in ends],
-            "retrained": [] if table.conditions["method"] == registry.TRUTH else [s for s in ends if (s,) in table.truths],
+            "retrained": [s for s in ends if (s,) in truths],
         },
     }
     truth = truth_for(tables, table)

@@ -10,21 +10,22 @@ if (data.predictions) {
 
   const about = number => examples[matrix.about][number];
   const short = (what, shown) => what.length > shown ? `${what.slice(0, shown)} …` : what;
-  const calledIt = one => one.said === undefined ? [] : one.said === one.label ? ["said so too"] : [make("span", {class: "flip"}, `said ${short(one.said, 40)}`)];
+  const wrong = one => make("span", {class: "flip"}, `said ${short(one.said, 40)}`);
   const image = (source, alt) => {
     const found = make("img", {src: source, alt});
     found.addEventListener("load", () => found.classList.toggle("fine", found.naturalWidth > 48));
     return found;
   };
   const option = (number, i) => {
-    const one = about(number), text = make("span", {class: "who"}, make("b", {}, `#${number}`));
-    if (one.label !== undefined) text.append(" ", short(one.label, 40));
-    if (one.said !== undefined && one.said !== one.label) text.append(" ", ...calledIt(one));
+    const one = about(number), text = make("div", {class: "who"}, make("div", {class: "line"}, make("b", {}, `#${number}`),
+      make("span", {class: "number"}, known(one.loss) ? show(one.loss) : "")));
+    const label = make("div", {}, one.label === undefined ? "" : short(one.label, 40));
+    if (one.said !== undefined) label.append(" ", wrong(one));
+    text.append(label);
     if (!one.image && one.text) text.append(make("small", {}, short(one.text, 70)));
     const box = make("div", {role: "option", id: `example-${i}`, "data-example": number, "aria-selected": "false"});
     if (one.image) box.append(image(one.image, ""));
     box.append(text);
-    if (known(one.loss)) box.append(make("span", {class: "number"}, show(one.loss)));
     box.addEventListener("click", () => pick(i, true));
     return box;
   };
@@ -34,32 +35,32 @@ if (data.predictions) {
     list.scrollTop += Math.min(0, inner.top - box.top - 6) + Math.max(0, inner.bottom - box.bottom + 6);
     list.scrollLeft += Math.min(0, inner.left - box.left - 6) + Math.max(0, inner.right - box.right + 6);
   };
-  const nearby = ([what, score]) => {
+  const nearby = (what, score) => {
     if (typeof what === "number") return card(what, [show(score)]);
     const more = what.n - what.samples.length;
     return make("div", {class: "sample"}, make("div", {}, what.n ? `${count(what.n)} samples removed together` : "nothing removed"),
       make("div", {class: "number"}, what.samples.map(i => `#${i}`).join(" ") + (more ? ` and ${count(more)} more` : "")), make("div", {class: "number"}, show(score)));
   };
-  const half = (title, near, none) => {
-    const box = make("div", {class: "near"}, ...near.map(nearby));
-    box.classList.toggle("texts", near.some(([what]) => typeof what !== "number" || data.samples[what].text));
+  const half = (title, near, scores, none) => {
+    const box = make("div", {class: "near"}, ...near.map((what, i) => nearby(what, scores[i])));
+    box.classList.toggle("texts", near.some(what => typeof what !== "number" || data.samples[what].text));
     return [make("h3", {}, title), near.length ? box : make("p", {}, none)];
   };
   const detail = () => {
-    const number = matrix.numbers[place], [helped, harmed] = matrix.rows[place], one = about(number);
+    const number = matrix.numbers[place], [helped, up, harmed, down] = matrix.rows[place], one = about(number);
     const facts = make("div", {class: "facts"}, make("h3", {}, `Example #${number}`));
     if (one.text) facts.append(words(one.text, 400));
     const row = (name, ...value) => facts.append(make("div", {}, make("span", {class: "number"}, `${name} `), ...value));
     if (one.label !== undefined) row("label", one.label);
     if (one.corrupted) row("", make("span", {class: "flip"}, was(one)));
-    if (one.said !== undefined) row("the model", ...calledIt(one));
+    if (matrix.classes) row("the model", one.said === undefined ? "said so too" : wrong(one));
     if (known(one.loss)) row("loss", show(one.loss), place ? `, number ${count(place + 1)} of ${count(matrix.total)} from the highest` : `, the highest of ${count(matrix.total)}`);
     const head = make("div", {class: "example"});
     if (one.image) head.append(image(one.image, `example ${number}`));
     head.append(facts);
     find(".picked").replaceChildren(head,
-      ...half("Helped it most: without them its loss would be higher", helped, "Nothing that was asked about helped it."),
-      ...half("Harmed it most: without them its loss would be lower", harmed, "Nothing that was asked about harmed it."));
+      ...half("Helped it most: without them its loss would be higher", helped, up, "Nothing that was asked about helped it."),
+      ...half("Harmed it most: without them its loss would be lower", harmed, down, "Nothing that was asked about harmed it."));
     said.textContent = [...head.querySelectorAll("h3, .facts > div")].map(part => part.textContent).join(", ");
   };
   const pick = (i, byHand) => {

@@ -19,7 +19,7 @@ from lightning_acc.show.predictions import NEAR, Examples, extreme, stored_matri
 
 BYTES = 2_000_000
 """What the section adds to the page, at most."""
-ROWS_BYTES = 1_200_000
+ROWS_BYTES = 1_700_000
 """Of these for numbers, labels and scores; the examples with the highest loss come first."""
 FIRST = 60
 """Examples whose pictures come first: of those with the highest loss, and of those with the most extreme scores."""
@@ -39,7 +39,7 @@ class Room:
 
     def take(self, *content: Any) -> bool:
         """Whether there is room for all of ``content``; then it is taken."""
-        size = sum(len(json.dumps(one)) + 10 for one in content)
+        size = sum(len(json.dumps(one, separators=(",", ":"))) + 10 for one in content)
         if size > self.left:
             return False
         self.left -= size
@@ -70,14 +70,14 @@ def collect(run: Record, views: SampleViews, shown: Shown, known: dict[int, dict
         place = list(about).index(key)
         entry = _entry(run, name, asked, examples, place)
         for number in examples.ordered(asked):
-            row = [_near(*asked.helpful(number, NEAR), 1), _near(*asked.harmful(number, NEAR), -1)]
+            row = [*_near(*asked.helpful(number, NEAR), 1), *_near(*asked.harmful(number, NEAR), -1)]
             new = {i: _plain(views[i]) for i in _singles(row) if i not in known and i not in samples}
-            one = {**_plain(examples[number]), "loss": examples.loss(number), "said": examples.said(number)}
-            if not room.take(number, row, *new.values(), *([] if number in described[place] else [one])):
+            one = _described(examples, number)
+            if not room.take([number, row], *new.values(), *([] if number in described[place] else [one])):
                 break
             entry["numbers"].append(number)
             entry["rows"].append(row)
-            described[place].setdefault(number, {key: value for key, value in one.items() if value is not None})
+            described[place].setdefault(number, one)
             samples.update(new)
         entries.append(entry)
     room.left += BYTES - ROWS_BYTES
@@ -107,6 +107,7 @@ def _entry(run: Record, name: str, asked: ScoreMatrix, examples: Examples, place
         "verdict": {"word": word, "text": rest},
         "missing": examples.missing,
         "losses": examples.losses is not None,
+        "classes": examples.classes,
         "total": len(asked.examples),
         "removals": len(asked.removals),
         "groups": any(len(removal) != 1 for removal in asked.removals),
@@ -136,28 +137,39 @@ def _by_weight(entries: list[dict[str, Any]], stored: dict[str, ScoreMatrix]) ->
         yield from some(i, entry["numbers"])
 
 
-def _near(removals: list[Removal], scores: Any, sign: int) -> list[list[Any]]:
-    """Removals with their scores, as long as these have the sign; a group by the first of its samples and their number."""
-    found = []
-    for removal, score in zip(removals, scores.tolist(), strict=True):
-        if score * sign > 0:
-            what = removal[0] if len(removal) == 1 else {"samples": list(removal[:NAMED]), "n": len(removal)}
-            found.append([what, float(f"{score:.4g}")])
+def _near(removals: list[Removal], scores: Any, sign: int) -> tuple[list[Any], list[float]]:
+    """Removals and their scores, as long as these have the sign; a group by the first of its samples and their number."""
+    kept = [(removal, score) for removal, score in zip(removals, scores.tolist(), strict=True) if score * sign > 0]
+    named = [r[0] if len(r) == 1 else {"samples": list(r[:NAMED]), "n": len(r)} for r, _ in kept]
+    return named, [_short(score) for _, score in kept]
+
+
+def _singles(row: list[list[Any]]) -> list[int]:
+    return [removal for removal in (*row[0], *row[2]) if isinstance(removal, int)]
+
+
+def _described(examples: Examples, number: int) -> dict[str, Any]:
+    """What is known of an example beside its picture and its text; of the class the model said only where it is another."""
+    view, loss, said = examples[number], examples.loss(number), examples.said(number)
+    found = _plain(view)
+    if loss is not None:
+        found["loss"] = _short(loss)
+    if said is not None and said != view.label:
+        found["said"] = said[:LABEL]
     return found
-
-
-def _singles(row: list[list[list[Any]]]) -> list[int]:
-    return [what for near in row for what, _ in near if isinstance(what, int)]
 
 
 def _plain(view: SampleView) -> dict[str, Any]:
     """What is known of a sample beside its picture and its text."""
-    fields = {
-        "label": None if view.label is None else view.label[:LABEL],
-        "true_label": None if view.true_label is None else view.true_label[:LABEL],
-        "corrupted": view.corrupted,
-    }
+    fields = {"label": None if view.label is None else view.label[:LABEL]}
+    if view.corrupted:
+        fields.update(corrupted=True, true_label=None if view.true_label is None else view.true_label[:LABEL])
     return {key: value for key, value in fields.items() if value is not None}
+
+
+def _short(number: float) -> float:
+    """As precise as it is shown."""
+    return float(f"{number:.3g}")
 
 
 def _heavy(fields: dict[str, Any]) -> dict[str, Any]:
