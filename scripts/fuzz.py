@@ -81,6 +81,7 @@ def prepare(path: Path) -> Files:
     run.add_query("more", list(_unpacked(run.query("val"))))
     for method in METHODS:
         la.score(run, method, ray_address=None, check=18 if method == "sgd-ie" else 0, progress=False)
+    la.score_matrix(run, "sgd-ie", ray_address=None, check=0, progress=False)
     la.evaluate(run)
     la.clean(run, "sgd-ie", [0.2], seeds=2, test="more", controls=["random"], ray_address=None, progress=False)
     gone = {"run_id": "x", "pid": 2**22 + 1, "started": "1", "host": socket.gethostname(), "time": "now", "token": "y"}
@@ -122,6 +123,7 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
         "evaluate": lambda: str(la.evaluate(run, save=False).drop_columns(["seconds", "peak_memory_gb"]).to_pylist()),
         "cleaning": lambda: None if (table := cleaning_table.read(run)) is None else table.to_pylist(),
         "report": lambda: [(m["name"], str(m["ranking"])) for m in collect(run)["methods"]],
+        "predictions": lambda: str(collect(run)["predictions"]),
         "clean": lambda: str(la.clean(run, "sgd-ie", [0.2], **cleaning).to_pylist()),
         **{
             method: lambda method=method: la.score(

@@ -35,6 +35,7 @@ KINDS = {
     "scores": "scores/*.parquet",
     "shards": "shards/*.parquet",
     "figures": "shards/*.json",
+    "matrices": "matrices/*.safetensors",
     "cleaning": "cleaning.parquet",
     "evaluation": "evaluation.json",
     "lock": "lock",

@@ -161,10 +161,12 @@ def _described(examples: Examples, number: int) -> dict[str, Any]:
 
 def _plain(view: SampleView) -> dict[str, Any]:
     """What is known of a sample beside its picture and its text."""
-    fields = {"label": None if view.label is None else view.label[:LABEL]}
+    fields: dict[str, Any] = {} if view.label is None else {"label": view.label[:LABEL]}
     if view.corrupted:
-        fields.update(corrupted=True, true_label=None if view.true_label is None else view.true_label[:LABEL])
-    return {key: value for key, value in fields.items() if value is not None}
+        fields["corrupted"] = True
+        if view.true_label is not None:
+            fields["true_label"] = view.true_label[:LABEL]
+    return fields
 
 
 def _short(number: float) -> float:
