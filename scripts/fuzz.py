@@ -123,7 +123,7 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
         "evaluate": lambda: str(la.evaluate(run, save=False).drop_columns(["seconds", "peak_memory_gb"]).to_pylist()),
         "cleaning": lambda: None if (table := cleaning_table.read(run)) is None else table.to_pylist(),
         "report": lambda: [(m["name"], str(m["ranking"])) for m in collect(run)["methods"]],
-        "predictions": lambda: str(collect(run)["predictions"]),
+        "predictions": lambda: _predictions(run),
         "clean": lambda: str(la.clean(run, "sgd-ie", [0.2], **cleaning).to_pylist()),
         **{
             method: lambda method=method: la.score(
@@ -135,6 +135,15 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
             run, "sgd-ie", query="more", ray_address=None, check=0, save=False, progress=False
         ).estimates.tolist(),
     }  # fmt: skip
+
+
+def _predictions(run: la.Run) -> str:
+    """What the page says of single predictions; a sentence on why it says less is a refusal."""
+    found = collect(run)["predictions"]
+    for asked in found["matrices"] if found else ():
+        if asked["missing"]:
+            raise la.RunError(asked["missing"])
+    return str(found)
 
 
 OF_KIND = {"scores": METHODS, "shards": METHODS, "figures": ("clean",), "added query": ("more",), "sidecar": ("more", "clean")}
