@@ -58,3 +58,15 @@ class DescribesSamples(Protocol):
         ``image`` (a PNG file as bytes), ``text``, ``label``, ``true_label`` and ``corrupted`` (bool) are shown on the page,
         in W&B and in the CSV file. Each column, also any other, makes groups: ``--removals group:COLUMN``.
         """
+
+
+@runtime_checkable
+class DescribesExamples(Protocol):
+    """A LightningDataModule that tells people what the examples of its validation data are."""
+
+    def describe_examples(self, query: str) -> dict[str, Any] | pyarrow.Table | None:
+        """Columns as those of ``describe_samples``, with a value for each example, in the order of the query's data.
+
+        ``query`` is ``val``, of further validation loaders ``val-1``, ``val-2`` and so on; None where nothing is known of it.
+        What is described is shown beside the samples that made the prediction what it is.
+        """

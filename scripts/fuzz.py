@@ -81,6 +81,7 @@ def prepare(path: Path) -> Files:
     run.add_query("more", list(_unpacked(run.query("val"))))
     for method in METHODS:
         la.score(run, method, ray_address=None, check=18 if method == "sgd-ie" else 0, progress=False)
+    la.score_matrix(run, "sgd-ie", ray_address=None, check=0, progress=False)
     la.evaluate(run)
     la.clean(run, "sgd-ie", [0.2], seeds=2, test="more", controls=["random"], ray_address=None, progress=False)
     gone = {"run_id": "x", "pid": 2**22 + 1, "started": "1", "host": socket.gethostname(), "time": "now", "token": "y"}
@@ -113,6 +114,7 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
     return {
         "repr": lambda: repr(run).partition(": ")[2],
         "described": lambda: None if (info := run.sample_info()) is None else info.to_pydict(),
+        "examples": lambda: None if (info := run.example_info("val")) is None else info.to_pydict(),
         "parameters": lambda: [run.parameters(t).tolist() for t in (0, run.n_steps)],
         "steps": lambda: [(s.sample_ids.tolist(), s.weights.tolist(), str(s.hyperparameters), s.sizes) for s in run.steps],
         "audit": lambda: str(run.audit()),
@@ -121,6 +123,7 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
         "evaluate": lambda: str(la.evaluate(run, save=False).drop_columns(["seconds", "peak_memory_gb"]).to_pylist()),
         "cleaning": lambda: None if (table := cleaning_table.read(run)) is None else table.to_pylist(),
         "report": lambda: [(m["name"], str(m["ranking"])) for m in collect(run)["methods"]],
+        "predictions": lambda: _predictions(run),
         "clean": lambda: str(la.clean(run, "sgd-ie", [0.2], **cleaning).to_pylist()),
         **{
             method: lambda method=method: la.score(
@@ -132,6 +135,15 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
             run, "sgd-ie", query="more", ray_address=None, check=0, save=False, progress=False
         ).estimates.tolist(),
     }  # fmt: skip
+
+
+def _predictions(run: la.Run) -> str:
+    """What the page says of single predictions; a sentence on why it says less is a refusal."""
+    found = collect(run)["predictions"]
+    for asked in found["matrices"] if found else ():
+        if asked["missing"]:
+            raise la.RunError(asked["missing"])
+    return str(found)
 
 
 OF_KIND = {"scores": METHODS, "shards": METHODS, "figures": ("clean",), "added query": ("more",), "sidecar": ("more", "clean")}

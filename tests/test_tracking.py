@@ -20,6 +20,7 @@ from problems import CLASSES, Data, N, data, make, record, trainer
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
+from lightning_acc.core.replay import Replay
 from lightning_acc.judge import cleaning_table, samples
 from lightning_acc.methods.registry import METHODS
 from lightning_acc.scoring.over_time import influence_over_time
@@ -77,6 +78,13 @@ class Described(Data):
             "label": [str(i % CLASSES) for i in range(N)],
             "true_label": ["8"] * N,
             "corrupted": [i in (3, 11) for i in range(N)],
+        }
+
+    def describe_examples(self, query: str) -> dict[str, Any]:
+        assert query == "val"
+        return {
+            "image": [png(np.full((6, 6), i / 16)) for i in range(16)],
+            "label": [f"shown as {i}" for i in range(16)],
         }
 
 
@@ -154,6 +162,8 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         for method in METHODS:
             la.score(run, method, ray_address=None, check=0)
             la.score(run, method, [[3, 11]], ray_address=None, check=0)
+        la.score_matrix(run, "tracin", ray_address=None, check=0)
+        la.score_matrix(run, "sgd-ie", ray_address=None, check=18)
         cleaning_table.write(run, cleaned())
         evaluation = la.evaluate(run).to_pylist()
         path = Path(tracking.track(run, evaluation, "somewhere"))
@@ -186,6 +196,35 @@ def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> Non
     assert [caption.split(":")[0] for caption in captions] == [f"#{row['sample']}" for row in single[: len(captions)]]
     pictures = [logged.path / "files" / name for name in logged.summary["most harmful/loo"]["filenames"]]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_the_worst_predictions_stand_with_the_samples_that_made_them(logged: Logged) -> None:
+    matrix = la.score_matrix(logged.run, "sgd-ie", ray_address=None, save=False, check=0)
+    query = logged.run.query("val")
+    objective = Replay(logged.run).objective
+    losses = query.values(objective, logged.run.parameters(logged.run.n_steps)[None], each=True)[0].tolist()
+    rows = logged.rows("predictions")
+    assert [row["example"] for row in rows] == sorted(range(16), key=lambda example: -losses[example])
+    for row in rows:
+        example = row["example"]
+        assert row["loss"] == pytest.approx(losses[example], rel=1e-12)
+        assert row["label"] == f"shown as {example}"
+        assert row["picture"] == "Image"
+        for word, (near, scores) in (("helped", matrix.helpful(example, 5)), ("harmed", matrix.harmful(example, 5))):
+            kept = [(i, score) for (i,), score in zip(near, scores.tolist(), strict=True) if (score > 0) == (word == "helped")]
+            labels = [f"{i % CLASSES}{', was 8' * (i in (3, 11))}" for i, _ in kept]
+            said = [f"#{i} {label} ({score:+.2e})" for (i, score), label in zip(kept, labels, strict=True)]
+            assert row[word] == ", ".join(said)
+            assert [row[f"{word} {k}"] for k in (1, 2, 3)] == (["Image"] * len(kept) + [None] * 3)[:3]
+    artifacts = [record["artifact"] for record in logged.records if record["type"] == "artifact"]
+    (staged,) = (artifact["manifest"]["contents"] for artifact in artifacts if artifact["name"].endswith("-predictions"))
+    pictures = [Path(entry["local_path"]).read_bytes() for entry in staged if entry["path"].endswith(".png")]
+    assert pictures
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert logged.summary["verdict/predictions by sgd-ie/n"] == 18
+    assert str(logged.summary["verdict/predictions by sgd-ie/sentence"]).startswith(
+        str(logged.summary["verdict/predictions by sgd-ie/word"])
+    )
 
 
 def test_agreement_names_the_sample_of_every_point(logged: Logged) -> None:
@@ -301,7 +340,14 @@ def test_content_hashes_tie_the_runs_together(logged: Logged) -> None:
 
 def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Logged) -> None:
     built = tracking.workspace("somewhere", "someone", save=False)
-    assert [section.name for section in built.sections] == ["Rankings", "Agreement", "Cleaning", "Over training time", "Cost"]
+    assert [section.name for section in built.sections] == [
+        "Rankings",
+        "Predictions",
+        "Agreement",
+        "Cleaning",
+        "Over training time",
+        "Cost",
+    ]
     assert (built.project, built.entity) == ("somewhere", "someone")
     model = built._to_model()
     spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))

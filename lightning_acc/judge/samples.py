@@ -1,15 +1,20 @@
-"""What a reader sees of a training sample: picture or text, label, and whether it is known to be corrupted."""
+"""What a reader sees of a training sample, or of an example of a query: picture or text, label, whether it is corrupted."""
 
 from __future__ import annotations
 
+import bisect
 import io
+import itertools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from lightning_acc.core.queries import Query
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
 
 if TYPE_CHECKING:
@@ -20,14 +25,16 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 """Formats a picture may have. Pillow knows dozens, some of which start other programs."""
 MOST_BYTES, MOST_PIXELS = 2**25, 2**26
 """Larger pictures are left out: a few kilobytes may unpack to gigabytes."""
+NUMBERS = 16
+"""Of an example of which nothing else can be shown."""
 
 
 @dataclass(frozen=True)
 class SampleView:
-    """One training sample as shown in tables and pages; None where a thing is not known.
+    """One training sample, or example of a query, as shown in tables and pages; None where a thing is not known.
 
     Attributes:
-        sample: its id.
+        sample: its id or number.
         image: a picture file, for ``opened_picture`` alone to open.
         text: its text.
         label: its label in training.
@@ -59,20 +66,63 @@ class SampleViews:
 
     def __getitem__(self, sample: int) -> SampleView:
         if self._columns:
-            known = {name: column[sample] for name, column in self._columns.items()}
-            names = {name: str(known[name]) for name in ("label", "true_label") if known.get(name) is not None}
-            return SampleView(
-                sample,
-                image=image if isinstance(image := known.get("image"), bytes) else None,
-                text=None if known.get("text") is None else str(known["text"]),
-                label=names.get("label"),
-                true_label=names.get("true_label"),
-                corrupted=known.get("corrupted") if _is_flag(known.get("corrupted")) else None,
-            )
-        leaves = self._run.content_of(sample) or {}
-        images = [picture for picture in map(_picture, leaves.values()) if picture is not None]
-        labels = [str(int(leaf)) for leaf in leaves.values() if leaf.ndim == 0 and not leaf.is_floating_point()]
-        return SampleView(sample, image=images[0] if images else None, label=labels[-1] if labels else None)
+            return _described(sample, self._columns)
+        return _seen(sample, self._run.content_of(sample) or {})
+
+
+class ExampleViews:
+    """Views of the examples of a query, from what the data module described, else from the tensors the query is read with.
+
+    Args:
+        run: the recorded run.
+        query: one of its queries.
+    """
+
+    def __init__(self, run: Record, query: Query) -> None:
+        table = run.example_info(query.name)
+        fits = table is not None and len(table) == query.n_examples
+        self._columns: dict[str, list[Any]] = table.to_pydict() if table is not None and fits else {}
+        sizes = [batches.batch_size(leaves) for leaves, _ in query.batches]
+        self._ends, self._query = list(itertools.accumulate(sizes)), query
+
+    def __getitem__(self, example: int) -> SampleView:
+        if self._columns:
+            return _described(example, self._columns)
+        batch = bisect.bisect_right(self._ends, example)
+        row = example - (self._ends[batch - 1] if batch else 0)
+        leaves = {name: leaf[row] for name, leaf in self._query.batches[batch][0].items()}
+        view = _seen(example, leaves)
+        return view if view.image is not None else replace(view, text=_numbers(leaves))
+
+
+def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
+    """The view of what a data module told, row ``number`` of its columns."""
+    known = {name: column[number] for name, column in columns.items()}
+    names = {name: str(known[name]) for name in ("label", "true_label") if known.get(name) is not None}
+    return SampleView(
+        number,
+        image=image if isinstance(image := known.get("image"), bytes) else None,
+        text=None if known.get("text") is None else str(known["text"]),
+        label=names.get("label"),
+        true_label=names.get("true_label"),
+        corrupted=known.get("corrupted") if _is_flag(known.get("corrupted")) else None,
+    )
+
+
+def _seen(number: int, leaves: Leaves) -> SampleView:
+    """The view of what the model sees: the first of its tensors that looks like an image, and the last whole number."""
+    images = [picture for picture in map(_picture, leaves.values()) if picture is not None]
+    labels = [str(int(leaf)) for leaf in leaves.values() if leaf.ndim == 0 and not leaf.is_floating_point()]
+    return SampleView(number, image=images[0] if images else None, label=labels[-1] if labels else None)
+
+
+def _numbers(leaves: Leaves) -> str | None:
+    """The first numbers of the first tensor there is: better than nothing."""
+    inputs = next((leaf.flatten() for leaf in leaves.values() if leaf.ndim), None)
+    if inputs is None:
+        return None
+    shown = ", ".join(f"{number:.3g}" for number in inputs[:NUMBERS].tolist())
+    return f"{shown}, … ({len(inputs):,} numbers)" if len(inputs) > NUMBERS else shown
 
 
 def _is_flag(value: Any) -> bool:

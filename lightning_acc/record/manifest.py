@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyarrow as pa
 from torch import Tensor
 
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
-from lightning_acc.record import seal
+from lightning_acc.record import seal, tables
 from lightning_acc.record.schema import files, keys
 from lightning_acc.record.store import Store, digest
 
@@ -30,7 +31,7 @@ CONVENTION = "fixed-denominator"
 _OF_A_RUN = re.compile(
     r"(manifest\.json|lock|module\.safetensors|evaluation\.json|cleaning\.parquet"
     r"|(ranks/\d+/)?(manifest\.json|(steps|parameters|samples)/\d{6,}(-\d+)?\.safetensors)"
-    r"|samples/info\.parquet|queries/[^/]+\.(safetensors|json)|(scores|shards)/[^/]+\.(parquet|json)"
+    r"|samples/info\.parquet|queries/[^/]+\.(safetensors|json|info\.parquet)|(scores|shards)/[^/]+\.(parquet|json)"
     r"|(matrices|bank)/[^/]+\.(safetensors|parquet|json)|report/index\.html)(\.[0-9a-f-]+\.(part|old))?"
 )
 """Names of all that lightning_acc itself writes into a run directory."""
@@ -191,6 +192,23 @@ def load(store: Store, manifest: Manifest, name: str) -> tuple[dict[str, Tensor]
     if wrong:
         raise fault(store, name, wrong)
     return tensors, metadata
+
+
+def description(store: Store, manifest: Manifest, name: str, rows: int | None) -> pa.Table | None:
+    """The table of what is described, of so many ``rows``, in a file of the record; None where there is no such file.
+
+    Raises:
+        RunError: it is none.
+    """
+    facts = manifest["files"].get(name)
+    if facts is None:
+        return None
+    try:
+        table = tables.read(read_file(store, name, facts["sha256"], facts["bytes"]), rows)
+    except ValueError as error:
+        raise fault(store, name, str(error)) from error
+    check_columns(store.locate(name), table.column_names)
+    return table
 
 
 def read_file(store: Store, name: str, sha256: str, size: int | None = None) -> bytes:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_acc import arguments
 from lightning_acc.errors import RequestError, RunError
-from lightning_acc.record import manifest, tables
+from lightning_acc.record import manifest
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.contents import Contents
 from lightning_acc.record.schema import keys
@@ -240,21 +240,15 @@ class Record:
 
     def sample_info(self) -> pa.Table | None:
         """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""
-        if "samples/info.parquet" not in self.manifest["files"]:
-            return None
-        name = "samples/info.parquet"
-        try:
-            table = tables.read(self._read(name), self.n_samples)
-        except ValueError as error:
-            raise self._fault(name, str(error)) from error
-        manifest.check_columns(self.store.locate(name), table.column_names)
-        return table
+        return manifest.description(self.store, self.manifest, "samples/info.parquet", self.n_samples)
+
+    def example_info(self, query: str) -> pa.Table | None:
+        """What the data module told about the examples of a recorded query (``describe_examples``), in their order."""
+        examples = self.manifest["files"].get(f"queries/{query}.safetensors", {}).get("n_examples")
+        return manifest.description(self.store, self.manifest, f"queries/{query}.info.parquet", examples)
 
     def _file(self, name: str) -> dict[str, Any]:
         return dict(self.manifest["files"][name])
-
-    def _read(self, name: str) -> bytes:
-        return manifest.read_file(self.store, name, self._file(name)["sha256"], self._file(name)["bytes"])
 
     def _fault(self, name: str, fault: str) -> RunError:
         return manifest.fault(self.store, name, fault)

@@ -10,19 +10,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_acc.contract import DescribesSamples
+from lightning_acc.contract import DescribesExamples, DescribesSamples
 from lightning_acc.core import queries, rebuild
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.rows import transferred
 from lightning_acc.recorder.optimizer import TrainedOptimizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.dtype) -> dict[str, Any]:
@@ -79,19 +82,51 @@ def write_sample_info(writer: RunWriter, trainer: Any) -> None:
     """What ``describe_samples()`` of the data module tells: columns with one value per training sample."""
     if not isinstance(trainer.datamodule, DescribesSamples):
         return
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    columns = trainer.datamodule.describe_samples()
-    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    table, data = _as_parquet(trainer.datamodule.describe_samples())
     if len(table) != writer.header["n_samples"]:
         raise RunError(
             f"describe_samples() gives {len(table)} rows for {writer.header['n_samples']} training samples: "
             "it must give one row a sample, in the order of the dataset."
         )
+    writer.write_file("samples/info.parquet", data)
+
+
+def write_example_info(writer: RunWriter, trainer: Any, query: str) -> None:
+    """What ``describe_examples(query)`` of the data module tells; where it fails, or tells of others, nothing.
+
+    It is for the eye alone: no training and no record is given up for it.
+    """
+    n_examples = writer.files[f"queries/{query}.safetensors"]["n_examples"]
+    try:
+        columns = trainer.datamodule.describe_examples(query)
+        if columns is None:
+            return
+        table, data = _as_parquet(columns)
+        limit = trainer.limit_val_batches
+        if limit and (isinstance(limit, int) or limit < 1.0):  # of a whole number, batches; of another, a share
+            table, data = _as_parquet(table[:n_examples])
+        if len(table) != n_examples:
+            raise RunError(f"it gives {len(table)} rows for {n_examples} examples")
+    except Exception as error:
+        words = " ".join(str(error).split())[:200].rstrip(".")
+        warnings.warn(
+            f"What describe_examples({query!r}) tells is not recorded ({type(error).__name__}: {words}): it must give columns "
+            "with a value for each example, in the order of the query's data.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return
+    writer.write_file(f"queries/{query}.info.parquet", data)
+
+
+def _as_parquet(columns: Any) -> tuple[pa.Table, bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
-    writer.write_file("samples/info.parquet", buffer.getvalue())
+    return table, buffer.getvalue()
 
 
 def write_queries(writer: RunWriter, trainer: Any) -> None:
@@ -115,6 +150,9 @@ def write_queries(writer: RunWriter, trainer: Any) -> None:
                     queries.record_as(writer, name, (transferred(trainer, batch, i) for batch in _limited(loader, trainer, i)))
                 except InfluenceError as error:
                     warnings.warn(f"The validation data is not recorded as a query: {error}", UserWarning, stacklevel=2)
+                    continue
+                if isinstance(trainer.datamodule, DescribesExamples):
+                    write_example_info(writer, trainer, name)
 
 
 @contextmanager

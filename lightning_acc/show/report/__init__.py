@@ -1,6 +1,7 @@
 """``write_report``: one self-contained HTML page about a run, readable offline.
 
-``collect`` gathers what the page shows as plain JSON; ``page.html``, ``page.css`` and ``page.js`` beside this file show it.
+``collect`` gathers what the page shows as plain JSON; ``page.html``, ``page.css`` and ``page.js`` beside this file show it, and
+``predictions.*`` the section on single predictions.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import numpy as np
 from lightning_acc.core.queries.moments import END
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
-from lightning_acc.judge.samples import SampleViews, detection_precision, opened_picture
+from lightning_acc.judge.samples import SampleView, SampleViews, detection_precision, opened_picture
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.figures import shown
+from lightning_acc.show.report import predictions
 
 SHOWN = 24
 """Samples shown as pictures from each end of a ranking."""
@@ -68,10 +70,14 @@ def render(title: str, facts: list[tuple[str, str]], content: dict[str, Any]) ->
     import jinja2
 
     files = importlib.resources.files(__name__)
-    page, style, script = (files.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    page = files.joinpath("page.html").read_text("utf-8")
+    style, script = (
+        "\n".join(files.joinpath(f"{part}.{kind}").read_text("utf-8") for part in ("page", "predictions"))
+        for kind in ("css", "js")
+    )
     # Whatever a sample's text says, it must not end the script element it stands in; and should anything slip through,
     # the browser runs no script but this one and loads nothing from elsewhere.
-    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = jinja2.Environment(autoescape=True).from_string(page)
     return template.render(title=title, facts=facts, data=data, style=style, script=script, script_hash=script_hash)
@@ -94,9 +100,14 @@ def collect(run: Record) -> dict[str, Any]:
     methods = [_method(name, tables, corrupted) for name in order]
     needed = {sample for method in methods for sample in method["ranking"]["samples"]}
     needed.update(point[0] for method in methods for point in method.get("points", ()))
+    samples = {sample: _shown(views[sample]) for sample in sorted(needed)}
+    single = predictions.collect(run, views, _shown, samples)
+    if single is not None:
+        samples.update(single.pop("samples"))
     return {
         "methods": methods,
-        "samples": {sample: _sample(views, sample) for sample in sorted(needed)},
+        "samples": samples,
+        "predictions": single,
         "corrupted_share": None if corrupted is None else float(corrupted.mean()),
         "n_corrupted": None if corrupted is None else int(corrupted.sum()),
         "groups": [found for name in order if (found := _groups(name, tables[name]))],
@@ -114,6 +125,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     whole = len(order) <= WHOLE
     ends = order if whole else order[:ENDS] + order[-ENDS:]
     ranks = np.arange(1, len(order) + 1)
+    truths = {} if registry.is_truth(table.conditions["method"]) else table.truths
     entry: dict[str, Any] = {
         "name": name,
         "conditions": _conditions(table),
@@ -125,7 +137,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
             "ranks": (ranks if whole else np.r_[ranks[:ENDS], ranks[-ENDS:]]).tolist(),
             "samples": ends,
             "scores": [_plain(scores[sample]) for sample in ends],
-            "retrained": [] if table.conditions["method"] == registry.TRUTH else [s for s in ends if (s,) in table.truths],
+            "retrained": [s for s in ends if (s,) in truths],
         },
     }
     truth = truth_for(tables, table)
@@ -231,8 +243,7 @@ def _plain(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else float(value)
 
 
-def _sample(views: SampleViews, sample: int) -> dict[str, Any]:
-    view = views[sample]
+def _shown(view: SampleView) -> dict[str, Any]:
     text = view.text if view.text is None or len(view.text) <= TEXT else view.text[:TEXT] + " …"
     fields = {
         "image": None if view.image is None else _thumbnail(view.image),

@@ -20,6 +20,7 @@ from lightning_acc.scoring.scores import Scores
 from lightning_acc.show.tracking import panels
 from lightning_acc.show.tracking.connection import results, start, tie
 from lightning_acc.show.tracking.driver import Live
+from lightning_acc.show.tracking.predictions import predictions
 
 _CONDITIONS = ("method", "query", "at", "readout", "dtype", "removals", "runs")
 
@@ -35,9 +36,9 @@ def track(
 ) -> str:
     """Log what is known about a run to W&B, never asking anything; offline where there is no key.
 
-    Logged are the rankings with pictures or text, the agreement with the truth, the removal curves of cleaning, the
-    influence of the most harmful and most helpful samples over training time, cost, the finding of corrupted samples,
-    and the results themselves as an artifact. Of these, what the run directory holds.
+    Logged are the rankings with pictures or text, what made the worst predictions, the agreement with the truth, the
+    removal curves of cleaning, the influence of the most harmful and most helpful samples over training time, cost, the
+    finding of corrupted samples, and the results themselves as an artifact. Of these, what the run directory holds.
 
     Args:
         run: the recorded run with its scores.
@@ -72,6 +73,11 @@ def track(
             truth = truth_for(tables, table)
             if truth is not None and not registry.is_truth(table.conditions["method"]):
                 tracked.log({f"agreement/{name}-against-loo": panels.scatter(name, table, truth, views)})
+        single = predictions(run, pictures)
+        if single is not None:
+            shown, verdict = single
+            tracked.log({"predictions": shown})
+            tracked.summary.update(verdict)
         found = None if views.corrupted is None else panels.detection(tables, views.corrupted)
         if found is not None:
             tracked.log({"finding the corrupted": found})

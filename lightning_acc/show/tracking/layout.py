@@ -33,7 +33,7 @@ def workspace(
     save: bool | None = None,
     directory: str | None = None,
 ) -> Workspace:
-    """The workspace of a project: rankings, agreement, cleaning, influence over training time, and cost, arranged.
+    """The workspace of a project: rankings, predictions, agreement, cleaning, influence over time, and cost, arranged.
 
     Args:
         project: None for ``lightning-acc``.
@@ -183,6 +183,7 @@ def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace
                 *(wr.WeavePanelSummaryTable(table_name=f"ranking/{name}") for name in tables),
                 wr.MediaBrowser(media_keys=[f"most harmful/{name}" for name in tables], title="Most harmful", num_columns=8),
             ),
+            section("Predictions", 1, wr.WeavePanelSummaryTable(table_name="predictions")),
             section(
                 "Agreement",
                 2,

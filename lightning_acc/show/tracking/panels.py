@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from lightning_acc.judge.samples import SampleView, SampleViews, detection_precision, opened_picture
+from lightning_acc.scoring.matrices import ScoreMatrix
 from lightning_acc.scoring.scores import Scores
 
 SHOWN = 100
@@ -70,8 +71,8 @@ def ranking(table: Scores, truth: Scores | None, pictures: Pictures) -> Any:
     return wandb.Table(columns=columns, data=data)
 
 
-def verdict(name: str, table: Scores) -> dict[str, Any]:
-    """How far a table can be trusted: its word, its figures and the whole sentence, by ``verdict/<table>/<figure>``."""
+def verdict(name: str, table: Scores | ScoreMatrix) -> dict[str, Any]:
+    """How far scores can be trusted: its word, its figures and the whole sentence, by ``verdict/<table>/<figure>``."""
     said = table.verdict
     names = ("word", "n", "spearman", "spearman_low", "spearman_high", "kendall", "rmse_sd", "top_confirmed", "n_diverged")
     figures = {figure: getattr(said, figure) for figure in names if getattr(said, figure) is not None}

@@ -122,6 +122,7 @@ class StudyDataModule(pl.LightningDataModule):
         self.true_labels = train.labels.copy()
         self._flip(train.labels, random)
         self.corrupted = noisy | (train.labels != self.true_labels)
+        self.true_val_labels = val.labels.copy()
         if self.val_label_noise:
             # From random numbers of its own: the test samples' are the same with and without it.
             self._flip(val.labels, np.random.default_rng([self.seed, 1]))
@@ -155,6 +156,19 @@ class StudyDataModule(pl.LightningDataModule):
             "label": [self.class_names[label] for label in train.labels],
             "true_label": [self.class_names[label] for label in self.true_labels],
             "corrupted": self.corrupted.tolist(),
+        }
+
+    def describe_examples(self, query: str) -> dict[str, Any] | None:
+        """For the recorder: the same of the examples of ``val``, and of ``test``, of which none is corrupted."""
+        if query not in ("val", "test"):
+            return None
+        examples = self.splits[query]
+        true = self.true_val_labels if query == "val" else examples.labels
+        return {
+            **examples.described,
+            "label": [self.class_names[label] for label in examples.labels],
+            "true_label": [self.class_names[label] for label in true],
+            "corrupted": (examples.labels != true).tolist(),
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
