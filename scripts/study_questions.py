@@ -61,15 +61,17 @@ def digits(directory: Path, n: int, optimizer: str, activation: str, lr: float, 
 
 def posts(directory: Path, n: int, seed: int = 0) -> la.Run:
     """Two newsgroups, a small GELU transformer with dropout, AdamW with warm-up, a cosine and clipping, 5 epochs."""
-
-    source = (
-        str(Path(os.environ[DATA_VARIABLE]) / "SetFit/20_newsgroups") if DATA_VARIABLE in os.environ else "SetFit/20_newsgroups"
-    )
-    train, val = Posts(source, "train", n), Posts(source, "test", 300)
     pl.seed_everything(seed, verbose=False)
-    module = TextClassifier(5 * -(-len(train) // 32))
-    loaders = torch.utils.data.DataLoader(train, 32, shuffle=True), torch.utils.data.DataLoader(val, 100)
-    return recorded(directory, module, 5, lambda trainer: trainer.fit(module, *loaders), gradient_clip_val=1.0)
+    module = TextClassifier(5 * -(-n // 32))
+
+    def fit(trainer: pl.Trainer) -> None:
+        folder = os.environ.get(DATA_VARIABLE)
+        source = f"{folder}/SetFit/20_newsgroups" if folder else "SetFit/20_newsgroups"
+        train, val = Posts(source, "train", n), Posts(source, "test", 300)
+        assert len(train) == n
+        trainer.fit(module, DataLoader(train, 32, shuffle=True), DataLoader(val, 100))
+
+    return recorded(directory, module, 5, fit, gradient_clip_val=1.0)
 
 
 def recorded(directory: Path, module: Any, epochs: int, fit: Callable[[pl.Trainer], None], **options: Any) -> la.Run:
