@@ -8,8 +8,8 @@ A cell is a data set, its size, a kind of noise, and whether the validation labe
 trainings from different seeds are recorded on the same data; samples are ranked by influence, read at the end of one run or
 along it, of one run or of four (the mean of their scores), and by controls. A ranking is judged by how many of the samples it
 puts first are corrupted, and by what dropping these gains over dropping nothing, in trainings from seeds that no ranking has
-seen. Needs MNIST, Adult and 20 Newsgroups, from the Hub or by LIGHTNING_ACC_DATA. A cell of 1000 samples takes some minutes on one
-core, one of all of MNIST half an hour.
+seen. Needs MNIST, Adult and 20 Newsgroups, from the Hub or by LIGHTNING_ACC_DATA. On one core a cell of 1000 samples takes some
+minutes and as many again for each ranking by acc-low-rank, one of all of MNIST half an hour.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from lightning_acc.judge.cleaning_table import ADDED, interval
 from lightning_acc.judge.fresh_training import Retraining, retrain
 from lightning_acc.judge.validation import with_validation
 from lightning_acc.progress import Progress
-from lightning_acc.record import batches
 from lightning_acc.studies.data import AdultDataModule, DigitsDataModule, MNISTDataModule, NewsgroupsDataModule
 from lightning_acc.studies.data.base import StudyDataModule
 from lightning_acc.studies.models import Classifier
@@ -55,8 +54,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """How cells of a size are trained, all alike: a GELU network, by SGD.
 
-Of 1000: of the learning rates .002, .005, .01, .02, .05, .1 and batches of 50 and 100 those with the lowest validation loss after 25
-epochs on MNIST (mean of uniform-20 and class-20), by which time the network fits; no ranking was looked at. Of all: that of
+Of 1000: of the learning rates .002, .005, .01, .02, .05, .1 and batches of 50 and 100 those with the lowest validation loss
+after 25 epochs on MNIST (mean of uniform-20 and class-20), by which time the network fits. Of all: that of
 configs/mnist-full.yaml.
 """
 RATES = {"news": 0.5}
@@ -142,6 +141,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", nargs="*", metavar="CELL", help=f"which of {', '.join(cells())}; all but those of digits")
     parser.add_argument("--seeds", type=int, default=5, help="trainings that test each ranking and share dropped")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="whose scores to rank by")
+    parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=CONTROLS, help="which to show beside")
     parser.add_argument("--memory-gb", type=float, default=4.0)
     parser.add_argument("--tables", action="store_true", help="write what scripts/study shows, and run nothing")
     options = parser.parse_args(words)
@@ -156,10 +156,12 @@ def main(words: Sequence[str] | None = None) -> None:
     wanted = [name for name, cell in cells().items() if cell.data != "digits"] if options.cells is None else options.cells
     if unknown := set(wanted) - set(cells()):
         parser.error(f"there are no cells {sorted(unknown)}; there are {', '.join(cells())}")
+    by_influence = itertools.product(options.methods, MOMENTS, (1, RUNS))
+    rankings = [ranking_name(*parts) for parts in by_influence] + options.controls
     for i, name in enumerate(wanted):
         started = time.perf_counter()
         print(f"[{i + 1} of {len(wanted)}] {name}", flush=True)
-        figures = run_cell(cells()[name], options.out, options.seeds, options.methods, int(options.memory_gb * 2**30))
+        figures = run_cell(cells()[name], options.out, options.seeds, rankings, int(options.memory_gb * 2**30))
         for ranking, row in figures["rankings"].items():
             gains = ", ".join(f"{share} {gain['accuracy'][0]:+.2f}" for share, gain in row["gains"].items())
             found = "" if row["auc"] is None else f"precision {row['precision']:.3f}, AUC {row['auc']:.3f}"
@@ -167,13 +169,15 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"    {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def run_cell(cell: Cell, out: Path, seeds: int, methods: Sequence[str], memory: int) -> dict[str, Any]:
-    """The figures of a cell, which are also stored as ``<out>/<cell>.json``; what was done before is taken from ``out``."""
+def run_cell(cell: Cell, out: Path, seeds: int, rankings: Sequence[str], memory: int) -> dict[str, Any]:
+    """The figures of a cell, which are also stored as ``<out>/<cell>.json``; what was done before is taken from ``out``.
+
+    Rankings that were had before are shown too.
+    """
     folder = out / cell.name
     data = cell.module()
     runs = recorded(cell, data, folder)
-    orders = ranked(runs, folder, methods, memory)
-    orders = {name: order for name, order in orders.items() if not name.startswith(tuple(set(METHODS) - set(methods)))}
+    orders = ranked(runs, folder, rankings, memory)
     results = tested(cell, runs[0], data, orders, folder, seeds, memory)
     figures = {
         "cell": cell.name,
@@ -225,31 +229,28 @@ def mean_scores(runs: Sequence[la.Run], method: str, at: str, memory: int) -> np
     return mean
 
 
-def ranked(runs: Sequence[la.Run], folder: Path, methods: Sequence[str], memory: int) -> dict[str, np.ndarray]:
-    """Every ranking: the samples in the order they would be dropped."""
+def ranked(runs: Sequence[la.Run], folder: Path, rankings: Sequence[str], memory: int) -> dict[str, np.ndarray]:
+    """The samples in the order that each ranking would drop them; those that were had before, and those of ``rankings``."""
     path = folder / "orders.npz"
     orders = dict(np.load(path)) if path.exists() else {}
-
-    def keep(more: dict[str, np.ndarray], started: float) -> None:
-        orders.update(more)
-        np.savez(folder / "part.npz", **orders)
-        (folder / "part.npz").replace(path)
-        print(f"    ranked by {', '.join(more)} in {time.perf_counter() - started:.0f} s", flush=True)
-
-    for method, at, count in itertools.product(methods, MOMENTS, (1, RUNS)):
-        started = time.perf_counter()
-        if (name := ranking_name(method, at, count)) not in orders:
-            keep({name: np.argsort(mean_scores(runs[:count], method, at, memory), kind="stable")}, started)
-    for name in CONTROLS:
-        started = time.perf_counter()
+    influence = {ranking_name(*parts): parts for parts in itertools.product(METHODS, MOMENTS, (1, RUNS))}
+    for name in rankings:
         if name in orders:
             continue
-        if name == LOSS_OF_RUNS:
+        started = time.perf_counter()
+        if name in influence:
+            method, at, count = influence[name]
+            orders[name] = np.argsort(mean_scores(runs[:count], method, at, memory), kind="stable")
+        elif name == LOSS_OF_RUNS:
             places = [np.argsort(controls.rankings(run, ["loss"], memory)["loss"]) for run in runs]
-            keep({name: np.argsort(np.mean(places, axis=0), kind="stable")}, started)
+            orders[name] = np.argsort(np.mean(places, axis=0), kind="stable")
         else:
-            keep(controls.rankings(runs[0], [name], memory), started)
-    return orders
+            orders |= controls.rankings(runs[0], [name], memory)
+        np.savez(folder / "part.npz", **orders)
+        (folder / "part.npz").replace(path)
+        print(f"    ranked by {name} in {time.perf_counter() - started:.0f} s", flush=True)
+    every = [*influence, *CONTROLS]
+    return {name: orders[name] for name in sorted(orders, key=every.index)}
 
 
 def ranking_name(method: str, at: str, count: int) -> str:
@@ -330,7 +331,7 @@ def auc(order: np.ndarray, corrupted: np.ndarray) -> float:
 
 
 def gain(results: Results, name: str, share: float, seeds: int) -> dict[str, tuple[float, float, float]]:
-    """What a ranking gains over nothing dropped, paired by seed: in points of test accuracy and in test loss, with intervals."""
+    """Gained over nothing dropped, paired by seed: points of test accuracy, and test loss, each with its 95 % interval."""
     pairs = np.array([[results[name, share, seed], results["none", 0.0, seed]] for seed in range(seeds)])  # (seeds, 2, 2)
     better = {"accuracy": 100 * (pairs[:, 0, 1] - pairs[:, 1, 1]), "loss": pairs[:, 1, 0] - pairs[:, 0, 0]}
     return {what: interval(values) for what, values in better.items()}

@@ -26,8 +26,8 @@ NOISE = {
     "feature-20": "features 20 %",
 }
 VAL_WRONG = "validation wrong too"
-COLOURS = {"sgd-ie": "#d9730d", "acc-low-rank": "#0b6e99", "loss": "#b8a14a", "self-influence": "#c46a8f", "cleanlab": "#7a4ea3"}
-COLOURS |= {"validation": "#5aa9a0", "oracle": "#3a8f4d", "random": "#9b9a97"}
+COLOURS = {"sgd-ie": "#d9730d", "acc-low-rank": "#0b6e99", "validation": "#5aa9a0", "oracle": "#3a8f4d", "random": "#9b9a97"}
+COLOURS |= {"loss": "#b8a14a", "self-influence": "#c46a8f", "cleanlab": "#7a4ea3"}
 SHOWN = (
     *("sgd-ie end", "sgd-ie along", "sgd-ie along of 4 runs", "acc-low-rank along of 4 runs"),
     *("loss", "self-influence", "cleanlab", "validation", "validation added", "oracle", "random"),
@@ -59,7 +59,8 @@ def frame(found: list[dict[str, Any]]) -> pd.DataFrame:
                     for what, key in (("points", "accuracy"), ("loss_gain", "loss"))
                     for end, value in zip(("", "_low", "_high"), gain[key], strict=True)
                 }
-                rows.append({**about, "ranking": ranking, "precision": row["precision"], "auc": row["auc"], "dropped": share} | ends)
+                found_by = {"ranking": ranking, "precision": row["precision"], "auc": row["auc"], "dropped": share}
+                rows.append({**about, **found_by, **ends})
     return pd.DataFrame(rows)
 
 
@@ -85,8 +86,9 @@ def tables(figures: pd.DataFrame) -> list[str]:
 def table(part: pd.DataFrame, names: list[str], data: str) -> list[str]:
     first = part.iloc[0]
     lines = [
-        f"**{DATA[data]}, {first['n']} samples**, {first['n_val']} for validation, {first['n_test']} for testing, {first['steps']} "
-        f"steps, {first['seeds']} seeds. Precision at the noise rate (AUC); points of test accuracy gained by dropping as many:",
+        f"**{DATA[data]}, {first['n']} samples**, {first['n_val']} for validation, {first['n_test']} for testing, "
+        f"{first['steps']} steps. Precision at the noise rate (AUC); points of test accuracy gained by dropping as many, over "
+        f"{first['seeds']} seeds:",
         "",
         "| ranking | " + " | ".join(map(title, names)) + " |",
         "| --- " * (len(names) + 1) + "|",
@@ -111,7 +113,7 @@ def in_words(row: pd.Series) -> str:
 
 def by_share(part: pd.DataFrame, name: str) -> list[str]:
     shares = [share for share in part["dropped"].unique() if share != "0 %"]
-    lines = [f"**MNIST, 1000 samples, {title(name)}**: gained in points of test accuracy; in test loss, by the share dropped:", ""]
+    lines = [f"**MNIST, 1000 samples, {title(name)}**: points of test accuracy gained; test loss, by the share dropped:", ""]
     lines += ["| ranking | " + " | ".join(shares) + " |", "| --- " * (len(shares) + 1) + "|"]
     for ranking in [one for one in part["ranking"].unique() if one != "validation added"]:
         rows = [part[(part["ranking"] == ranking) & (part["dropped"] == share)].iloc[0] for share in shares]
