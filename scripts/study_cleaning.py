@@ -20,7 +20,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Cell:
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        """Shares that are dropped: of all the data the noise rate alone, which costs what can be afforded."""
+        """Shares that are dropped: of all the data only as many as are corrupted, as a training takes long."""
         return (self.rate,) if self.size == "all" else (0.1, 0.2, 0.3)
 
     def module(self) -> StudyDataModule:
@@ -140,6 +140,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study-cleaning"))
     parser.add_argument("--cells", nargs="*", metavar="CELL", help=f"which of {', '.join(cells())}; all but those of digits")
     parser.add_argument("--seeds", type=int, default=5, help="trainings that test each ranking and share dropped")
+    parser.add_argument("--at-rate", action="store_true", help="drop as many as are corrupted only, not 10, 20 and 30 %%")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="whose scores to rank by")
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=CONTROLS, help="which to show beside")
     parser.add_argument("--memory-gb", type=float, default=4.0)
@@ -161,7 +162,9 @@ def main(words: Sequence[str] | None = None) -> None:
     for i, name in enumerate(wanted):
         started = time.perf_counter()
         print(f"[{i + 1} of {len(wanted)}] {name}", flush=True)
-        figures = run_cell(cells()[name], options.out, options.seeds, rankings, int(options.memory_gb * 2**30))
+        cell = cells()[name]
+        shares = (cell.rate,) if options.at_rate else cell.fractions
+        figures = run_cell(cell, options.out, options.seeds, rankings, shares, int(options.memory_gb * 2**30))
         for ranking, row in figures["rankings"].items():
             gains = ", ".join(f"{share} {gain['accuracy'][0]:+.2f}" for share, gain in row["gains"].items())
             found = "" if row["auc"] is None else f"precision {row['precision']:.3f}, AUC {row['auc']:.3f}"
@@ -169,7 +172,9 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"    {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def run_cell(cell: Cell, out: Path, seeds: int, rankings: Sequence[str], memory: int) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, out: Path, seeds: int, rankings: Sequence[str], shares: Sequence[float], memory: int
+) -> dict[str, Any]:
     """The figures of a cell, which are also stored as ``<out>/<cell>.json``; what was done before is taken from ``out``.
 
     Rankings that were had before are shown too.
@@ -178,7 +183,7 @@ def run_cell(cell: Cell, out: Path, seeds: int, rankings: Sequence[str], memory:
     data = cell.module()
     runs = recorded(cell, data, folder)
     orders = ranked(runs, folder, rankings, memory)
-    results = tested(cell, runs[0], data, orders, folder, seeds, memory)
+    results = tested(runs[0], data, orders, shares, folder, seeds, memory)
     figures = {
         "cell": cell.name,
         "n": runs[0].n_samples,
@@ -189,7 +194,7 @@ def run_cell(cell: Cell, out: Path, seeds: int, rankings: Sequence[str], memory:
         "parameters": runs[0].n_parameters,
         "seeds": seeds,
         "accuracy": 100 * float(np.mean([results[("none", 0.0, seed)][1] for seed in range(seeds)])),
-        "rankings": rows(orders, results, data.corrupted, cell.rate, cell.fractions, seeds),
+        "rankings": rows(orders, results, data.corrupted, cell.rate, shares, seeds),
     }
     write_json(out / f"{cell.name}.json", figures)
     return figures
@@ -262,7 +267,13 @@ Results = dict[tuple[str, float, int], tuple[float, float]]
 
 
 def tested(
-    cell: Cell, run: la.Run, data: StudyDataModule, orders: dict[str, np.ndarray], folder: Path, seeds: int, memory: int
+    run: la.Run,
+    data: StudyDataModule,
+    orders: dict[str, np.ndarray],
+    shares: Sequence[float],
+    folder: Path,
+    seeds: int,
+    memory: int,
 ) -> Results:
     """Trainings anew, without what each ranking drops: from the same seeds for all, by the recipe of the recorded run."""
     path = folder / "trainings.json"
@@ -275,7 +286,7 @@ def tested(
     for seed in range(seeds):
         random = np.random.default_rng(FIRST_SEED + seed).permutation(run.n_samples)
         plans: dict[tuple[str, float], frozenset[int]] = {("none", 0.0): frozenset()}
-        for name, share in itertools.product([*orders, "random"], cell.fractions):
+        for name, share in itertools.product([*orders, "random"], shares):
             order = random if name == "random" else orders[name]
             plans[name, share] = frozenset(order[: round(share * run.n_samples)].tolist())
         left = [key for key in plans if (*key, seed) not in results]
@@ -283,7 +294,7 @@ def tested(
         if (ADDED, 0.0, seed) not in results:
             pieces.append((seed, {(ADDED, 0.0): frozenset()}))
     amount = sum(len(plans) for _, plans in pieces)
-    with Progress(f"{cell.name} · {amount} trainings", len(pieces), None, amount, "trainings") as bar:
+    with Progress(f"{folder.name} · {amount} trainings", len(pieces), None, amount, "trainings") as bar:
         for i, (seed, plans) in enumerate(pieces):
             added = (ADDED, 0.0) in plans
             job = Retraining(FIRST_SEED + seed, list(plans.values()), added)
@@ -303,17 +314,17 @@ def rows(
     results: Results,
     corrupted: np.ndarray,
     rate: float,
-    fractions: Iterable[float],
+    shares: Sequence[float],
     seeds: int,
 ) -> dict[str, dict[str, Any]]:
     """For each ranking its precision at the noise rate, AUC, and gains by share dropped, with their intervals."""
     found: dict[str, dict[str, Any]] = {}
     for name, order in orders.items():
         found[name] = {"precision": precision(order, corrupted, rate), "auc": auc(order, corrupted)}
-        found[name]["gains"] = {f"{100 * share:.0f} %": gain(results, name, share, seeds) for share in fractions}
+        found[name]["gains"] = {f"{100 * share:.0f} %": gain(results, name, share, seeds) for share in shares}
     # Of an order drawn anew for every seed, what is expected.
-    shares = {f"{100 * share:.0f} %": gain(results, "random", share, seeds) for share in fractions}
-    found["random"] = {"precision": float(corrupted.mean()), "auc": 0.5, "gains": shares}
+    by_share = {f"{100 * share:.0f} %": gain(results, "random", share, seeds) for share in shares}
+    found["random"] = {"precision": float(corrupted.mean()), "auc": 0.5, "gains": by_share}
     found[ADDED] = {"precision": None, "auc": None, "gains": {"0 %": gain(results, ADDED, 0.0, seeds)}}
     return found
 
