@@ -83,9 +83,14 @@ NOISE: dict[str, dict[str, Any]] = {
     "feature-20": {"feature_noise": 0.2},
 }
 RUNS = 4
-METHODS, MOMENTS = ("sgd-ie", "acc-low-rank"), ("end", "along")
+BY_INFLUENCE = {
+    f"{method} {at}" + (f" of {count} runs" if count > 1 else ""): (method, at, count)
+    for method, at, count in itertools.product(("sgd-ie", "acc-low-rank"), ("end", "along"), (1, RUNS))
+}
+"""Method, moment and number of runs of the rankings by influence."""
 LOSS_OF_RUNS = f"loss of {RUNS} runs"
 CONTROLS = ("loss", LOSS_OF_RUNS, "self-influence", "cleanlab", "validation", "oracle")
+RANKINGS = [*BY_INFLUENCE, *CONTROLS]
 AT_ONCE = 8
 """Trainings that are batched together."""
 FIRST_SEED = 1000
@@ -141,8 +146,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", nargs="*", metavar="CELL", help=f"which of {', '.join(cells())}; all but those of digits")
     parser.add_argument("--seeds", type=int, default=5, help="trainings that test each ranking and share dropped")
     parser.add_argument("--at-rate", action="store_true", help="drop as many as are corrupted only, not 10, 20 and 30 %%")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="whose scores to rank by")
-    parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=CONTROLS, help="which to show beside")
+    parser.add_argument("--rankings", nargs="*", default=RANKINGS, choices=RANKINGS, metavar="RANKING", help="in order")
     parser.add_argument("--memory-gb", type=float, default=4.0)
     parser.add_argument("--tables", action="store_true", help="write what scripts/study shows, and run nothing")
     options = parser.parse_args(words)
@@ -157,14 +161,12 @@ def main(words: Sequence[str] | None = None) -> None:
     wanted = [name for name, cell in cells().items() if cell.data != "digits"] if options.cells is None else options.cells
     if unknown := set(wanted) - set(cells()):
         parser.error(f"there are no cells {sorted(unknown)}; there are {', '.join(cells())}")
-    by_influence = itertools.product(options.methods, MOMENTS, (1, RUNS))
-    rankings = [ranking_name(*parts) for parts in by_influence] + options.controls
     for i, name in enumerate(wanted):
         started = time.perf_counter()
         print(f"[{i + 1} of {len(wanted)}] {name}", flush=True)
         cell = cells()[name]
         shares = (cell.rate,) if options.at_rate else cell.fractions
-        figures = run_cell(cell, options.out, options.seeds, rankings, shares, int(options.memory_gb * 2**30))
+        figures = run_cell(cell, options.out, options.seeds, options.rankings, shares, int(options.memory_gb * 2**30))
         for ranking, row in figures["rankings"].items():
             gains = ", ".join(f"{share} {gain['accuracy'][0]:+.2f}" for share, gain in row["gains"].items())
             found = "" if row["auc"] is None else f"precision {row['precision']:.3f}, AUC {row['auc']:.3f}"
@@ -238,13 +240,12 @@ def ranked(runs: Sequence[la.Run], folder: Path, rankings: Sequence[str], memory
     """The samples in the order that each ranking would drop them; those that were had before, and those of ``rankings``."""
     path = folder / "orders.npz"
     orders = dict(np.load(path)) if path.exists() else {}
-    influence = {ranking_name(*parts): parts for parts in itertools.product(METHODS, MOMENTS, (1, RUNS))}
     for name in rankings:
         if name in orders:
             continue
         started = time.perf_counter()
-        if name in influence:
-            method, at, count = influence[name]
+        if name in BY_INFLUENCE:
+            method, at, count = BY_INFLUENCE[name]
             orders[name] = np.argsort(mean_scores(runs[:count], method, at, memory), kind="stable")
         elif name == LOSS_OF_RUNS:
             places = [np.argsort(controls.rankings(run, ["loss"], memory)["loss"]) for run in runs]
@@ -254,12 +255,7 @@ def ranked(runs: Sequence[la.Run], folder: Path, rankings: Sequence[str], memory
         np.savez(folder / "part.npz", **orders)
         (folder / "part.npz").replace(path)
         print(f"    ranked by {name} in {time.perf_counter() - started:.0f} s", flush=True)
-    every = [*influence, *CONTROLS]
-    return {name: orders[name] for name in sorted(orders, key=every.index)}
-
-
-def ranking_name(method: str, at: str, count: int) -> str:
-    return f"{method} {at}" + (f" of {count} runs" if count > 1 else "")
+    return {name: orders[name] for name in RANKINGS if name in orders}
 
 
 Results = dict[tuple[str, float, int], tuple[float, float]]

@@ -17,7 +17,8 @@ import study_cleaning  # noqa: E402
 import study_cleaning_tables  # noqa: E402
 
 CELL = "digits-100-class-20"
-WORDS = ["--cells", CELL, "--seeds", "2", "--methods", "sgd-ie", "--controls", "loss", "validation", "oracle"]
+INFLUENCE = [f"sgd-ie {at}{of}" for at in ("end", "along") for of in ("", " of 4 runs")]
+WORDS = ["--cells", CELL, "--seeds", "2", "--rankings", *INFLUENCE, "loss", "validation", "oracle"]
 
 
 def test_figures_of_a_case_by_hand() -> None:
@@ -58,8 +59,7 @@ def test_a_cell_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / f"{CELL}.json"
     figures = json.loads(path.read_text())
     rankings = figures["rankings"]
-    every = {f"sgd-ie {at}{of}" for at in ("end", "along") for of in ("", " of 4 runs")}
-    assert set(rankings) == every | {"loss", "validation", "oracle", "random", "validation added"}
+    assert set(rankings) == {*INFLUENCE, "loss", "validation", "oracle", "random", "validation added"}
     assert (rankings["oracle"]["precision"], rankings["oracle"]["auc"], rankings["random"]["precision"]) == (1, 1, 0.2)
     assert rankings["oracle"]["gains"]["20 %"] == rankings["oracle"]["gains"]["30 %"]  # there are no more to drop
     assert rankings["oracle"]["gains"]["20 %"]["accuracy"][0] > 0
