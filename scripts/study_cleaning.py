@@ -83,9 +83,11 @@ NOISE: dict[str, dict[str, Any]] = {
     "feature-20": {"feature_noise": 0.2},
 }
 RUNS = 4
+DENSE = "along:200"
+"""Of 2345 steps, every dozenth, as ``along`` reads the 250 steps of the trainings on 1000 samples."""
 BY_INFLUENCE = {
     f"{method} {at}" + (f" of {count} runs" if count > 1 else ""): (method, at, count)
-    for method, at, count in itertools.product(("sgd-ie", "acc-low-rank"), ("end", "along"), (1, RUNS))
+    for method, at, count in itertools.product(("sgd-ie", "acc-low-rank"), ("end", "along", DENSE), (1, RUNS))
 }
 """Method, moment and number of runs of the rankings by influence."""
 LOSS_OF_RUNS = f"loss of {RUNS} runs"
@@ -144,9 +146,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study-cleaning"))
     parser.add_argument("--cells", nargs="*", metavar="CELL", help=f"which of {', '.join(cells())}; all but those of digits")
-    parser.add_argument("--seeds", type=int, default=5, help="trainings that test each ranking and share dropped")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings that test each ranking; 0: none")
     parser.add_argument("--at-rate", action="store_true", help="drop as many as are corrupted only, not 10, 20 and 30 %%")
-    parser.add_argument("--rankings", nargs="*", default=RANKINGS, choices=RANKINGS, metavar="RANKING", help="in order")
+    usual = [name for name in RANKINGS if DENSE not in name]
+    words_of = f"by which, of {', '.join(RANKINGS)}; all but those {DENSE}"
+    parser.add_argument("--rankings", nargs="*", default=usual, choices=RANKINGS, metavar="RANKING", help=words_of)
     parser.add_argument("--memory-gb", type=float, default=4.0)
     parser.add_argument("--tables", action="store_true", help="write what scripts/study shows, and run nothing")
     options = parser.parse_args(words)
@@ -168,7 +172,7 @@ def main(words: Sequence[str] | None = None) -> None:
         shares = (cell.rate,) if options.at_rate else cell.fractions
         figures = run_cell(cell, options.out, options.seeds, options.rankings, shares, int(options.memory_gb * 2**30))
         for ranking, row in figures["rankings"].items():
-            gains = ", ".join(f"{share} {gain['accuracy'][0]:+.2f}" for share, gain in row["gains"].items())
+            gains = ", ".join(f"{share} {gain['accuracy'][0]:+.2f}" for share, gain in row["gains"].items()) or "not tried"
             found = "" if row["auc"] is None else f"precision {row['precision']:.3f}, AUC {row['auc']:.3f}"
             print(f"    {ranking:28} {found:27} points gained: {gains}", flush=True)
         print(f"    {time.perf_counter() - started:.0f} s", flush=True)
@@ -195,7 +199,7 @@ def run_cell(
         "steps": runs[0].n_steps,
         "parameters": runs[0].n_parameters,
         "seeds": seeds,
-        "accuracy": 100 * float(np.mean([results[("none", 0.0, seed)][1] for seed in range(seeds)])),
+        "accuracy": 100 * float(np.mean([results["none", 0.0, seed][1] for seed in range(seeds)])) if seeds else None,
         "rankings": rows(orders, results, data.corrupted, cell.rate, shares, seeds),
     }
     write_json(out / f"{cell.name}.json", figures)
@@ -315,13 +319,15 @@ def rows(
 ) -> dict[str, dict[str, Any]]:
     """For each ranking its precision at the noise rate, AUC, and gains by share dropped, with their intervals."""
     found: dict[str, dict[str, Any]] = {}
+    shares = shares if seeds else ()
     for name, order in orders.items():
         found[name] = {"precision": precision(order, corrupted, rate), "auc": auc(order, corrupted)}
         found[name]["gains"] = {f"{100 * share:.0f} %": gain(results, name, share, seeds) for share in shares}
     # Of an order drawn anew for every seed, what is expected.
     by_share = {f"{100 * share:.0f} %": gain(results, "random", share, seeds) for share in shares}
     found["random"] = {"precision": float(corrupted.mean()), "auc": 0.5, "gains": by_share}
-    found[ADDED] = {"precision": None, "auc": None, "gains": {"0 %": gain(results, ADDED, 0.0, seeds)}}
+    if seeds:
+        found[ADDED] = {"precision": None, "auc": None, "gains": {"0 %": gain(results, ADDED, 0.0, seeds)}}
     return found
 
 

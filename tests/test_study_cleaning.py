@@ -76,6 +76,10 @@ def test_a_cell_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     frame = study_cleaning_tables.frame([figures])
     assert len(frame) == 3 * (len(rankings) - 1) + 1
     assert frame[frame["ranking"] == "validation added"]["dropped"].tolist() == ["0 %"]
+    study_cleaning.main([*WORDS, "--out", str(tmp_path), "--seeds", "0"])
+    untried = study_cleaning_tables.frame([json.loads(path.read_text())])
+    assert set(untried["dropped"]) == {study_cleaning_tables.UNTRIED}
+    assert study_cleaning_tables.in_words(untried[untried["ranking"] == "oracle"].iloc[0]) == "1.00 (1.00)"
 
 
 def test_the_study_shows_its_figures() -> None:
