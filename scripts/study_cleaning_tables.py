@@ -284,21 +284,16 @@ def sentences(table: pd.DataFrame) -> list[str]:
         say(
             f"**All of MNIST, one label in ten wrong at random: the loss** ({f.precision(full, 'loss'):.2f}). Influence comes "
             f"from {f.precision(full, 'sgd-ie end'):.2f} at the end to {f.precision(full, 'sgd-ie along'):.2f} along the run "
-            f"and {f.precision(full, ALONG):.2f} over {RUNS} runs; 20 steps are few of {steps(table, full)}: read at 200 it is "
-            f"{f.precision(full, dense):.2f} from one run"
-            + (
-                f", {f.precision(full, f'{dense} of {RUNS} runs'):.2f} from {RUNS}."
-                if f.knows(full, f"{dense} of {RUNS} runs")
-                else "."
-            ),
+            f"and {f.precision(full, ALONG):.2f} over {RUNS} runs; 20 steps are few of {steps(table, full)}: read at 200, at the "
+            f"same cost, {f.precision(full, dense):.2f}, and over {RUNS} runs {f.precision(full, f'{dense} of {RUNS} runs'):.2f}.",
             f.precision(full, "loss") > f.precision(full, dense) > f.precision(full, "sgd-ie along") + 0.1,
             f.precision(full, "sgd-ie along") > f.precision(full, "sgd-ie end") + 0.1,
         )
     if f.has(cell, same, wrong):
         say(
             "**What to use.** Labels wrong at random: the loss, which costs nothing. Systematically wrong ones: a validation "
-            "set whose labels were checked, and a model trained on it, or `sgd-ie` read along the run, which also says what each "
-            "sample did. No such set: cleanlab; nothing that trusts validation labels from the same source as the training's.",
+            "set whose labels were checked, and a model trained on it, or `sgd-ie` read along the run, which also says what "
+            "each sample did. No such set: cleanlab; nothing that trusts validation labels from the source of the training's.",
             f.precision(same, "loss") > f.precision(same, "cleanlab"),
             f.precision(cell, "cleanlab") > f.precision(cell, "loss"),
         )
