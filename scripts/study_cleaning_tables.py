@@ -331,8 +331,8 @@ def sentences(table: pd.DataFrame) -> list[str]:
             "**What to use.** Labels wrong at random: the loss, which costs nothing, unless the model has fitted the wrong "
             "labels, as on 20 Newsgroups; then cleanlab. Systematically wrong ones: a validation set whose labels were "
             "checked, and a model trained on it, or `sgd-ie` read along the run, which also says what each sample did. No such "
-            "set: what does not trust the validation labels, such as cleanlab. In any case train anew and test on labels that were "
-            "checked.",
+            "set: what does not trust the validation labels, such as cleanlab. In any case train anew and test on labels that "
+            "were checked.",
             not f.has(fitted) or f.precision(fitted, "cleanlab") > f.precision(fitted, "loss") + 0.1,
             f.precision(same, "loss") > f.precision(same, "cleanlab"),
             f.precision(cell, "cleanlab") > f.precision(cell, "loss"),
