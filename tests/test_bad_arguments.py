@@ -77,6 +77,8 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "readout": ["x", 3, ["exact"], True, ""],
         "dtype": ["x", "int64", torch.float64, 3, ["float64"], {}, np.float64],
         "memory_gb": [NAN, INF, -INF, 0, -1, "2", None, True, [2], 1j, np.array([1.0, 2.0])],
+        "at": ["x", "along:0", 0, -1, 1.5, True, None, [], [0], ["x"], {}, HUGE, [NAN], b"end"],
+        "bank_gb": [NAN, INF, -1, "2", None, True, [1]],
         "check": ["yes", "1", -1, 1.5, NAN, True, None, [3], np.array([1, 2]), {}],
         "confirm": [-1, 1.5, True, "3", None, NAN, [1]],
         "directions": [3, "x", -1],  # sgd-ie has none
@@ -84,7 +86,8 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "ray_address": [5, "nowhere", ["local"], True, "", b"local"],
     },
     "clean": {
-        "method": ["x", 3, None, [3], [], {}, [["sgd-ie"]]],
+        "method": ["x", 3, [3], [], {}, [["sgd-ie"]]],
+        "at": ["x", 0, -1, 1.5, True, [], [0]],
         "fractions": [[0], [1], [NAN], ["0.1"], "0.1", 0.1, None, [], [-0.1], [1.5], [True], [None], [INF], [[0.1]]],
         "seeds": [0, 1, -1, 2.5, NAN, "2", True, None, [0, 1]],
         "test": [3, "x", ["val"]],
@@ -114,6 +117,13 @@ OTHERS: dict[str, Callable[[la.Run], Any]] = {
     "acc-low-rank both": low_rank(directions=1, followed=1),
     **{f"Run {path!r}": lambda _, path=path: la.Run(path) for path in (3, None, b"x", ["x"], "", "a\0b", True)},
     **{f"score {path!r}": lambda _, path=path: la.score(path) for path in (3, None, b"x", [])},
+    **{
+        f"score_matrix examples={examples!r}": lambda run, e=examples: la.score_matrix(
+            run, examples=e, ray_address=None, check=0
+        )
+        for examples in (3, "all", [-1], [0.5], [True], [None], [10**9], [[0]], b"1")
+    },
+    **{f"score_matrix of {path!r}": lambda _, path=path: la.score_matrix(path) for path in (3, None)},
     **{f"plan {path!r}": lambda _, path=path: la.plan(path) for path in (3, None)},
     **{f"clean {path!r}": lambda _, path=path: la.clean(path) for path in (3, None)},
     **{f"write_report {path!r}": lambda _, path=path: la.write_report(path) for path in (3, None)},

@@ -59,6 +59,8 @@ def test_run_does_everything_in_order(ran: tuple[Path, str]) -> None:
         "Scores(loo",
         "Scores(acc-sgd-ie",
         "Scores(sgd-ie",
+        "ScoreMatrix(sgd-ie: 60 removals x 60 examples",
+        "against",  # of cleaning
         "kendall",
         "W&B (offline)",
         "report:",
@@ -68,11 +70,11 @@ def test_run_does_everything_in_order(ran: tuple[Path, str]) -> None:
     run = la.Run(directory / "runs/digits")
     assert run.n_samples == 60
     assert {path.name for path in (directory / "runs/digits/scores").iterdir()} == {
-        f"{method}.parquet" for method in ("loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin")
+        f"{method}.parquet" for method in ("loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "sgd-ie.along", "tracin")
     }
     info = run.sample_info()
     assert info is not None
-    assert sum(info["corrupted"].to_pylist()) == 6
+    assert sum(info["corrupted"].to_pylist()) == 12
     assert all(
         (label != true) == corrupted
         for label, true, corrupted in zip(*(info[c].to_pylist() for c in ("label", "true_label", "corrupted")), strict=True)
@@ -224,10 +226,12 @@ def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> N
     dom = done.stdout
     assert dom.count("<figure><figcaption>") == 4  # the estimates against the truth
     assert dom.count("<circle") == 4 * 60
-    assert dom.count('class="sample') == 48
+    extremes, _, predictions = dom.partition('id="predictions"')
+    assert extremes.count('class="sample') == 48
+    assert 2 <= predictions.count('class="sample') <= 10  # at most five that helped and five that harmed the first
     assert "data:image/png" in dom
     assert "was " in dom
-    assert dom.count('class="bar"') == 5  # what each cost
+    assert dom.count('class="bar"') == 6  # what each cost, sgd-ie along the run too, for cleaning
 
 
 def test_the_page_survives_hostile_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

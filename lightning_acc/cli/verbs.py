@@ -194,31 +194,32 @@ def evaluate(run: str) -> None:
 
 def clean(
     run: list[str],
-    method: list[str] = ["acc-sgd-ie"],  # noqa: B006
+    method: list[str] | None = None,
     fractions: list[float] = [0.05, 0.1, 0.2],  # noqa: B006
     seeds: int = 5,
     test: str | None = None,
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
-    at: str = "end",
+    at: str | None = None,
 ) -> None:
     """Drop the most harmful samples, train anew over several seeds, and test; beside controls.
 
     Args:
         run: the run directory; or several on the same data: the first is cleaned, by the mean of all their scores.
-        method: whose rankings to use.
+        method: whose rankings to use; by default sgd-ie, read along the run.
         fractions: of the training samples to drop.
         seeds: how many trainings, each from new initial parameters and in a new order.
         test: the recorded query to test on; by default test where there is one, else val.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
-        at: when the rankings read their query, as for score.
+        at: when the rankings read their query, as for score; by default at the end, where methods are named.
     """
     from lightning_acc.judge.cleaning import clean as compute
     from lightning_acc.judge.cleaning_table import as_text
     from lightning_acc.scoring.selection import moment
 
-    print(as_text(compute(run, method, fractions, seeds, test, ray_address, at=moment(at), memory_gb=memory_gb)))
+    when = None if at is None else moment(at)
+    print(as_text(compute(run, method, fractions, seeds, test, ray_address, at=when, memory_gb=memory_gb)))
 
 
 def study(study: Study, ray_address: str | None = "local") -> None:

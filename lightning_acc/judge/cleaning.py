@@ -42,6 +42,8 @@ from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 
 TRAININGS_AT_ONCE = 8
 """Batched together: enough to be fast, few enough that the workers end together."""
+BEST = ("sgd-ie", moments.ALONG)
+"""The ranking by influence that finds most at its price, by scripts/study_cleaning.py."""
 CONTROLS = ("none", "random", "loss", "self-influence", "cleanlab", "validation", ADDED, "loo", "oracle")
 Training = tuple[frozenset[int], bool]
 """The samples that a training goes without, and whether it sees the validation examples too."""
@@ -65,13 +67,13 @@ class _Job:
 @explained
 def clean(
     run: Record | str | os.PathLike[str] | list[Any] | tuple[Any, ...],
-    method: str | Sequence[str] = "acc-sgd-ie",
+    method: str | Sequence[str] | None = None,
     fractions: Sequence[float] = (0.05, 0.1, 0.2),
     seeds: int = 5,
     test: str | Query | None = None,
     ray_address: str | None = "local",
     *,
-    at: At = moments.END,
+    at: At | None = None,
     controls: Sequence[str] = CONTROLS,
     memory_gb: float = DEFAULT_MEMORY_GB,
     save: bool = True,
@@ -82,13 +84,15 @@ def clean(
     Args:
         run: a recorded run, or its path; or a list of runs on the same data: the data of the first is cleaned, by the mean of
             the rankings' scores over all of them. The controls, the truth among them, are of the first.
-        method: whose ranking to use, or several; computed now for all samples where it is not stored.
+        method: whose ranking to use, or several; computed now for all samples where it is not stored. None for what finds most
+            at its price (scripts/study): ``sgd-ie``, read along the run.
         fractions: of the training samples to drop.
         seeds: how many trainings, each from new initial parameters and in a new order (``lightning_acc.judge.fresh_training``).
         test: a query recorded with the run, or a Query, to test on; None takes ``test`` where it is recorded, else ``val``,
             which the rankings have seen.
         ray_address: where to compute, as for ``score``.
-        at: when the rankings read their query, as for ``score``; ``loo`` reads it then too.
+        at: when the rankings read their query, as for ``score``; ``loo`` reads it then too. None for along the run where no
+            method is named, else for its end.
         controls: which of none, random, loss, self-influence, cleanlab, validation, validation added, loo and oracle to show
             beside. cleanlab needs that package and a classifier; the two of validation a query ``val`` whose batches are like
             the training's; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
@@ -115,6 +119,9 @@ def clean(
     if not runs:
         raise RequestError("run=[] is no run: give a recorded run, or a list of runs on the same data.")
     run = runs[0]
+    if method is None:
+        method, at = BEST[0], BEST[1] if at is None else at
+    at = moments.END if at is None else at
     methods = [method] if isinstance(method, str) else arguments.listed("method", method, "names of methods")
     for name in methods:
         registry.find(name)

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.judge.agreement import as_text, evaluate
-from lightning_acc.judge.cleaning import clean
+from lightning_acc.judge.cleaning import BEST, clean
 from lightning_acc.judge.cleaning_table import as_text as as_lines
 from lightning_acc.methods import registry
 from lightning_acc.progress import watched_by
@@ -24,8 +24,9 @@ from lightning_acc.record.store import Store
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.run import Run
 from lightning_acc.scoring import cluster
+from lightning_acc.scoring.matrices import score_matrix
 from lightning_acc.scoring.score import score
-from lightning_acc.scoring.selection import moment, select
+from lightning_acc.scoring.selection import moment, select, some_examples
 from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 from lightning_acc.show import tracking
 from lightning_acc.show.report import write_report
@@ -43,7 +44,10 @@ class Influence:
         dtype: None as recorded, or float64.
         ray_address: local, auto, ray://..., or None for this process.
         memory_gb: budget of each process.
-        clean_fractions: of the training samples to drop by each estimator's ranking before training anew; none by default.
+        examples: of the query whose predictions are explained (by sgd-ie): all, worst:N, numbers with commas; null for none.
+        clean_fractions: of the training samples to drop before training anew; none by default.
+        clean_methods: by whose rankings.
+        clean_at: when these read the query.
         clean_seeds: trainings for each of them.
         project: W&B project.
         wandb: whether the training and the results are logged to W&B, offline where there is no key.
@@ -56,7 +60,10 @@ class Influence:
     dtype: str | None = None
     ray_address: str | None = "local"
     memory_gb: float = DEFAULT_MEMORY_GB
+    examples: str | None = "worst:60"
     clean_fractions: list[float] = field(default_factory=list)
+    clean_methods: list[str] = field(default_factory=lambda: [BEST[0]])
+    clean_at: str = BEST[1]
     clean_seeds: int = 5
     project: str = "lightning-acc"
     wandb: bool = True
@@ -200,9 +207,13 @@ def _score_all(recorded: Run, options: Any) -> None:
             memory_gb=options.memory_gb,
         )
         print(f"{scores}\n{scores.conditions['seconds']:.1f} s of work")
+    if options.examples:
+        examples = some_examples(recorded, options.query, options.examples)
+        memory: dict[str, Any] = {"ray_address": options.ray_address, "memory_gb": options.memory_gb}
+        print(score_matrix(recorded, query=options.query, examples=examples, at=at, dtype=options.dtype, **memory))
     if options.clean_fractions:
-        rankings = [method for method in options.methods if registry.is_ranking(method)]
+        when, seeds = moment(options.clean_at), options.clean_seeds
         cleaned = clean(
-            recorded, rankings, options.clean_fractions, options.clean_seeds, ray_address=options.ray_address, at=at
+            recorded, options.clean_methods, options.clean_fractions, seeds, ray_address=options.ray_address, at=when
         )
         print(as_lines(cleaned))
