@@ -42,6 +42,7 @@ from lightning_acc.studies.models import Classifier
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 MOMENTS = ("end", "along")
 EXAMPLES = 100
+NAMES = {"gelu": "GELU", "relu": "ReLU"}
 
 
 class ByAdamW(Classifier):
@@ -90,7 +91,7 @@ def scored(run: la.Run, method: str, removals: Any = None, **options: Any) -> la
 def agreement_runs(place: Path) -> dict[str, Callable[[], list[la.Run]]]:
     """By name, what trains the run of a cell."""
     return {
-        f"{activation.upper()}, {optimizer}": partial(
+        f"{NAMES[activation]}, {optimizer}": partial(
             lambda *options: [digits(place / f"agreement-{options[1]}-{options[2]}", *options)],
             1000, optimizer, activation, lr,
         )
