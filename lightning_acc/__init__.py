@@ -14,7 +14,8 @@ The house, room by room; each may import those above it in this list, and none b
 * ``methods``: a small class a method, and the sweeps. *Another method: its rule in* ``methods.rules``, *its entry in*
   ``methods.registry``.
 * ``planning``: what each method will cost.
-* ``scoring``: from a question to a table. *Another backend beside this process and Ray:* ``scoring.cluster``.
+* ``scoring``: from a question to a table, or to a matrix of single predictions (``scoring.matrices``), and how far it can be
+  trusted (``scoring.trust``). *Another backend beside this process and Ray:* ``scoring.cluster``.
 * ``judge``: agreement with the truth, cleaning, what leaves the package.
 * ``run``: ``la.Run``, a record with its verbs.
 * ``show``: the page and W&B.

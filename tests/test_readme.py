@@ -88,7 +88,7 @@ def test_the_commands_work_and_the_demo_keeps_its_promises(tmp_path: Path) -> No
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = [line.partition("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
     verbs = [words for words in commands if words[0] == "lightning-acc"]
-    assert len(verbs) == 14
+    assert len(verbs) == 15
     assert "# estimates for every sample; or --removals group:label, whole groups" in README
     verbs.append(["lightning-acc", "score", "runs/digits", "--method", "acc-sgd-ie", "--removals", "group:label"])
     assert "lightning-acc run --config configs/digits.yaml" in (ROOT / "scripts/demo").read_text()
@@ -131,7 +131,7 @@ def promises(directory: Path) -> None:
     assert run.n_samples == 600
     info = run.sample_info()
     assert info is not None
-    assert sum(info["corrupted"].to_pylist()) == 60
+    assert sum(info["corrupted"].to_pylist()) == 120
     shown = re.findall(r"^\| `([\w-]+)`, \w+ readout \| ([\d.e+-]+) \| ([\d.e+-]+) \|", README, re.MULTILINE)
     assert [method for method, *_ in shown] == ["loo", "acc-sgd-ie", "acc-low-rank", "sgd-ie", "tracin"]
     for method, error, kendall in shown:
