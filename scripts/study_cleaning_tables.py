@@ -138,11 +138,12 @@ def picture(figures: pd.DataFrame) -> None:
     names = [name for name in names if name in set(figures["cell"])]
     if not names:
         return
+    drawn = figures[figures["cell"].isin(names) & figures["dropped"].isin(["20 %", "0 %"])]
+    # The same rows in all panels, which share their labels: those that were run in each.
+    everywhere = [ranking for ranking in SHOWN if drawn[drawn["ranking"] == ranking]["cell"].nunique() == len(names)][::-1]
     figure, axes = plt.subplots(2, len(names), figsize=(2.2 * len(names) + 1.4, 5.2), sharey=True, squeeze=False)
     for column, name in enumerate(names):
-        part = figures[(figures["cell"] == name) & figures["dropped"].isin(["20 %", "0 %"])].set_index("ranking")
-        rankings = [ranking for ranking in SHOWN if ranking in part.index]
-        part = part.loc[rankings[::-1]]
+        part = drawn[drawn["cell"] == name].set_index("ranking").loc[everywhere]
         colours = [colour_of(ranking) for ranking in part.index]
         places = np.arange(len(part))
         top, bottom = axes[:, column]

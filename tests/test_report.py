@@ -582,13 +582,13 @@ def test_when_a_query_was_read_and_of_how_many_runs_is_told(tmp_path: Path) -> N
     assert [one["conditions"]["at"] for one in found["groups"]] == ["along"]
     for name, first in (
         ("sgd-ie", "# sgd-ie, "),
-        ("sgd-ie.along", "# sgd-ie at along, "),
-        ("sgd-ie.along.mean-of-2-runs", "# sgd-ie at along, mean of 2 runs, "),
+        ("sgd-ie.along", "# sgd-ie along, "),
+        ("sgd-ie.along.mean-of-2-runs", "# sgd-ie along, mean of 2 runs, "),
     ):
         exports.write_ranking_csv(run, scores.read(run.store, name), tmp_path / "ranking.csv")
         assert (tmp_path / "ranking.csv").read_text().startswith(first)
     labels = [dashboard._label(run, table.conditions) for table in stored_scores(run).values()]
-    assert labels == ["sgd-ie (linear)", "sgd-ie (linear, at along)", "sgd-ie (linear, at along, mean of 2 runs)"]
+    assert labels == ["sgd-ie (linear)", "sgd-ie (linear, along)", "sgd-ie (linear, along, mean of 2 runs)"]
 
 
 def test_tables_of_one_method_have_names_of_their_own(started: Browser, tmp_path: Path) -> None:
@@ -600,10 +600,10 @@ def test_tables_of_one_method_have_names_of_their_own(started: Browser, tmp_path
     started.open(Path(report.write_report(run)))
     assert started.see("[...document.querySelectorAll('#method option')].map(option => option.textContent)") == [
         "sgd-ie (linear readout)",
-        "sgd-ie at along (linear readout)",
-        "sgd-ie at along (linear readout), mean of 2 runs",
+        "sgd-ie along (linear readout)",
+        "sgd-ie along (linear readout), mean of 2 runs",
     ]
-    assert "sgd-ie at along" in started.see("document.querySelector('#groups').textContent")
+    assert "sgd-ie along" in started.see("document.querySelector('#groups').textContent")
     assert "sgd-ie along, 4 runs" in started.see("document.querySelector('#cleaning').textContent")
     assert started.see("getComputedStyle(document.documentElement).getPropertyValue('--sgd-ie') !== ''")
     assert "var(--sgd-ie," in started.see("document.querySelector('#cleaning').innerHTML")

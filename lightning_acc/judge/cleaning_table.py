@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from lightning_acc.core.queries.moments import END
+from lightning_acc.core.queries.moments import END, in_words
 from lightning_acc.methods import registry
 from lightning_acc.record import seal, tables
 from lightning_acc.record.record import Record
@@ -47,7 +47,7 @@ SHOWN = (
 
 def label(method: str, at: str, runs: int = 1) -> str:
     """What the table calls a method's ranking: ``sgd-ie``, or ``sgd-ie along, 4 runs``."""
-    name = method if at == END else f"{method} {'at ' if at[0].isdigit() else ''}{at.replace(',', ' ')}"
+    name = method if at == END else f"{method} {in_words(at).replace(',', ' ')}"
     return name if runs == 1 else f"{name}, {runs} runs"
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lightning_acc import arguments
 from lightning_acc.core import removals
-from lightning_acc.core.queries.moments import END
+from lightning_acc.core.queries.moments import END, in_words
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
@@ -59,7 +59,7 @@ def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str])
     views = SampleViews(run)
     buffer = io.StringIO(newline="")
     c = scores.conditions
-    when = "" if c["at"] == END else f" at {c['at']}"
+    when = "" if c["at"] == END else f" {in_words(c['at'])}"
     runs = f", mean of {c['runs']} runs" if "runs" in c else ""
     buffer.write(f"# {c['method']}{when}{runs}, {scores.verdict}\n")
     writer = csv.writer(buffer, lineterminator="\n")

@@ -88,7 +88,8 @@ def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Pr
 
     Where each example of the query is asked about, (examples, n_samples), from their adjoints side by side.
     """
-    tape = Tape(replay, question.memory)
+    # The adjoints of many examples have the other half.
+    tape = Tape(replay, question.memory // 2 if question.each else question.memory)
     confirm(replay, tape.checked)
     progress(0.25)
     carry = rule.init(gradient(replay, question, tape.final[0]), tape.final, replay.run.n_samples)

@@ -79,9 +79,9 @@ class Bank:
         about = {**self._same, "steps": list(steps), "removals": list(removals), "bytes": size}
         self._run.store.write(f"{name}.json", seal.to_json(about, f"{name}.json"))
 
-    def fits(self, steps: int, replay: Replay) -> bool:
-        """Whether shifts of even one more removal fit, at so many steps."""
-        return 2 * steps * replay.initial[0].nbytes <= self._room()
+    def fits(self, replay: Replay, steps: int, removals: int) -> bool:
+        """Whether there is room for the shifts of so many removals at so many steps: all of them are kept, or none."""
+        return bool(removals) and steps * (removals + 1) * replay.initial[0].nbytes <= self._room()
 
     def _room(self) -> int:
         if self._left is None:

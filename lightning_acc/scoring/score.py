@@ -118,7 +118,7 @@ def score(
     name = table_name(conditions, run.dtype)
     # What was retrained is kept, for questions that are still to come.
     kept = Bank(run, conditions, bank_bytes) if chosen.is_truth and save and not keep_shifts else None
-    if kept is not None and kept.fits(len(question.moments.steps), replay):
+    if kept is not None and kept.fits(replay, len(question.moments.steps), len(distinct)):
         job = replace(job, question=replace(question, keep_shifts=True))
     parts_of_work = chosen.pieces(replay, distinct, job.question)
     if check and not chosen.is_truth:

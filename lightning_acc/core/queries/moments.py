@@ -47,6 +47,11 @@ class Moments:
         return 1 / len(self.steps)
 
 
+def in_words(name: str) -> str:
+    """How a reader is told of steps that are called ``name``."""
+    return name if name.startswith(ALONG) else f"at {name}"
+
+
 def file_part(name: str) -> str:
     """What names of files say of steps that are called ``name``: short, and different for different ones."""
     if name.partition(":")[0] in (END, ALONG):

@@ -126,13 +126,13 @@ def score_matrix(
     for part in known:
         fill(part.removals, part.examples, part.values)
     left = [removal for removal, row in zip(distinct, there, strict=True) if not row.all()]
-    if chosen.is_truth and left:
-        vault = Bank(run, conditions, bank.budget(bank_gb))
+    vault = Bank(run, conditions, bank.budget(bank_gb)) if chosen.is_truth and save else None
+    if vault is not None and left:
         banked, read = vault.answer(replay, replace(question, query=asked.picked(columns)), left)
         if banked:
             fill(banked, sorted(columns), read)
             left = [removal for removal in left if removal not in set(banked)]
-        job = replace(job, question=replace(question, keep_shifts=save and vault.fits(len(question.moments.steps), replay)))
+        job = replace(job, question=replace(question, keep_shifts=vault.fits(replay, len(question.moments.steps), len(left))))
     open_columns = [example for example, column in zip(columns, there.T, strict=True) if not column.all()]
     blocks = [Block(*parts) for parts in chosen.blocks(replay, left, sorted(open_columns), job.question)] if left else []
 
@@ -140,7 +140,7 @@ def score_matrix(
         fill(block.removals, block.examples, result.scores)
         if save:
             kept.keep(ScoreMatrix(block.removals, block.examples, conditions, np.float32(result.scores.T)))
-            if chosen.is_truth:
+            if vault is not None:
                 vault.keep(question.moments.steps, block.removals, result)
 
     seconds, peak = 0.0, 0.0

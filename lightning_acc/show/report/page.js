@@ -17,9 +17,10 @@ const show = (value, digits = 3) => !known(value) ? "–" : Math.abs(value) >= 1
 const short = value => value && Math.abs(value) < 1e-3 ? value.toExponential() : String(value);
 const percent = (value, digits = 1) => known(value) ? `${(100 * value).toFixed(digits)} %` : "–";
 const count = value => value.toLocaleString("en");
+const when = at => at === "end" ? "" : at.startsWith("along") ? ` ${at}` : ` at ${at}`;
 const labelOf = method => {
   const c = method.conditions, variant = method.name.includes(".") || c.readout === "linear";
-  return c.method + (c.at === "end" ? "" : ` at ${c.at}`) + (variant ? ` (${c.readout} readout)` : "")
+  return c.method + when(c.at) + (variant ? ` (${c.readout} readout)` : "")
     + (c.query === "val" ? "" : ` on ${c.query}`) + (c.runs > 1 ? `, mean of ${c.runs} runs` : "");
 };
 // A ranking of cleaning may be called by its method and more: "sgd-ie along, 4 runs" has the colour of sgd-ie.

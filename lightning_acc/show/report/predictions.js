@@ -5,7 +5,7 @@ if (data.predictions) {
   const select = find("select"), list = find(".list"), input = find("input"), status = find("[role=status]");
   const moment = at => ({end: "the end of the run", along: "20 steps along the run"}[at] || (at.startsWith("along:") ? `${at.slice(6)} steps along the run` : `step ${at}`));
   const nameOf = one => one.conditions.method + (one.conditions.query === "val" ? "" : ` on ${one.conditions.query}`)
-    + (one.conditions.at === "end" ? "" : ` at ${one.conditions.at}`) + ` (${one.conditions.readout} readout)`;
+    + when(one.conditions.at) + ` (${one.conditions.readout} readout)`;
   let matrix = null, place = -1; // of the picked example in the matrix' own order
 
   const about = number => examples[matrix.about][number];

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_acc.core import queries
-from lightning_acc.core.queries.moments import END
+from lightning_acc.core.queries.moments import END, in_words
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
@@ -148,6 +148,6 @@ def _label(run: Record, conditions: dict[str, Any]) -> str:
     """Method and readout, and of query, its steps, dtype, kind of removals and number of runs what is not as usual."""
     usual = {"query": "val", "dtype": run.dtype, "removals": "samples"}
     other = [conditions[key] for key, value in usual.items() if conditions.get(key, value) != value]
-    other += [] if conditions["at"] == END else [f"at {conditions['at']}"]
+    other += [] if conditions["at"] == END else [in_words(conditions["at"])]
     other += [f"mean of {conditions['runs']} runs"] if int(conditions.get("runs", 1)) > 1 else []
     return f"{conditions['method']} ({', '.join([conditions['readout'], *other])})"
