@@ -49,7 +49,8 @@ def test_another_query_needs_no_training(run: la.Run, no_training: Any) -> None:
     found = retrained(run, query=other())
     np.testing.assert_allclose(found.values, expected, rtol=1e-9, atol=1e-14)
     assert found.conditions["seconds"] == 0
-    assert found.conditions["reused"] == len(GROUPS)
+    assert (found.conditions["reused"], found.conditions["banked"]) == (0, len(GROUPS))
+    assert retrained(run, query=other()).conditions["reused"] == len(GROUPS)  # the scores themselves, by now
     linear = retrained(run, query=other(), readout="linear")
     assert not np.array_equal(linear.values, found.values)
     # Of a function, whose scores are not kept, the bank knows as much as of data.

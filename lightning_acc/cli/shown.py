@@ -11,6 +11,8 @@ def shown(scores: Scores, top: int) -> str:
     lines = []
     if c["reused"]:
         lines.append(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
+    if c.get("banked"):
+        lines.append(f"{c['banked']} were retrained without before, for another question: nothing was trained for them")
     lines.append(f"{scores}\n{c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
     table = scores.table
     sizes = [f" ({len(removal)} samples)" if removal in scores.names else "" for removal in scores.removals]

@@ -128,11 +128,15 @@ def score(
     reusable = save and not keep_shifts and question.query.function is None
     stored = shards.stored(run, conditions, name) if reusable else None
     left = shards.missing(parts_of_work, stored)
+    banked = Scores.build([], np.zeros(0), {**conditions, **shards.FREE})
     if kept is not None and left:
         open_ones = [removal for piece in left for removal in piece]
         banked = Scores.build(*kept.answer(replay, question, open_ones), {**conditions, **shards.FREE})
+        known = set(banked.removals)
+        for piece in left:  # stored as what is computed is
+            if mine := [removal for removal in piece if removal in known]:
+                shards.write(run, banked.picked(mine, {**banked.conditions, "n": len(mine)}))
         left = shards.missing(left, banked)
-        stored = banked if stored is None else stored.merged(banked)
     amount = sum(map(len, left))
     failed: list[tuple[list[Removal], str]] = []
     finished: list[tuple[list[Removal], Result]] = []
@@ -150,11 +154,12 @@ def score(
         pieces.refuse_failures([(removal, why) for piece, why in failed for removal in piece], amount, save)
 
     parts = [Scores.build(piece, result.scores, {"seconds": 0.0}, more=result.more) for piece, result in finished]
-    parts += [stored] if stored is not None else []
-    whole = reduce(Scores.merged, parts) if parts else Scores.build([], np.zeros(0), {})
+    parts += [banked, *([stored] if stored is not None else [])]
+    whole = reduce(Scores.merged, parts)
     conditions.update(
         n=len(distinct),
-        reused=len(distinct) - sum(map(len, left)),
+        reused=len(distinct) - amount - len(banked),
+        banked=len(banked),
         seconds=sum(result.seconds for _, result in finished),
         wall_seconds=time.perf_counter() - started,
         peak_memory_gb=max((result.peak_memory_gb for _, result in finished), default=0.0),
