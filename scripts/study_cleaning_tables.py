@@ -41,7 +41,13 @@ def write(out: Path) -> None:
     found = [json.loads((out / f"{name}.json").read_text()) for name in cells() if (out / f"{name}.json").exists()]
     found = [one for one in found if not one["cell"].startswith("digits")]
     if found:
-        frame(found).to_csv(CSV, index=False, float_format="%.5g")
+        known = frame(found)
+        if CSV.exists():  # cells that were run elsewhere stay as they are
+            before = pd.read_csv(CSV)
+            known = pd.concat([known, before[~before["cell"].isin(known["cell"])]], ignore_index=True)
+        order = {name: place for place, name in enumerate(cells())}
+        known = known.sort_values("cell", key=lambda column: column.map(order), kind="stable")
+        known.to_csv(CSV, index=False, float_format="%.5g")
     figures = pd.read_csv(CSV)
     picture(figures)
     lines = [*tables(figures), *sentences(figures)]
