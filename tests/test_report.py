@@ -604,6 +604,7 @@ def test_tables_of_one_method_have_names_of_their_own(started: Browser, tmp_path
         "sgd-ie along (linear readout), mean of 2 runs",
     ]
     assert "sgd-ie along" in started.see("document.querySelector('#groups').textContent")
+    assert "Groups" in started.see("document.querySelector('nav').textContent")
     assert "sgd-ie along, 4 runs" in started.see("document.querySelector('#cleaning').textContent")
     assert started.see("getComputedStyle(document.documentElement).getPropertyValue('--sgd-ie') !== ''")
     assert "var(--sgd-ie," in started.see("document.querySelector('#cleaning').innerHTML")

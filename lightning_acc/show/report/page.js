@@ -455,4 +455,4 @@ if (data.cleaning) {
   }));
 }
 $("nav").append(...[...document.querySelectorAll("section:not([hidden])")].map(section =>
-  make("a", {href: `#${section.id}`}, {agreement: "Agreement", samples: "Samples", ranking: "Ranking", detection: "Corrupted", cleaning: "Cleaning", cost: "Cost"}[section.id])));
+  make("a", {href: `#${section.id}`}, {agreement: "Agreement", samples: "Samples", ranking: "Ranking", groups: "Groups", detection: "Corrupted", cleaning: "Cleaning", cost: "Cost"}[section.id])));
