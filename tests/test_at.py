@@ -67,6 +67,7 @@ def test_along_spreads_evenly_and_ends_at_the_end(run: la.Run) -> None:
     found = moments.find(Long(), "along")
     assert found.steps == tuple(range(50, 1001, 50))
     assert found.name == "along"
+    assert moments.find(Long(), "along:999999999").steps == tuple(range(1, 1001))
     assert moments.find(Long(), "along:4").steps == (250, 500, 750, 1000)
     assert moments.find(Long(), [1000, 250, 750, 500, 250]).name == "along:4"
     assert moments.find(Long(), 1000) == moments.find(Long(), "end") == moments.find(Long(), "along:1")

@@ -205,6 +205,8 @@ def test_the_verdict_is_over_single_examples(tmp_path: Path) -> None:
     assert found.verdict.spearman == pytest.approx(np.mean(each), abs=1e-6)
     assert found.verdict.spearman_low <= found.verdict.spearman <= found.verdict.spearman_high
     assert asked(run).verdict.word == "unchecked"
+    assert asked(run, "acc-sgd-ie", save=True).verdict == found.verdict  # asked again, unchecked, it is the same matrix
+    assert matrix.read(run.store, "acc-sgd-ie").verdict == found.verdict
     noise = np.random.default_rng(0).normal(size=(14, EXAMPLES))
     from lightning_acc.scoring.trust.verdict import judge_each
 

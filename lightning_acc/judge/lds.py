@@ -111,9 +111,10 @@ def _correlated(predicted: np.ndarray, true: np.ndarray) -> Lds | None:
     """Of (examples, groups) each."""
     finite = np.isfinite(predicted).all(0) & np.isfinite(true).all(0)
     predicted, true = predicted[:, finite], true[:, finite]
-    if true.shape[1] < FEWEST_CORRELATED or not (np.ptp(true, axis=1) > 0).any():
+    if true.shape[1] < FEWEST_CORRELATED:
         return None
-    return Lds(*interval_each(predicted, true), true.shape[1])
+    moved = (np.ptp(true, axis=1) > 0) & (np.ptp(predicted, axis=1) > 0)  # equal scores correlate with nothing
+    return Lds(*interval_each(predicted[moved], true[moved]), true.shape[1]) if moved.any() else None
 
 
 def dropped(truth: Scores, ranking: str) -> tuple[float, float, float] | None:

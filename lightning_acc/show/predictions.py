@@ -16,12 +16,10 @@ from lightning_acc.judge.samples import ExampleViews, SampleView
 from lightning_acc.methods import registry
 from lightning_acc.record import batches
 from lightning_acc.record.record import Record
-from lightning_acc.scoring.matrices import ScoreMatrix, matrix
+from lightning_acc.scoring.matrices import ScoreMatrix, final_values, matrix
 
 NEAR = 5
 """Removals that are shown of those that helped an example most, and of those that harmed it most."""
-PARTS = "part-"
-"""What the names of blocks of a matrix that is not finished begin with."""
 
 
 def stored_matrices(run: Record) -> dict[str, ScoreMatrix]:
@@ -30,8 +28,7 @@ def stored_matrices(run: Record) -> dict[str, ScoreMatrix]:
     Raises:
         RunError: one is damaged.
     """
-    names = [name for name in matrix.names(run.store) if not name.startswith(PARTS)]
-    found = {name: matrix.read(run.store, name, run.n_samples) for name in names}
+    found = {name: matrix.read(run.store, name, run.n_samples) for name in matrix.names(run.store)}
     own = {name: one for name, one in found.items() if one.conditions["manifest_hash"] == run.hash and one.examples}
 
     def place(name: str) -> tuple[bool, int, bool, str]:
@@ -62,9 +59,9 @@ class Examples:
             return
         self._views = ExampleViews(run, query)
         try:
-            objective, theta = Replay(run).objective, parameters_at(run, run.n_steps)
-            theta = theta.to(objective.dtype)
-            self.losses = query.values(objective, theta[None], each=True)[0].double().numpy()
+            replay = Replay(run)
+            objective, theta = replay.objective, parameters_at(run, run.n_steps).to(replay.dtype)
+            self.losses = final_values(replay, query).double().numpy()
         except InfluenceError as error:
             self.missing = f"The losses are not known: {error}"
             return

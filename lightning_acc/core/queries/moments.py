@@ -102,6 +102,7 @@ def _step(step: Any, total: int) -> int:
 
 def _spread(total: int, count: int) -> tuple[int, ...]:
     """``count`` steps spread evenly over a run, its end among them; all, where it has no more."""
+    count = min(count, total)
     return tuple(sorted({max(1, round(total * k / count)) for k in range(1, count + 1)}))
 
 

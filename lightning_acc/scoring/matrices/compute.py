@@ -31,6 +31,7 @@ from lightning_acc.scoring.matrices import matrix as matrices
 from lightning_acc.scoring.matrices.matrix import ScoreMatrix
 from lightning_acc.scoring.trust import check as checks
 from lightning_acc.scoring.trust.check import Check
+from lightning_acc.scoring.trust.verdict import UNCHECKED
 from lightning_acc.scoring.work import DEFAULT_MEMORY_GB, READOUTS, Job, Result, compute, table_name
 
 
@@ -173,19 +174,27 @@ def score_matrix(
         verdict = checks.check_matrix(
             distinct, whole.values, replay, memory, check, conditions["wall_seconds"], lambda some: retrain(some).values
         )
-        conditions["verdict"] = verdict.to_json()
+        before = next((part.verdict for part in known if (part.removals, part.examples) == (distinct, columns)), verdict)
+        # What is stored may have been checked before, and is the same.
+        kept_verdict = before if verdict.word == UNCHECKED and not blocks else verdict
+        conditions["verdict"] = kept_verdict.to_json()
     if save and wanted:
         kept.write(whole)
     return whole.picked(wanted, columns, conditions)
 
 
+def final_values(replay: Replay, query: Query) -> torch.Tensor:
+    """The value of each example of a query at the run's last parameters, (examples,)."""
+    theta = parameters_at(replay.run, replay.run.n_steps).to(replay.dtype)
+    with torch.no_grad():
+        return query.values(replay.objective, theta[None], each=True)[0]
+
+
 def worst_examples(run: Record, query: str | Query, count: int) -> list[int]:
     """The ``count`` examples of a query whose value, such as the loss, is highest at the end of the run, the highest first."""
-    replay, asked = Replay(run), queries.find(run, query)
-    theta = parameters_at(run, run.n_steps).to(replay.dtype)
-    with torch.no_grad():
-        values = asked.values(replay.objective, theta[None], each=True)[0]
-    order: list[int] = values.argsort(descending=True, stable=True)[:count].tolist()
+    order: list[int] = (
+        final_values(Replay(run), queries.find(run, query)).argsort(descending=True, stable=True)[:count].tolist()
+    )
     return order
 
 
