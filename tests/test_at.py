@@ -65,8 +65,13 @@ def test_along_spreads_evenly_and_ends_at_the_end(run: la.Run) -> None:
         n_steps, checkpoints = 1000, {"best": 400, "/x/a.ckpt": 400}
 
     found = moments.find(Long(), "along")
-    assert found.steps == tuple(range(50, 1001, 50))
-    assert found.name == "along"
+    assert found.steps == tuple(range(20, 1001, 20))  # every twentieth
+    assert found.name == moments.find(Long(), "along:50").name == "along"
+    assert moments.find(Long(), "along:20").steps == tuple(range(50, 1001, 50))
+    assert moments.find(Long(), "along:20").name == "along:20"
+    Long.n_steps = 300
+    assert moments.find(Long(), "along").steps == tuple(range(15, 301, 15))  # and 20 at least
+    Long.n_steps = 1000
     assert moments.find(Long(), "along:999999999").steps == tuple(range(1, 1001))
     assert moments.find(Long(), "along:4").steps == (250, 500, 750, 1000)
     assert moments.find(Long(), [1000, 250, 750, 500, 250]).name == "along:4"

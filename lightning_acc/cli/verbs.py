@@ -112,7 +112,7 @@ def score(
             random, for LDS; top-group:1%@METHOD, those that help most, as one; or a file with the sample ids of one removal on
             each line.
         query: a query recorded with the run, such as val.
-        at: when it is read: end; along, the mean over 20 steps spread over the run (along:K over K); a step, or several with
+        at: when it is read: end; along, the mean over every 20th step, 20 at least (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
         readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
             default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin.
@@ -170,7 +170,7 @@ def retrain(
             random, for LDS; top-group:1%@METHOD, those that help most, as one; or a file with the sample ids of one removal on
             each line.
         query: a query recorded with the run, such as val.
-        at: when it is read: end; along, the mean over 20 steps spread over the run (along:K over K); a step, or several with
+        at: when it is read: end; along, the mean over every 20th step, 20 at least (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
         dtype: precision of the replay; by default as recorded.
         ray_address: local, auto, ray://host:port, or null for this process.

@@ -75,9 +75,10 @@ def score(
             ``followed`` either, chooses by the size of the run; see ``lightning_acc.methods.low_rank.entry``.
         followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; a few hundred
             more are corrected by what these tell, the rest keep SGD-IE's scores.
-        at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over 20 steps spread evenly over the
-            run, what the samples did to the learning curve, which the last steps' noise weighs less in (``"along:K"``: over K);
-            a step, or a list of steps: their mean; or a name in ``run.checkpoints``, such as ``"best"``.
+        at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over every twentieth step, and 20
+            at least, spread evenly over the run: what the samples did to the learning curve, which the last steps' noise weighs
+            less in (``"along:K"``: over K); a step, or a list of steps: their mean; or a name in ``run.checkpoints``, such as
+            ``"best"``.
         check: how many removals to retrain without (``loo``), so that the scores can say how far they are to be trusted: two
             thirds of them at random, for the verdict, one third the most extreme. Their true scores stand in the table.
             ``"auto"`` is 48, or 18, as the time of the scoring itself or a minute allows; 0 leaves the scores unchecked.

@@ -21,7 +21,10 @@ At = str | int | Iterable[int]
 """As users say it: ``"end"``, ``"along"``, ``"along:K"``, a step, a list of steps, or a name in ``run.checkpoints``."""
 END, ALONG = "end", "along"
 PLACES = 20
-"""Steps that ``along`` reads at, unless asked for another number."""
+"""``along`` reads at every so manieth step, and at so many at least, unless asked for another number.
+
+Of a run of thousands of steps twenty places are too few: what each sample did there is noise.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def find(record: Record, at: At) -> Moments:
         if at == END:
             return _named((total,), total)
         if match := re.fullmatch(rf"{ALONG}(?::(\d{{1,9}}))?", at):
-            count = PLACES if match[1] is None else int(match[1])
+            count = _places(total) if match[1] is None else int(match[1])
             if count < 1:
                 raise RequestError(f"at={at!r} reads nowhere: give a number of steps from 1.")
             return _named(_spread(total, count), total)
@@ -100,6 +103,10 @@ def _step(step: Any, total: int) -> int:
     return number
 
 
+def _places(total: int) -> int:
+    return max(PLACES, total // PLACES)
+
+
 def _spread(total: int, count: int) -> tuple[int, ...]:
     """``count`` steps spread evenly over a run, its end among them; all, where it has no more."""
     count = min(count, total)
@@ -110,7 +117,7 @@ def _named(steps: tuple[int, ...], total: int) -> Moments:
     """The same steps have the same name, however they were asked for."""
     if steps == (total,):
         return Moments(steps, END)
-    if steps == _spread(total, PLACES):
+    if steps == _spread(total, _places(total)):
         return Moments(steps, ALONG)
     if len(steps) > 1 and steps == _spread(total, len(steps)):
         return Moments(steps, f"{ALONG}:{len(steps)}")
