@@ -1,0 +1,82 @@
+"""All set-ups, and the table of what became of them: ``python tests/wild/table.py`` trains them and writes README.md."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from wild import Setup, compare, record
+
+from lightning_acc.recorder import RecordingRefused
+
+FILES = (
+    "texts",
+    "language_models",
+    "vision",
+    "graphs_and_demos",
+    "generative",
+    "losses",
+    "pairs_and_tables",
+    "steps",
+)
+README = Path(__file__).parent / "README.md"
+HEAD = """# Trainings that people have
+
+Each set-up is written as its users write it, trained by Lightning with `TrajectoryRecorder`, audited, and its `loo` of three
+samples held against real Lightning retraining in which the samples' losses are multiplied by 0, by hand, and nothing else
+changes (`wild.py`); or it is refused in a sentence. `python tests/wild/table.py` makes this table, `test_wild.py` asserts it.
+
+The error is the largest `|shift - truth| / |truth|` over the three samples. Beside it stands what round-off alone does: how
+far two trainings without the recorder end apart that are the same on paper, with the loss as it is written and by hand (and at
+least a tenth of a unit in the last place of every parameter).
+
+| set-up | what it has | recorded, or why not | error in float32 (round-off) | error in float64 (round-off) |
+| --- | --- | --- | --- | --- |
+"""
+
+SETUPS: dict[str, Setup] = {}
+MISSING: dict[str, str] = {}
+"""Files whose packages are not installed, with the reason."""
+for file in FILES:
+    try:
+        SETUPS.update(importlib.import_module(file).SETUPS)
+    except pytest.skip.Exception as reason:
+        MISSING[file] = str(reason)
+
+
+def row(name: str) -> str:
+    """One line of the table."""
+    setup = SETUPS[name]
+    cells = [name, setup.has]
+    with tempfile.TemporaryDirectory() as folder:
+        if setup.refused is not None:
+            try:
+                record(setup, Path(folder) / "run", "float32")
+                cells += ["recorded", "", ""]
+            except RecordingRefused as refusal:
+                cells += [f"refused: {refusal}", "", ""]
+        else:
+            cells.append("recorded")
+            for dtype in ("float32", "float64"):
+                if dtype == "float64" and not setup.double:
+                    cells.append("")
+                    continue
+                outcome = compare(setup, Path(folder) / dtype, dtype)
+                cells.append(f"{outcome.shift_error:.0e} ({outcome.shift_roundoff:.0e})")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def listed() -> dict[str, str]:
+    """The lines of the table by set-up."""
+    lines = [line for line in README.read_text().splitlines() if line.startswith("| ")][2:]
+    return {re.split(r"(?<!\\) \| ", line)[0].removeprefix("| "): line for line in lines}
+
+
+if __name__ == "__main__":
+    if MISSING:
+        sys.exit(f"The table is of all set-ups, and some cannot be trained here: {MISSING}")
+    README.write_text(HEAD + "".join(row(name) for name in SETUPS))
