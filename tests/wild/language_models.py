@@ -64,12 +64,27 @@ class LanguageModel(pl.LightningModule):
 
 class NextTokenByHand(LeavesOut):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits = self.model(**batch).logits[:, :-1]
+        logits = self.model(**batch).logits[:, :-1].float()  # as transformers does, whatever the model's precision
         labels = batch["labels"][:, 1:]
         return self.mean(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"), labels != -100)
 
 
 class LanguageModelByHand(NextTokenByHand, LanguageModel):
+    pass
+
+
+class LanguageModelTold(LanguageModel):
+    """The module says itself what its loss is made of: a mean over tokens for each sample, and how many of them it has."""
+
+    def per_sample_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        logits = self.model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        tokens = (labels != -100).sum(1)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        return losses.sum(1) / tokens.clamp_min(1), tokens.to(losses.dtype)
+
+
+class LanguageModelToldByHand(NextTokenByHand, LanguageModelTold):
     pass
 
 
@@ -183,6 +198,13 @@ SETUPS: dict[str, Setup] = {
         held_out,
         trainer={"gradient_clip_val": 1.0, "accumulate_grad_batches": 3},
     ),
+    "transformers: GPT-2, `per_sample_loss`": Setup(
+        "a pair `(losses, weights)` beside `outputs.loss`: each sample's mean, and its tokens",
+        LanguageModelTold,
+        texts,
+        LanguageModelToldByHand,
+        held_out,
+    ),
     "transformers: Llama": Setup(
         "RMSNorm, rotary positions, grouped queries, attention dropout, gradient checkpointing",
         Llama,
@@ -196,6 +218,17 @@ SETUPS: dict[str, Setup] = {
         Masked,
         lambda: texts(masked=True),
         MaskedByHand,
+    ),
+    "transformers: GPT-2 in bf16-true": Setup(
+        "the parameters themselves are bfloat16",
+        LanguageModel,
+        texts,
+        LanguageModelByHand,
+        held_out,
+        trainer={"precision": "bf16-true"},
+        double=False,
+        tolerance=0.1,
+        why="bfloat16 rounds the parameters to 3 digits",
     ),
     "transformers: T5": Setup(
         "`DataCollatorForSeq2Seq`, relative positions, dropout", Translation, pairs, TranslationByHand, held_out_pairs

@@ -220,8 +220,13 @@ def stateful(n: int = 14, seed: int = 0, **options: Any) -> Any:
 
 
 class Plain(Network):
+    lr = 1e-2
+
     def loss(self, batch: Any) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 class PlainByHand(LeavesOut, Plain):
@@ -266,6 +271,18 @@ class SecondOrder(Plain):
         return torch.optim.LBFGS(self.parameters(), lr=0.1)
 
 
+def everyday() -> list[Any]:
+    """Callbacks that look on, or stop."""
+    return [
+        pl.callbacks.LearningRateMonitor(),
+        pl.callbacks.EarlyStopping("val_loss", patience=5),
+        pl.callbacks.ModelCheckpoint(monitor="val_loss", save_last=True),
+        pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2}),
+        pl.callbacks.Timer(),
+        pl.callbacks.LambdaCallback(on_train_epoch_end=lambda trainer, module: None),
+    ]
+
+
 SWA = {"swa_lrs": 1e-2, "swa_epoch_start": 0.5}
 
 SETUPS: dict[str, Setup] = {
@@ -295,6 +312,22 @@ SETUPS: dict[str, Setup] = {
     "Muon": setup("a matrix update by Newton and Schulz", WithMuon, classes, WithMuonByHand),
     "Adafactor": setup("factored second moments", WithAdafactor, classes, WithAdafactorByHand),
     "L-BFGS": setup("evaluates the loss several times in a step", SecondOrder, classes, refused="LBFGS"),
+    "everyday callbacks": setup(
+        "`LearningRateMonitor`, `EarlyStopping`, `ModelCheckpoint`, `Timer`, `LambdaCallback`, accumulation that changes",
+        Plain,
+        classes,
+        PlainByHand,
+        callbacks=everyday,
+        logger=CSVLogger,
+        trainer={"enable_checkpointing": True, "max_epochs": 3},
+    ),
+    "learning-rate finder": setup(
+        "`LearningRateFinder` trains a few steps first, and undoes them",
+        Plain,
+        classes,
+        PlainByHand,
+        callbacks=lambda: [pl.callbacks.LearningRateFinder(num_training_steps=6, attr_name="lr")],
+    ),
     "SWA": setup(
         "`StochasticWeightAveraging`: another learning rate from its start, the average at the end",
         Plain,

@@ -278,7 +278,7 @@ SETUPS: dict[str, Setup] = {
     "timm: mixup in the step": Setup(
         "`timm.data.Mixup` blends the samples of a batch, by NumPy's random numbers",
         MixedInStep,
-        images,
+        lambda: images(batch_size=4),
         refused="coupled|NumPy",
     ),
     "transformers: ViT": Setup("`outputs.loss`, dropout, patches", HuggingFaceViT, images, HuggingFaceViTByHand, held_out),

@@ -32,6 +32,9 @@ EXACT = {"float64": 1e-9, "float32": 1e-5}
 SPREAD = 20.0
 """How many times the difference of two such trainings a third one may be off."""
 
+USELESS = 1e-3
+"""Round-off, relative to the truth, above which a set-up tells nothing."""
+
 
 class LeavesOut(pl.LightningModule):
     """A training whose loss some samples are left out of, by hand; mixed into a set-up's module."""
@@ -142,7 +145,9 @@ class Outcome:
     score_roundoff: float
 
     def within(self, exact: float) -> bool:
-        """Whether the errors are ``exact``, beside round-off."""
+        """Whether the errors are ``exact``, beside round-off that leaves something to be compared."""
+        if self.shift_roundoff > max(exact, USELESS):
+            return False
         pairs = ((self.shift_error, self.shift_roundoff), (self.score_error, self.score_roundoff))
         return all(error <= exact + SPREAD * roundoff for error, roundoff in pairs)
 
