@@ -205,6 +205,7 @@ SETUPS: dict[str, Setup] = {
         lambda: TransformerDemo(vocab_size=50),
         lambda: DataLoader(sentences(), 5, shuffle=True),
         lambda: TransformerByHand(vocab_size=50),
+        trainer={"max_epochs": 1},
     ),
     "Lightning: LSTM demo": Setup(
         "the hidden state of a batch is where the next one starts",

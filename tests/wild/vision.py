@@ -82,7 +82,7 @@ KEEP = {"batch_norm": "keep-batch-statistics"}
 SMALL_VIT: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
-def images(n: int = 16, seed: int = 0, batch_size: int = 5, shuffle: bool = True, collate: Any = None) -> DataLoader[Any]:
+def images(n: int = 15, seed: int = 0, batch_size: int = 5, shuffle: bool = True, collate: Any = None) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(seed)
     data = TensorDataset(torch.randn(n, 3, 16, 16, generator=generator), torch.randint(0, 3, (n,), generator=generator))
     return DataLoader(data, batch_size, shuffle=shuffle, collate_fn=collate)
@@ -278,7 +278,7 @@ SETUPS: dict[str, Setup] = {
     "timm: mixup in the step": Setup(
         "`timm.data.Mixup` blends the samples of a batch, by NumPy's random numbers",
         MixedInStep,
-        lambda: images(batch_size=4),
+        lambda: images(n=16, batch_size=4),
         refused="coupled|NumPy",
     ),
     "transformers: ViT": Setup("`outputs.loss`, dropout, patches", HuggingFaceViT, images, HuggingFaceViTByHand, held_out),
