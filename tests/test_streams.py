@@ -534,7 +534,9 @@ def test_samples_are_asked_for_by_their_ids(described: la.Run, tmp_path: Path) -
 def test_what_leaves_the_package_has_the_ids(described: la.Run, tmp_path: Path) -> None:
     from lightning_acc.judge import exports
     from lightning_acc.judge.agreement import stored_scores
+    from lightning_acc.judge.samples import SampleViews
     from lightning_acc.show.report import collect
+    from lightning_acc.show.tracking import panels
 
     scores = stored_scores(described)["sgd-ie"]
     exports.write_ranking_csv(described, scores, tmp_path / "ranking.csv")
@@ -548,6 +550,10 @@ def test_what_leaves_the_package_has_the_ids(described: la.Run, tmp_path: Path) 
         assert row["label"] == ("" if i == 3 else f"class {i % 3}")
     page = collect(described)["samples"]
     assert {sample: view["name"] for sample, view in page.items()} == dict(enumerate(described.sample_names or []))
+    views = SampleViews(described)
+    assert views[3].called == f"#3 {(described.sample_names or [])[3]}"
+    ranking = panels.ranking(scores, None, panels.Pictures(views)).data
+    assert {row[1] for row in ranking} == {f"{i} {name}" for i, name in enumerate(described.sample_names or [])}
     cleaned = described.cleaned_dataset(["doc-7", "doc-11"])
     assert cleaned["name"] == [name for name in described.sample_names or [] if name not in ("doc-7", "doc-11")]
     source = datasets.Dataset.from_dict({"id": [f"doc-{i}" for i in range(N + 4)], "i": list(range(N + 4))})

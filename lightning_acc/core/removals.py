@@ -29,13 +29,18 @@ def named(removals: Wanted, record: Record) -> tuple[list[Removal], dict[Removal
         RequestError: a sample does not exist.
     """
     groups = removals.values() if isinstance(removals, Mapping) else removals
-    parsed = parse(groups, record.n_samples, number=record.sample_number)
+    parsed = parse(groups, record.n_samples, number=number_by_name(record))
     called, names = record.sample_names, dict[Removal, str]()
     if called is not None:
         names = {removal: str(called[removal[0]]) for removal in parsed if len(removal) == 1}
     if isinstance(removals, Mapping):
         names.update({removal: str(name) for removal, name in zip(parsed, removals, strict=True)})
     return parsed, names
+
+
+def number_by_name(record: Record) -> Callable[[str], int] | None:
+    """What gives the number of a sample that is named by a text; None where batches do not name samples."""
+    return record.sample_number if "sample_id" in record.manifest else None
 
 
 def parse(

@@ -160,7 +160,8 @@ def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset 
     Raises:
         RequestError: an id does not exist, nothing is left, or ``dataset`` has another length than the training set.
     """
-    (dropped,) = removals.parse([arguments.listed("drop", drop, "sample ids")], run.n_samples, "drop", run.sample_number)
+    listed = arguments.listed("drop", drop, "sample ids")
+    (dropped,) = removals.parse([listed], run.n_samples, "drop", removals.number_by_name(run))
     gone = set(dropped)
     kept = [i for i in range(run.n_samples) if i not in gone]
     if not kept:

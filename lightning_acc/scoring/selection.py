@@ -7,7 +7,7 @@ import random
 import re
 
 from lightning_acc.core.queries.moments import At
-from lightning_acc.core.removals import Removal, parse
+from lightning_acc.core.removals import Removal, number_by_name, parse
 from lightning_acc.errors import RequestError
 from lightning_acc.record.record import Record
 from lightning_acc.scoring import scores
@@ -53,9 +53,9 @@ def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None
     try:
         with open(words, encoding="utf-8") as file:
             lines = [line.partition("#")[0].replace(",", " ").split() for line in file]
-        named = run.sample_names is not None
-        removals = [[word if named and not word.isdecimal() else int(word) for word in line] for line in lines if line]
-        return parse(removals, run.n_samples, number=run.sample_number)
+        number = number_by_name(run)
+        removals = [[int(word) if word.isdecimal() or number is None else word for word in line] for line in lines if line]
+        return parse(removals, run.n_samples, number=number)
     except ValueError as error:
         raise RequestError(f"The file {words} names no removals, lines of sample ids: {str(error).rstrip('.')}.") from error
 
