@@ -40,8 +40,8 @@ class TrajectoryRecorder(Callback):
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
     Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
     accumulation and clipping, map-style datasets under any sampler, streams whose batches hold ids of their samples
-    (``sample_id``), dropout and ``bf16-mixed`` precision in modules with ``per_sample_loss``, resuming from a Lightning
-    checkpoint (``trainer.fit(..., ckpt_path=...)``).
+    (``sample_id``), weighted means, dropout, ``bf16-mixed`` precision, resuming from a Lightning checkpoint
+    (``trainer.fit(..., ckpt_path=...)``).
 
     Example::
 
@@ -50,9 +50,8 @@ class TrajectoryRecorder(Callback):
 
     Args:
         directory: where the run directory is written, a local path or an fsspec URL.
-        sample_id: where in a batch the ids of its samples are, integers or texts, one for each row: a key of a dict, an
-            attribute, a place in a tuple, or a function of the batch as ``training_step`` sees it. For streams, whose samples
-            have no place in a data set. They are numbered as they are first seen; ``run.sample_names`` has their ids.
+        sample_id: for streams: where a batch has the ids of its samples, integers or texts, one a row: a key, an attribute, a
+            place in a tuple, or a function of the batch. ``run.sample_names`` has them; numbers go by the first sight.
         overwrite: replace a run that is already there; by default it is refused.
         parameters: how often the parameters are written: ``"every-step"``, ``"every-k"`` (as often as the budget allows), or
             ``"auto"``: every step where the whole trajectory is small, else as often as 2 % of the training's time pays for.
@@ -92,11 +91,9 @@ class TrajectoryRecorder(Callback):
         arguments.option("mixed_rows", mixed_rows, ("refuse", rows.AS_THEY_ARE))
         arguments.option("on_error", on_error, ("warn", "stop"))
         self.directory = arguments.path("directory", directory)
-        self.overwrite = overwrite
-        self.parameters = parameters
+        self.overwrite, self.parameters, self.on_error = overwrite, parameters, on_error
         self.budget_gb = arguments.positive("budget_gb", budget_gb, "leaves no room for parameters")
         self.batch_norm, self.allow_untested, self.mixed_rows = batch_norm, allow_untested, mixed_rows
-        self.on_error = on_error
         self.batch_names = None if sample_id is None else BatchNames(sample_id)
         self._tap = SampleTap()
         self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)
@@ -136,8 +133,7 @@ class TrajectoryRecorder(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own methods back, and the directory free."""
         if stage == "fit":
-            self._tap.remove()
-            self._checkpoints.remove()
+            self._untap()
             if self._writers is not None:
                 self._writers.release()
 
@@ -164,8 +160,7 @@ class TrajectoryRecorder(Callback):
     @costs_no_training
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep what the step will see."""
-        if self._put_off is not None:
-            self._raise_what_was_put_off()
+        self._raise_what_was_put_off()
         self._follow.batch_starts(batch)
 
     @costs_no_training
@@ -224,8 +219,7 @@ class TrajectoryRecorder(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The run of one process is kept up to its last whole step; what several have recorded, ``repair`` makes a run."""
-        self._tap.remove()
-        self._checkpoints.remove()
+        self._untap()
         if self._writers is None:
             return
         try:
@@ -268,6 +262,12 @@ class TrajectoryRecorder(Callback):
             raise error
 
     # ---- parts of the above
+
+    def _untap(self) -> None:
+        self._tap.remove()
+        self._checkpoints.remove()
+        if self._following is not None:
+            self._following.loss.remove()
 
     @property
     def _write(self) -> Writers:
