@@ -101,7 +101,7 @@ class Tabular(Network):
 
     def prepare(self) -> None:
         self.category, self.norm = nn.Embedding(3, 4), nn.BatchNorm1d(6)
-        self.net = nn.Sequential(nn.Linear(10, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 1))
+        self.net = nn.Sequential(nn.Linear(10, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 1))
 
     def forward(self, batch: Any) -> Tensor:
         return self.net(torch.cat([self.category(batch[1]), self.norm(batch[0])], 1))
