@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.writer import SeenStep, check_finite
+from lightning_acc.record.collecting.collected import SeenStep
+from lightning_acc.record.writer import check_finite
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.beginning import Assembly, understand
 from lightning_acc.recorder.checkpoints.resume import Place
@@ -108,7 +109,7 @@ class Following:
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-        contents = self._write.own.content_ids(leaves)
+        contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
             self._identity.check(self._tap.dataset, ids, contents)
         if not self.begun:
@@ -187,7 +188,7 @@ class Following:
             return
         started = time.perf_counter()
         theta = self.optimizer.parameters()
-        if not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
+        if compare and not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
             check_finite(theta, number)
         self._checks.parameters(number, theta, self._module)
         if compare:
