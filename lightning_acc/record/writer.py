@@ -33,8 +33,8 @@ FLUSH_BYTES = 64 * 2**20
 FLUSH_STEPS = 1000
 SECONDS, SECONDS_AT_FIRST = 2.0, 0.5
 """After so long what has been collected is written for the time being; a training that has just begun is killed most often."""
-SHARE = 0.05
-"""Of the training's time, at most, that such writing takes: where the storage is slow, more is at risk."""
+SHARE = 0.02
+"""Of the training's time, at most, that such writing computes; and a tenth of the share that it waits for the storage."""
 MOST_DRAFTS = 30
 """Files written for the time being, from which on all that was written so is written anew."""
 
@@ -209,7 +209,7 @@ class RunWriter:
 
     def _write_and_list(self, collected: Collected, again: bool, for_good: bool) -> None:
         """Write this beside the files written for the time being, or ``again``, what is in these too, in their place."""
-        started = time.monotonic()
+        started, computed = time.monotonic(), time.thread_time()
         self._check_there()
         before, older = dict(self.files), self._drafts if again else []
         self.files = {name: facts for name, facts in before.items() if name not in older}
@@ -227,7 +227,7 @@ class RunWriter:
             self._settled = dict(self._counters)
         if older:
             self.store.remove(*older)
-        seconds = time.monotonic() - started
+        seconds = max(time.thread_time() - computed, (time.monotonic() - started) / 10)
         self._pause = min(SECONDS, 2 * self._pause)
         self._next_draft = time.monotonic() + max(self._pause, seconds / SHARE)
 

@@ -74,6 +74,8 @@ class _Firsts:
         self._place: dict[int, int] = {}
         self._kept: Words = []
         """The numbers of the contents, and their words; the rows beyond those of ``_place`` are room for more."""
+        self._found: Words = []
+        """Those of the newest batch; new memory would take longer than what is done with it."""
 
     def find(self, sample_ids: Sequence[int], words: Words, numbers: list[int]) -> None:
         """Put into ``numbers`` those of the rows that are what they were at first."""
@@ -81,7 +83,11 @@ class _Firsts:
         if max(places, default=-1) < 0:
             return
         place = np.array(places)
-        first, *firsts = (kept[place] for kept in self._kept)
+        if [len(rows) for rows in self._found] != [len(place)] * len(self._kept):
+            self._found = [np.empty((len(place), *kept.shape[1:]), kept.dtype) for kept in self._kept]
+        for kept, rows in zip(self._kept, self._found, strict=True):
+            kept.take(place, 0, out=rows, mode="clip")
+        first, *firsts = self._found
         same = place >= 0
         for now, then in zip(words, firsts, strict=True):
             if not np.array_equal(now, then):
