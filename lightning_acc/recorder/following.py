@@ -116,7 +116,7 @@ class Following:
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-        contents = self._write.own.content_ids(leaves)
+        contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
             self._identity.check(self._tap.dataset, ids, contents)
         if not self.begun:
@@ -199,7 +199,7 @@ class Following:
             return
         started = time.perf_counter()
         theta = self.optimizer.parameters()
-        if not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
+        if compare and not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
             check_finite(theta, number)
         self._checks.parameters(number, theta, self._module)
         if compare:

@@ -118,6 +118,8 @@ class TrainedOptimizer:
         present = [p.grad is not None for p in self._parameters]
         before = self.with_gradient or present
         self.with_gradient = present
+        if all(present) and all(before):
+            return
         for name, group, now, then in zip(self._names, self.group_of, present, before, strict=True):
             if (not now and groups[group].get("weight_decay")) or (now != then and self._rule.slots(groups[group])):
                 raise RecordingRefused(
