@@ -72,8 +72,10 @@ def muon(state: State, gradient: Tensor, h: Hyperparameters) -> State:
     theta, buffer = state
     buffer = buffer.lerp(gradient, 1 - h["momentum"])
     move = gradient.lerp(buffer, h["momentum"]) if h["nesterov"] else buffer
-    matrices = move.reshape(-1, *h["shape"])  # one by one: together their products would be rounded otherwise
-    move = torch.stack([_direction(matrix, h) for matrix in matrices]).reshape(move.shape)
+    count = math.prod(move.shape[:-1])
+    if count:  # one by one: together their products would be rounded otherwise
+        matrices = move.reshape(count, *h["shape"])
+        move = torch.stack([_direction(matrix, h) for matrix in matrices]).reshape(move.shape)
     rows, columns = h["shape"]
     ratio = {"match_rms_adamw": 0.2 * math.sqrt(max(rows, columns))}.get(h["adjust_lr_fn"], math.sqrt(max(1, rows / columns)))
     return theta.mul(1 - h["lr"] * h["weight_decay"]).add(move, alpha=-(h["lr"] * ratio)), buffer
