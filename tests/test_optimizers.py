@@ -72,13 +72,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "nadam-foreach": (torch.optim.NAdam, {"lr": 0.02, "foreach": True}),
     "lion": (Lion, {"lr": 0.01, "weight_decay": 0.1}),
     "adafactor": (torch.optim.Adafactor, {"lr": 0.1, "weight_decay": 0.1}),
-    "adafactor-clipped": (torch.optim.Adafactor, {"lr": 0.1, "d": 1.2, "eps": (1e-8, 0.1), "beta2_decay": -0.5}),
+    "adafactor-clipped-tensor-lr": (torch.optim.Adafactor, {"lr": 0.1, "d": 1.2, "eps": (1e-8, 0.1), "beta2_decay": -0.5}),
     "muon": (torch.optim.Muon, {"lr": 0.05}),
     "muon-adjusted": (torch.optim.Muon, {"lr": 0.05, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
 }
 """For each, a class and its options; parameter groups and a schedule come on top."""
 NO_DERIVATIVE = ("rprop", "lion")
-ROUNDED_OTHERWISE = ("adamw-fused", "nadam-foreach", "adafactor", "adafactor-clipped")
+ROUNDED_OTHERWISE = ("adamw-fused", "nadam-foreach", "adafactor", "adafactor-clipped-tensor-lr")
 """Equal to torch but for the last digit."""
 
 

@@ -68,7 +68,7 @@ class TrainedOptimizer:
     def _slot(self, i: int, slot: int) -> Tensor:
         parameter, names = self._parameters[i], self._slots[i]
         value = self._optimizer.state.get(parameter, {}).get(names[slot]) if slot < len(names) else None
-        return torch.zeros_like(parameter).reshape(-1) if value is None else value.detach().expand_as(parameter).reshape(-1)
+        return torch.zeros_like(parameter).reshape(-1) if value is None else _dense(value).expand_as(parameter).reshape(-1)
 
     def gradient(self, step: int) -> Tensor:
         """The flat gradient (p,) of step number ``step``, before clipping.
@@ -77,7 +77,7 @@ class TrainedOptimizer:
             NotFinite: it is not finite.
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
+        gradient = torch.cat([_dense(part).reshape(-1) for part in parts]).cpu()
         if not torch.isfinite(gradient).all():
             raise NotFinite(
                 f"The loss or its gradient is not finite in step {step} of the training, so there is nothing to attribute: "
@@ -137,6 +137,11 @@ class TrainedOptimizer:
                     f"The parameter {name!r} gets no gradient in step {step - (now and 1)}, but its optimizer has weight "
                     "decay or a memory: freeze it with requires_grad_(False), or use it always."
                 )
+
+
+def _dense(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.to_dense() if value.is_sparse else value
 
 
 def _plain(value: Any) -> Any:

@@ -25,8 +25,10 @@ def adafactor(state: State, gradient: Tensor, h: Hyperparameters) -> State:
     if h["maximize"]:
         gradient = -gradient
     root, (eps1, eps2), share = theta.shape[-1] ** 0.5, h["eps"], h["step"] ** h["beta2_decay"]
-    rate = torch.linalg.vector_norm(theta, dim=-1, keepdim=True).div(root).clamp(min=eps2)
-    rate = rate * min(h["lr"], 1 / h["step"] ** 0.5)
+    rate = min(h["lr"], 1 / h["step"] ** 0.5)
+    # Torch computes with single numbers in double precision, but with a learning rate that is a tensor in its dtype.
+    dtype = rate.dtype if isinstance(rate, Tensor) else torch.float64
+    rate = _norm(theta).div(root).clamp(min=eps2).to(dtype) * rate
     if h["weight_decay"] != 0:
         theta = theta.mul(1 - h["lr"] * h["weight_decay"])
     if len(h["shape"]) > 1:
@@ -39,8 +41,8 @@ def adafactor(state: State, gradient: Tensor, h: Hyperparameters) -> State:
         variance = slots[0].lerp(gradient * gradient, share)
         slots = [variance]
     move = variance.clamp(min=eps1 * eps1).rsqrt().mul(gradient)
-    size = torch.linalg.vector_norm(move, dim=-1, keepdim=True).div(root * h["d"]).clamp(min=1.0)
-    return theta.sub(move * (rate / size)), *slots
+    size = _norm(move).div(root * h["d"]).clamp(min=1.0).to(dtype)
+    return theta.sub(move * (rate / size).to(theta.dtype)), *slots
 
 
 def adafactor_slots(h: Hyperparameters) -> tuple[str, ...]:
@@ -57,6 +59,10 @@ def adafactor_numbers(parameter: Tensor, kept: Mapping[str, Any], h: Hyperparame
 def _shaped(flat: Tensor, h: Hyperparameters) -> Tensor:
     """Of (..., p_k) the view as parameters."""
     return flat.reshape(*flat.shape[:-1], *h["shape"])
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).double()
 
 
 def _mean_square(x: Tensor, dim: int) -> Tensor:

@@ -23,10 +23,21 @@ def clip(gradient: list[Tensor], value: float, algorithm: str) -> list[Tensor]:
     return [piece * factor for piece in gradient]
 
 
+def _typed(h: Hyperparameters) -> Hyperparameters:
+    """The hyper-parameters of a group, as tensors those that were tensors in training."""
+    dtypes = h.get("dtypes")
+    return {**h, **{key: _as_tensors(h[key], DTYPES[dtype]) for key, dtype in dtypes.items()}} if dtypes else h
+
+
 def _as_tensors(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(_as_tensors(one, dtype) for one in value)
+        return [_as_tensors(one, dtype) for one in value]
     return torch.tensor(value, dtype=dtype)
+
+
+def _of_one_number(h: Hyperparameters, rank: int = 1) -> Hyperparameters:
+    """The hyper-parameters of a group as the rule is given them for a parameter of one number, in so many dimensions."""
+    return {**_typed(h), "shape": torch.Size([1] * rank)}
 
 
 class Update:
@@ -48,12 +59,6 @@ class Update:
         self.slots = slots
         self._usable: list[Hyperparameters] | None = None
 
-    @staticmethod
-    def of(h: Hyperparameters, shape: torch.Size) -> Hyperparameters:
-        """The hyper-parameters ``h`` of a group as the rule is given them for a parameter of this shape."""
-        tensors = {key: _as_tensors(h[key], DTYPES[dtype]) for key, dtype in h.get("dtypes", {}).items()}
-        return {**h, **tensors, "shape": tuple(shape)}
-
     def initial(self, theta: Tensor) -> State:
         """The state before the first step: parameters ``theta`` and zero slots."""
         return theta, *(torch.zeros_like(theta) for _ in range(self.slots))
@@ -66,7 +71,8 @@ class Update:
         gradients = list(gradient.split(sizes, -1))
         if groups[0]["gradient_clip_val"]:
             gradients = clip(gradients, groups[0]["gradient_clip_val"], groups[0]["gradient_clip_algorithm"])
-        given = [self.of(groups[group], shape) for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
+        groups = [_typed(h) for h in groups]
+        given = [{**groups[group], "shape": shape} for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
         pieces = zip(given, gradients, *(part.split(sizes, -1) for part in state), strict=True)
         updated = [self._one(tuple(piece), g, h) for h, g, *piece in pieces]
         return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
@@ -85,7 +91,7 @@ class Update:
         for group, rank in sorted(ranks):
             h = groups[group]
             try:
-                given = self.of(h, torch.Size([1] * rank))
+                given = _of_one_number(h, rank)
                 used = len(self.rule.slots({key: given[key] for key in (*self.rule.hyperparameters, "shape")}))
                 zero = torch.zeros(1, dtype=torch.float64)
                 self.rule.update(tuple(zero for _ in range(1 + used)), zero, given)
@@ -106,7 +112,7 @@ class Update:
         """Whether a parameter without a gradient, and with empty slots, would move all the same, as by weight decay."""
         _, shape = self.layout.shapes[parameter]
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        moved = self._one((one, *(zero for _ in range(self.slots))), zero, self.of(h, torch.Size([1] * len(shape))))
+        moved = self._one((one, *(zero for _ in range(self.slots))), zero, _of_one_number(h, len(shape)))
         return not torch.equal(moved[0], one)
 
     def response(self, groups: list[Hyperparameters]) -> tuple[Tensor, Tensor]:
@@ -129,7 +135,7 @@ class Update:
         # Row k: a change of the k-th part; the last but one: of the gradient; the last: none.
         changes = torch.cat([torch.eye(parts + 1, dtype=torch.float64), torch.zeros(1, parts + 1, dtype=torch.float64)])
         *state, gradient = changes.split(1, -1)
-        answers = torch.cat(self.rule.update(tuple(state), gradient, self.of(groups[0], torch.Size([1]))), -1)
+        answers = torch.cat(self.rule.update(tuple(state), gradient, _of_one_number(groups[0])), -1)
         answers = answers - answers[-1]
         return answers[:parts].T.contiguous(), answers[parts]
 
