@@ -98,6 +98,8 @@ def _direction(matrix: Tensor, h: Hyperparameters) -> Tensor:
 def _orthogonalised(matrix: Tensor, h: Hyperparameters) -> Tensor:
     """The Newton-Schulz iteration of Muon (Jordan et al. 2024)."""
     a, b, c = h["ns_coefficients"]
+    if h["ns_steps"] >= 100:  # as torch does
+        raise ValueError("100 Newton-Schulz steps or more")
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x.div(x.norm().clamp(min=h["eps"]))
