@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import lightning_acc as la
-from lightning_acc.core.objective import quiet
+from lightning_acc.core.losses.tracing import quiet
 from lightning_acc.core.optimizers import RULES, Update, by_matrix
 from lightning_acc.core.replay import Replay
 from lightning_acc.recorder import RecordingRefused
