@@ -62,7 +62,8 @@ def _shaped(flat: Tensor, h: Hyperparameters) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).double()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.double()
 
 
 def _mean_square(x: Tensor, dim: int) -> Tensor:
