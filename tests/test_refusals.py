@@ -49,9 +49,13 @@ class Manual(Net):
         self.automatic_optimization = False
 
 
+class Foreign(torch.optim.SGD):
+    """An optimizer from elsewhere."""
+
+
 class Unknown(Net):
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adagrad(self.parameters())
+        return Foreign(self.parameters(), lr=0.1)
 
 
 class Clipping(Net):
@@ -116,7 +120,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "wrong sum": (WrongSum, {}, r"differ by 0?\.?\d.* %"),
     "neither": (Peeking, {}, r"loss of single samples cannot be computed.*per_sample_loss"),
     "manual": (Manual, {}, r"automatic_optimization=False"),
-    "optimizer": (Unknown, {}, r"Adagrad is not known: use one of Adam, AdamW, SGD.*register_optimizer"),
+    "optimizer": (Unknown, {}, r"Foreign is not known: use one of torch.optim \(.*Adam, AdamW.*register_optimizer"),
     "hook": (Clipping, {}, r"overrides on_after_backward"),
     "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
     "precision": (Net, {"precision": "bf16-true"}, r"precision='bf16-true' is not repeated.*use one of 32-true"),

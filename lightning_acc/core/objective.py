@@ -107,6 +107,8 @@ class Objective:
         for part in module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
                 part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                part.sparse = False  # a sparse gradient is the same, but has no derivative
         self._call = _Call(module.requires_grad_(False))
         self._vmap = vectorised
         self._autocast = autocast

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.objective import ParameterLayout
-from lightning_acc.core.optimizers import RULES, State, Update
+from lightning_acc.core.optimizers import RULES, Numbers, State, Update
 from lightning_acc.errors import RunError
+from lightning_acc.record.schema.keys import DTYPES
 from lightning_acc.record.writer import NotFinite
 from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
@@ -43,7 +44,9 @@ class TrainedOptimizer:
         self.layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
         self.group_of = [group_of[id(p)] for p in self._parameters]
         self._rule = RULES[self.name]
-        self.update = Update(self.name, self.layout, self.group_of, max(len(self._rule.slots(group)) for group in groups))
+        placed = zip(self.group_of, self._parameters, strict=True)
+        self._slots = [self._rule.slots({**groups[group], "shape": tuple(p.shape)}) for group, p in placed]
+        self.update = Update(self.name, self.layout, self.group_of, max(map(len, self._slots)))
         self.with_gradient: list[bool] | None = None
         """Whether each parameter had a gradient in the newest step."""
 
@@ -63,10 +66,9 @@ class TrainedOptimizer:
         )
 
     def _slot(self, i: int, slot: int) -> Tensor:
-        parameter = self._parameters[i]
-        names = self._rule.slots(self._optimizer.param_groups[self.group_of[i]])
+        parameter, names = self._parameters[i], self._slots[i]
         value = self._optimizer.state.get(parameter, {}).get(names[slot]) if slot < len(names) else None
-        return torch.zeros_like(parameter).reshape(-1) if value is None else value.detach().reshape(-1)
+        return torch.zeros_like(parameter).reshape(-1) if value is None else _dense(value).expand_as(parameter).reshape(-1)
 
     def gradient(self, step: int) -> Tensor:
         """The flat gradient (p,) of step number ``step``, before clipping.
@@ -75,7 +77,7 @@ class TrainedOptimizer:
             NotFinite: it is not finite.
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
+        gradient = torch.cat([_dense(part).reshape(-1) for part in parts]).cpu()
         if not torch.isfinite(gradient).all():
             raise NotFinite(
                 f"The loss or its gradient is not finite in step {step} of the training, so there is nothing to attribute: "
@@ -100,10 +102,14 @@ class TrainedOptimizer:
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
         }
-        groups = [
-            {**{key: _plain(group[key]) for key in self._rule.hyperparameters}, **for_all}
-            for group in self._optimizer.param_groups
-        ]
+        used = [{key: group[key] for key in self._rule.hyperparameters} for group in self._optimizer.param_groups]
+        groups = [{**{key: _plain(value) for key, value in h.items()}, **for_all} for h in used]
+        dtypes = [{key: dtype for key, value in h.items() if (dtype := _dtype(value)) is not None} for h in used]
+        for h, own, group in zip(groups, dtypes, self._optimizer.param_groups, strict=True):
+            if any(dtypes):  # arithmetic with a tensor rounds as its dtype does
+                h["dtypes"] = own
+            if self._rule.numbers is not None:
+                h.update(self._numbers(self._rule.numbers, group["params"], h))
         self._refuse_missing_gradients(groups, step)
         for key, value in ((key, value) for group in groups for key, value in group.items() if key not in for_all):
             if isinstance(value, float) and not math.isfinite(value):
@@ -111,6 +117,13 @@ class TrainedOptimizer:
                     f"The optimizer's {key} is {value} in step {step}: give the scheduler, or the optimizer, a number."
                 )
         return groups
+
+    def _numbers(self, numbers: Numbers, parameters: list[Tensor], h: dict[str, Any]) -> dict[str, Any]:
+        # A parameter that never had a gradient is one the optimizer keeps nothing of; the others of a group are in step.
+        kept = next((p for p in parameters if self._optimizer.state.get(p)), None)
+        if kept is not None:
+            return numbers(kept, self._optimizer.state[kept], h)
+        return numbers(next(iter(parameters), self._parameters[0]), {}, h)
 
     def _refuse_missing_gradients(self, groups: list[dict[str, Any]], step: int) -> None:
         # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the parameter
@@ -120,13 +133,26 @@ class TrainedOptimizer:
         self.with_gradient = present
         if all(present) and all(before):
             return
-        for name, group, now, then in zip(self._names, self.group_of, present, before, strict=True):
-            if (not now and groups[group].get("weight_decay")) or (now != then and self._rule.slots(groups[group])):
+        for i, (name, group, now, then) in enumerate(zip(self._names, self.group_of, present, before, strict=True)):
+            if (not now and self.update.moves_unused(i, groups[group])) or (now != then and self._slots[i]):
                 raise RecordingRefused(
                     f"The parameter {name!r} gets no gradient in step {step - (now and 1)}, but its optimizer has weight "
                     "decay or a memory: freeze it with requires_grad_(False), or use it always."
                 )
 
 
+def _dense(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.to_dense() if value.is_sparse else value
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _dtype(value: Any) -> str | None:
+    """Of a tensor, or several, the dtype."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return str(first.dtype).removeprefix("torch.") if isinstance(first, Tensor) and first.dtype in DTYPES.values() else None

@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
 from lightning_acc.core.objective import AUTOCAST
-from lightning_acc.core.optimizers import RULES
+from lightning_acc.core.optimizers import NO_FUNCTION, RULES
 from lightning_acc.errors import RunError
 
 
@@ -107,18 +107,32 @@ def optimizer_refusal(trainer: Any, resumed: bool = False) -> str | None:
     if len(trainer.optimizers) != 1:
         return f"there are {len(trainer.optimizers)} optimizers: configure exactly one"
     optimizer = trainer.optimizers[0]
-    name = type(optimizer).__name__
-    if name not in RULES or not type(optimizer).__module__.startswith(RULES[name].package):
+    name, package = type(optimizer).__name__, type(optimizer).__module__
+    if name in NO_FUNCTION and package.startswith("torch.optim"):
+        return f"the optimizer {name} {NO_FUNCTION[name]}"
+    if not _is_known(optimizer):
         return (
-            f"the optimizer {type(optimizer).__module__}.{name} is not known: use one of {', '.join(sorted(RULES))}, or teach "
+            f"the optimizer {package}.{name} is not known: use one of torch.optim ({', '.join(sorted(RULES))}), or teach "
             "it with lightning_acc.register_optimizer"
         )
-    if (optimizer.state or trainer.global_step) and not resumed:
+    if (_has_stepped(optimizer) or trainer.global_step) and not resumed:
         return (
             f"training goes on from an earlier state (global_step={trainer.global_step}), whose record is not here: record "
             "from the start with a fresh optimizer, or resume from a checkpoint that was written while it was recorded"
         )
     return None
+
+
+def _is_known(optimizer: torch.optim.Optimizer) -> bool:
+    rule = RULES.get(type(optimizer).__name__)
+    if rule is None or not type(optimizer).__module__.startswith(rule.package):
+        return False
+    return all(key in group for group in optimizer.param_groups for key in rule.hyperparameters)
+
+
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has a state of former steps; Adagrad has one before the first."""
+    return any(float(kept.get("step", 1)) > 0 for kept in optimizer.state.values() if kept)
 
 
 def module_refusal(module: nn.Module, batch_norm: str) -> str | None:

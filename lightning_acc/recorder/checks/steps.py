@@ -104,8 +104,8 @@ class Checks:
                 )
             raise RecordingRefused(
                 f"Step {number - 1} moved the parameters otherwise than its record says: the recorded step gives a change "
-                f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer changes parameters "
-                "or gradients (a hook, another callback): leave it out."
+                f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer's known rule changes "
+                "parameters or gradients (a hook, another callback, an option of a foreign optimizer): leave it out."
             )
         self._replayed = (theta, *self._replayed[1:])
         self._roundoff.restart(theta)
