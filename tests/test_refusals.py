@@ -73,18 +73,6 @@ class Stream(IterableDataset[Any]):
         yield from zip(*data().tensors, strict=True)
 
 
-class Compiled(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.compile(self.net)
-
-
-def compiled_in_place() -> Net:
-    net = Net()
-    net.compile()
-    return net
-
-
 class Drawing(Net):
     """Draws random numbers in its training step."""
 
@@ -118,9 +106,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"recorder": {"batch_norm": "keep-batch-statistics"}},
         r"without per_sample_loss.*define per_sample_loss",
     ),
-    "compiled module": (lambda: torch.compile(Net()), {}, r"the module is compiled by torch.compile"),
-    "compiled in place": (compiled_in_place, {}, r"the module is compiled by torch.compile"),
-    "compiled layer": (Compiled, {}, r"the layer 'net' is compiled by torch.compile"),
     "NumPy's random numbers": (Drawing, {}, r"random numbers from Python, NumPy"),
     "Python's random numbers": (DrawingInPython, {}, r"random numbers from Python, NumPy"),
     "penalty beside per_sample_loss": (Penalised, {}, r"gradients differ by .* %.*weight_decay"),
@@ -130,7 +115,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "optimizer": (Unknown, {}, r"Adagrad is not known: use one of Adam, AdamW, SGD.*register_optimizer"),
     "hook": (Clipping, {}, r"overrides on_after_backward"),
     "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
-    "precision": (Net, {"precision": "bf16-true"}, r"precision='bf16-true' is not repeated.*use one of 32-true"),
     "mixed precision without per_sample_loss": (StepOnly, {"precision": "bf16-mixed"}, r"define per_sample_loss"),
     "iterable": (Net, {"train": DataLoader(Stream(), 5)}, r"iterable dataset .*map-style"),
     "out of order": (Net, {"train": DataLoader(data(), 5, num_workers=2, in_order=False)}, r"in_order=False"),

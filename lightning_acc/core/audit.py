@@ -73,7 +73,7 @@ def audit(run: Record) -> AuditReport:
     The optimizer's slots are carried along by the replay. An error therefore points at the step that made it, or, where the
     parameters were not written at every step, at the one before the snapshot that shows it.
     """
-    replay = Replay(run)
+    replay = Replay(run, as_trained=True)
     state = replay.initial
     roundoff, common = RoundOff(replay.initial), _Common(replay.dtype)
     snapshots = set(run.snapshots)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_acc.contract import HasPerSampleLoss
-from lightning_acc.core.objective import AUTOCAST, Objective
+from lightning_acc.core.modules.compiled import plain_name
+from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Structure
@@ -93,14 +94,14 @@ def understand(
         RecordingRefused: the loss is no weighted sum of per-sample losses, or cannot be taken apart.
     """
     refuse_if(refusals.module_refusal(module, batch_norm))
-    evaluation_modules = [name for name, part in module.named_modules() if name and not part.training]
+    evaluation_modules = [plain_name(name) for name, part in module.named_modules() if name and not part.training]
     objective = Objective(
         module,
         optimizer.layout,
         structure,
         evaluation_modules=evaluation_modules,
         dtype=theta.dtype,
-        autocast=AUTOCAST[str(trainer.precision)],
+        precision=str(trainer.precision),
     )
     mean, total = (Assembly(trainer, trainer.world_size, objective, optimizer, summed) for summed in (False, True))
     tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype]

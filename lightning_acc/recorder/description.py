@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_acc.contract import DescribesExamples, DescribesSamples
 from lightning_acc.core import queries, rebuild
+from lightning_acc.core.modules.compiled import plain_name
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.checks.randomness import random_state_kept
@@ -72,7 +73,7 @@ def logger(trainer: Any) -> dict[str, Any] | None:
 def write_frozen(writer: RunWriter, module: nn.Module) -> None:
     """Buffers and untrained parameters, which the losses depend on too."""
     trained = {name for name, _ in writer.header["layout"]}
-    frozen = {name: value for name, value in module.state_dict().items() if name not in trained}
+    frozen = {name: value for full, value in module.state_dict().items() if (name := plain_name(full)) not in trained}
     values = {name: value.detach().cpu().contiguous().clone() for name, value in frozen.items() if isinstance(value, Tensor)}
     if values:
         writer.write_file("module.safetensors", safetensors.torch.save(values))

@@ -133,6 +133,10 @@ class Following:
         if not self.optimizer.has_gradient():
             self._seen = []  # training_step returned None: torch.optim leaves everything as it is
             return
+        if self.optimizer.is_skipped():
+            self._seen = []
+            self._write.note_skipped()
+            return
         self._before = self._trainer.global_step
         if self.ended:
             self._within = True

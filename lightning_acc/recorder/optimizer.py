@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core.modules.compiled import plain_name
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import RULES, State, Update
 from lightning_acc.errors import RunError
@@ -34,10 +35,11 @@ class TrainedOptimizer:
         self.name = type(self._optimizer).__name__
         groups = self._optimizer.param_groups
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
+        trained = [(plain_name(name), p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
         dtypes = {p.dtype for _, p in trained}
         if len(dtypes) != 1 or not dtypes <= GRADIENT_TOLERANCE.keys():
-            refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use all float32 or all float64")
+            usable = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_TOLERANCE)
+            refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use one of {usable} for all")
         self._names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
         self.layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
@@ -76,12 +78,26 @@ class TrainedOptimizer:
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
+        if getattr(self._optimizer, "_step_supports_amp_scaling", False):  # a fused one divides by the scale itself
+            gradient = gradient / (self.loss_scale or 1.0)
         if not torch.isfinite(gradient).all():
             raise NotFinite(
                 f"The loss or its gradient is not finite in step {step} of the training, so there is nothing to attribute: "
                 "look for NaN or infinite values in the data, or lower the learning rate."
             )
         return gradient
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss of this step was multiplied with on its way back (16-mixed); None where it was not."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+
+    def is_skipped(self) -> bool:
+        """Whether the loss scaler is going to leave this step out, as the gradient is beyond the range of float16."""
+        if self.loss_scale is None:
+            return False
+        return not all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
 
     def has_gradient(self) -> bool:
         """Whether any parameter has one; else ``training_step`` returned None and the optimizer does nothing."""
@@ -99,6 +115,7 @@ class TrainedOptimizer:
             "step": step + 1,
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),
         }
         groups = [
             {**{key: _plain(group[key]) for key in self._rule.hyperparameters}, **for_all}

@@ -51,7 +51,7 @@ class Job:
             "label": self.method.label,
             # Some scores depend on what else was asked: they are never mixed with those of other removals.
             **({"among": digest(json.dumps(distinct).encode())[:16]} if self.method.is_relative else {}),
-            "dtype": self.dtype or self.run.dtype,
+            "dtype": self.dtype or self.run.scored_in,
             "convention": CONVENTION,
             "manifest_hash": self.run.hash,
             "version": importlib.metadata.version("lightning-acc"),

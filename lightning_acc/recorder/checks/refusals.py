@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
 from lightning_acc.contract import HasPerSampleLoss
-from lightning_acc.core.objective import AUTOCAST
+from lightning_acc.core.modules.precision import PRECISIONS
 from lightning_acc.core.optimizers import RULES
 from lightning_acc.errors import RunError
 
@@ -66,21 +66,15 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
         return "a DDP communication hook changes the gradients between the processes unseen: leave it out"
     if not module.automatic_optimization:
         return "automatic_optimization=False hides the optimizer's steps: use automatic optimisation"
-    if str(trainer.precision) not in AUTOCAST:
+    if str(trainer.precision) not in PRECISIONS:
         return (
-            f"precision={trainer.precision!r} is not repeated exactly by a replay (the loss is scaled, steps are left out, or "
-            f"the parameters themselves are rounded): use one of {', '.join(AUTOCAST)}"
+            f"precision={trainer.precision!r} puts layers with number formats of their own in place of the module's, which no "
+            f"replay can do without their library and its device: use one of {', '.join(PRECISIONS)}"
         )
-    if AUTOCAST[str(trainer.precision)] and not isinstance(module, HasPerSampleLoss):
+    if PRECISIONS[str(trainer.precision)].autocast and not isinstance(module, HasPerSampleLoss):
         return (
             f"under precision={trainer.precision!r} losses taken one sample at a time round otherwise than those of a whole "
             f"batch: define per_sample_loss(self, batch) on {type(module).__name__}"
-        )
-    compiled = _compiled(module)
-    if compiled:
-        return (
-            f"{compiled} is compiled by torch.compile, whose rounding F does not repeat and which cannot be differentiated "
-            "twice: record the training of the plain module"
         )
     names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
     altering = sorted(names & ALTERING_CALLBACKS)
@@ -93,15 +87,6 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
             f"{type(module).__name__} overrides {overridden[0]}, which may change gradients or parameters unseen: "
             "leave it to Lightning"
         )
-    return None
-
-
-def _compiled(module: Any) -> str | None:
-    if getattr(module, "_compiler_ctx", None) is not None or module._compiled_call_impl is not None:
-        return "the module"
-    for name, part in module.named_modules():
-        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
-            return f"the layer {name!r}"
     return None
 
 
