@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_acc import arguments
-from lightning_acc.core.modules.precision import PRECISIONS
+from lightning_acc.core.modules.precision import PRECISIONS, rounded_to
 from lightning_acc.core.objective import Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
-from lightning_acc.core.process import is_out_of_memory, threads
+from lightning_acc.core.process import as_recorded, is_out_of_memory
 from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
@@ -47,6 +47,7 @@ class Replay:
         self.dtype = DTYPES[run.dtype if as_trained else name]
         manifest = run.manifest
         precision = manifest.get("precision", "32-true")
+        self.rounded_to = rounded_to(precision, self.dtype, manifest.get("compiled", False))
         self.layout = ParameterLayout(manifest["layout"])
         module = module_of(run)
         _refuse_misfit(run, module, self.layout)
@@ -194,7 +195,7 @@ def parameters_at(run: Record, t: int) -> Tensor:
         return run.snapshot(t)
     replay = Replay(run, as_trained=True)
     state = replay.initial
-    with threads(run.manifest["threads"]):
+    with as_recorded(run.manifest):
         for earlier in range(t):
             state = replay.step(earlier)(state)
     return state[0]

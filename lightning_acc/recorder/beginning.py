@@ -104,13 +104,17 @@ def understand(
         precision=str(trainer.precision),
     )
     mean, total = (Assembly(trainer, trainer.world_size, objective, optimizer, summed) for summed in (False, True))
-    tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype]
+    tolerance = decomposition.GRADIENT_TOLERANCE[optimizer.rounded_to]
     whole_batches = bool(refusals.batch_norms(module))
     try:
         gradient = optimizer.gradient(number)
         summed = decomposition.fits_better(total.step(groups, everyone), mean.step(groups, everyone), theta, gradient)
         assembly = total if summed else mean
-        decomposition.compare_gradients(assembly.step(groups, everyone), theta, gradient, number, tolerance)
+        try:
+            decomposition.compare_gradients(assembly.step(groups, everyone), theta, gradient, number, tolerance)
+        except RecordingRefused:
+            refuse_if(refusals.compiled_refusal(module, any(batch.random for batch in everyone)))
+            raise
         vectorised = decomposition.can_be_vectorised(mean.step(groups, everyone), theta)
         first = everyone[0]
         if not isinstance(module, HasPerSampleLoss):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_acc.contract import DescribesExamples, DescribesSamples
 from lightning_acc.core import queries, rebuild
-from lightning_acc.core.modules.compiled import plain_name
+from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.checks.randomness import random_state_kept
@@ -41,6 +41,8 @@ def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.
         "data": data(trainer),
         "logger": logger(trainer),
         "precision": str(trainer.precision),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        **({"compiled": True} if is_compiled(module) else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": [[name, list(shape)] for name, shape in optimizer.layout.shapes],
         "optimizer": {"name": optimizer.name, "group_of": optimizer.group_of, "slots": optimizer.update.slots},

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_acc.core.modules.compiled import plain_name
+from lightning_acc.core.modules.compiled import is_compiled, plain_name
+from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import RULES, State, Update
 from lightning_acc.errors import RunError
 from lightning_acc.record.writer import NotFinite
 from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE
-from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if, sharded
 
 
 class TrainedOptimizer:
@@ -24,6 +25,7 @@ class TrainedOptimizer:
         layout: the trained parameters and their order in flat vectors.
         group_of: the index of the parameter group of each.
         update: U of this optimizer.
+        rounded_to: the dtype by whose rounding the training's gradient may differ from F's.
 
     Raises:
         RecordingRefused: the parameters are not of one dtype.
@@ -36,6 +38,8 @@ class TrainedOptimizer:
         groups = self._optimizer.param_groups
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         trained = [(plain_name(name), p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
+        if any(hasattr(p, "full_tensor") for _, p in trained):  # a part of a DTensor, under a strategy of the user's own
+            refuse_if(sharded(type(trainer.strategy).__name__))
         dtypes = {p.dtype for _, p in trained}
         if len(dtypes) != 1 or not dtypes <= GRADIENT_TOLERANCE.keys():
             usable = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_TOLERANCE)
@@ -46,6 +50,7 @@ class TrainedOptimizer:
         self.group_of = [group_of[id(p)] for p in self._parameters]
         self._rule = RULES[self.name]
         self.update = Update(self.name, self.layout, self.group_of, max(len(self._rule.slots(group)) for group in groups))
+        self.rounded_to = rounded_to(str(trainer.precision), self._parameters[0].dtype, is_compiled(module))
         self.with_gradient: list[bool] | None = None
         """Whether each parameter had a gradient in the newest step."""
 

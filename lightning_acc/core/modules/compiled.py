@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import sys
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -14,15 +15,21 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 ORIGINAL = "_orig_mod"
 """Where what ``torch.compile`` returns holds the module it was given; a part of the names of all that is below."""
+COMPILED = "_torchdynamo_orig_callable"
+"""What functions that ``torch.compile`` returns have."""
 CONTEXT = "_compiler_ctx"
 """Where Lightning keeps how a LightningModule was compiled, and what its methods were before."""
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the module, or one of its parts, is compiled; functions it calls may be all the same."""
+    """Whether the module, one of its parts or a method of theirs is compiled; other functions it calls may be all the same."""
     if getattr(module, CONTEXT, None) is not None:
         return True
-    return any(ORIGINAL in part._modules or part._compiled_call_impl is not None for part in module.modules())
+    parts = list(module.modules())
+    if any(ORIGINAL in part._modules or part._compiled_call_impl is not None for part in parts):
+        return True
+    held = (value for part in parts for kind in (part, *type(part).__mro__) for value in vars(kind).values())
+    return any(inspect.isfunction(value) and hasattr(value, COMPILED) for value in held)
 
 
 def plain_name(name: str) -> str:

@@ -36,6 +36,14 @@ PRECISIONS = {
 """Those that can be replayed, by their names."""
 
 
+def rounded_to(precision: str, dtype: torch.dtype, compiled: bool) -> torch.dtype:
+    """The dtype by whose rounding the gradient of a training may differ from F's; its parameters are of ``dtype``.
+
+    Compiled code does not round between the operations it does at once: under mixed precision it differs by a narrow rounding.
+    """
+    return (compiled and PRECISIONS[precision].autocast) or dtype
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """In here tensors that are created without a dtype, or from Python's numbers, are of this one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
 from lightning_acc.contract import HasPerSampleLoss
+from lightning_acc.core.modules.compiled import is_compiled
 from lightning_acc.core.modules.precision import PRECISIONS
 from lightning_acc.core.optimizers import RULES
 from lightning_acc.errors import RunError
@@ -52,11 +54,15 @@ ALTERING_HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "
 KEEP_BATCH_STATISTICS = "keep-batch-statistics"
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 """What is tested: one device; ``ddp``, ``ddp_fork``, ``ddp_spawn``."""
+SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+"""Strategies under which no process holds all parameters."""
 
 
 def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> str | None:
     """Why this trainer and module cannot be recorded; None where they can."""
     strategy = type(trainer.strategy).__name__
+    if SHARDING & {base.__name__ for base in type(trainer.strategy).__mro__}:
+        return sharded(strategy)
     if strategy not in STRATEGIES and not allow_untested:
         return (
             f"the strategy {strategy} is untested: use one device or strategy='ddp', or pass "
@@ -88,6 +94,25 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
             "leave it to Lightning"
         )
     return None
+
+
+def sharded(strategy: str) -> str:
+    """That no process holds all parameters."""
+    return (
+        f"the strategy {strategy} shares the parameters out among the processes, and none holds those a record is made of: "
+        "use strategy='ddp', or one device with gradient accumulation in place of the other processes"
+    )
+
+
+def compiled_refusal(module: nn.Module, random_numbers: bool) -> str | None:
+    """Why a module's gradient may be another than its losses' because it is compiled; None where that is no reason."""
+    inductor = sys.modules.get("torch._inductor.config")
+    if not random_numbers or inductor is None or inductor.fallback_random or not is_compiled(module):
+        return None
+    return (
+        f"{type(module).__name__} draws random numbers (dropout) in code that torch.compile makes, which draws others: "
+        "set torch._inductor.config.fallback_random = True before training, or compile with another backend"
+    )
 
 
 def optimizer_refusal(trainer: Any, resumed: bool = False) -> str | None:
