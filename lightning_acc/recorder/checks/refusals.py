@@ -15,7 +15,6 @@ try:
 except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
-from lightning_acc.contract import HasPerSampleLoss
 from lightning_acc.core.modules.compiled import is_compiled
 from lightning_acc.core.modules.precision import PRECISIONS
 from lightning_acc.core.optimizers import RULES
@@ -76,11 +75,6 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
         return (
             f"precision={trainer.precision!r} puts layers with number formats of their own in place of the module's, which no "
             f"replay can do without their library and its device: use one of {', '.join(PRECISIONS)}"
-        )
-    if PRECISIONS[str(trainer.precision)].autocast and not isinstance(module, HasPerSampleLoss):
-        return (
-            f"under precision={trainer.precision!r} losses taken one sample at a time round otherwise than those of a whole "
-            f"batch: define per_sample_loss(self, batch) on {type(module).__name__}"
         )
     names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
     altering = sorted(names & ALTERING_CALLBACKS)
@@ -154,11 +148,6 @@ def module_refusal(module: nn.Module, batch_norm: str) -> str | None:
                 "batch: freeze it in evaluation mode (.eval()), use GroupNorm or LayerNorm, or pass "
                 f"TrajectoryRecorder(..., batch_norm={KEEP_BATCH_STATISTICS!r}), under which a removed sample leaves the "
                 "loss but stays in the statistics of its batches"
-            )
-        if not isinstance(module, HasPerSampleLoss):
-            return (
-                f"the statistics of the layer {name!r} are those of whole batches, but without per_sample_loss losses are "
-                f"taken one sample at a time: define per_sample_loss(self, batch) on {type(module).__name__}"
             )
     return None
 
