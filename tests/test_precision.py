@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import FEATURES, N, Net, Normalised, Weighted, data, fit, make, record
+from problems import FEATURES, N, Net, Normalised, StepOnly, Weighted, data, fit, make, record
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -92,7 +92,7 @@ def test_narrow_parameters(tmp_path: Path, precision: str, setup: str) -> None:
     assert torch.equal(run.parameters(run.n_steps), base)
     assert run.audit().max_abs_error == 0
     found = la.score(run, "loo", SAMPLES, held_out(), keep_shifts=True, ray_address=None, check=0)
-    assert found.conditions["dtype"] == "float32"
+    assert (found.conditions["dtype"], found.conditions["trained_in"]) == ("float32", run.dtype)
     assert found.shifts is not None
     # The same training without rounding: from the same parameters, on the same numbers, in float32.
     wide = {"precision": "32-true", "rounded": base.dtype, **options}
@@ -192,6 +192,17 @@ def test_where_every_step_is_skipped_there_is_no_run(tmp_path: Path) -> None:
         train(EVERYTHING, la.TrajectoryRecorder(tmp_path / "run"), **scaled(2.0**60), **SETUPS["sgd"])
     with pytest.raises(la.RunError, match="no run directory"):
         la.Run(tmp_path / "run")
+
+
+class DropoutStep(StepOnly):
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.layer(nn.functional.dropout(batch[0], 0.3)), batch[1])}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_narrow_precisions_without_per_sample_loss(tmp_path: Path, precision: str) -> None:
+    run = record(tmp_path / "run", DropoutStep(), data(dtype=torch.float32), precision=precision, validation=False)
+    assert run.audit().max_abs_error == 0
 
 
 class Noisy(Net):

@@ -38,8 +38,8 @@ class TrajectoryRecorder(Callback):
 
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
     Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
-    accumulation and clipping, map-style datasets under any sampler, weighted means, dropout, ``bf16-mixed`` precision,
-    resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``).
+    accumulation and clipping, map-style datasets under any sampler, weighted means, dropout, every precision of torch's own
+    (a step that a loss scaler leaves out is none), ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``).
 
     Example::
 
