@@ -374,7 +374,7 @@ def test_an_error_of_the_users_own_function_stays_one(path: Path) -> None:
 
 
 def test_the_schema_knows_what_the_replay_knows() -> None:
-    from lightning_acc.core import objective
+    from lightning_acc.core.modules.precision import PRECISIONS
     from lightning_acc.record.schema import keys
 
-    assert set(keys.PRECISIONS) == set(objective.AUTOCAST)
+    assert set(keys.PRECISIONS) == set(PRECISIONS)

@@ -143,6 +143,10 @@ class Following:
         if not self.optimizer.has_gradient():
             self._seen = []  # training_step returned None: torch.optim leaves everything as it is
             return
+        if self.optimizer.is_skipped():
+            self._seen = []
+            self._write.note_skipped()
+            return
         self._before = self._trainer.global_step
         if self.ended:
             self._within = True
@@ -191,7 +195,9 @@ class Following:
         """Keep and check what is due in step ``number``; the first one begins the record."""
         main = self._write.main
         if not self.begun:
-            self._checks = Checks(self._module, self._write.processes, number, self.optimizer.state())
+            self._checks = Checks(
+                self._module, self._write.processes, number, self.optimizer.state(), self.optimizer.rounded_to
+            )
         compare = self._due(number, sum(len(batch.ids) for batch in self._seen))
         taken = main is not None and number in main.snapshots  # by what this training resumes
         keep = not taken and (not self.begun or self.snapshots.due(number))

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core.modules.compiled import is_compiled, plain_name
+from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import RULES, Numbers, State, Update
 from lightning_acc.errors import RunError
 from lightning_acc.record.schema.keys import DTYPES
 from lightning_acc.record.writer import NotFinite
 from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE
-from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if, sharded
 
 
 class TrainedOptimizer:
@@ -24,6 +26,7 @@ class TrainedOptimizer:
         layout: the trained parameters and their order in flat vectors.
         group_of: the index of the parameter group of each.
         update: U of this optimizer.
+        rounded_to: the dtype by whose rounding the training's gradient may differ from F's.
 
     Raises:
         RecordingRefused: the parameters are not of one dtype.
@@ -35,10 +38,13 @@ class TrainedOptimizer:
         self.name = type(self._optimizer).__name__
         groups = self._optimizer.param_groups
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
+        trained = [(plain_name(name), p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
+        if any(hasattr(p, "full_tensor") for _, p in trained):  # a part of a DTensor, under a strategy of the user's own
+            refuse_if(sharded(type(trainer.strategy).__name__))
         dtypes = {p.dtype for _, p in trained}
         if len(dtypes) != 1 or not dtypes <= GRADIENT_TOLERANCE.keys():
-            refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use all float32 or all float64")
+            usable = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_TOLERANCE)
+            refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use one of {usable} for all")
         self._names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
         self.layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
@@ -47,6 +53,7 @@ class TrainedOptimizer:
         placed = zip(self.group_of, self._parameters, strict=True)
         self._slots = [self._rule.slots({**groups[group], "shape": tuple(p.shape)}) for group, p in placed]
         self.update = Update(self.name, self.layout, self.group_of, max(map(len, self._slots)))
+        self.rounded_to = rounded_to(str(trainer.precision), self._parameters[0].dtype, is_compiled(module))
         self.with_gradient: list[bool] | None = None
         """Whether each parameter had a gradient in the newest step."""
 
@@ -78,12 +85,26 @@ class TrainedOptimizer:
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         gradient = torch.cat([_dense(part).reshape(-1) for part in parts]).cpu()
+        if getattr(self._optimizer, "_step_supports_amp_scaling", False):  # a fused one divides by the scale itself
+            gradient = gradient / (self.loss_scale or 1.0)
         if not torch.isfinite(gradient).all():
             raise NotFinite(
                 f"The loss or its gradient is not finite in step {step} of the training, so there is nothing to attribute: "
                 "look for NaN or infinite values in the data, or lower the learning rate."
             )
         return gradient
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss of this step was multiplied with on its way back (16-mixed); None where it was not."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+
+    def is_skipped(self) -> bool:
+        """Whether the loss scaler is going to leave this step out, as the gradient is beyond the range of float16."""
+        if self.loss_scale is None:
+            return False
+        return not all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
 
     def has_gradient(self) -> bool:
         """Whether any parameter has one; else ``training_step`` returned None and the optimizer does nothing."""
@@ -101,6 +122,7 @@ class TrainedOptimizer:
             "step": step + 1,
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),
         }
         used = [{key: group[key] for key in self._rule.hyperparameters} for group in self._optimizer.param_groups]
         groups = [{**{key: _plain(value) for key, value in h.items()}, **for_all} for h in used]

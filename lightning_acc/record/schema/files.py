@@ -15,7 +15,18 @@ from lightning_acc.record import seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.samples import names
 from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
-from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, named, several, whole
+from lightning_acc.record.schema.kinds import (
+    LIMIT,
+    PLAIN,
+    POSITIVE,
+    STRUCTURE,
+    Kind,
+    among,
+    first_fault,
+    named,
+    several,
+    whole,
+)
 from lightning_acc.record.store import Store
 
 Shape = tuple[str, ...]
@@ -41,8 +52,8 @@ GROUP: dict[str, Kind] = {
     "gradient_clip_algorithm": among("norm", "value"),
 }
 """What stands in the hyper-parameters of every parameter group; those of the optimizer are beside it."""
-GROUP_WHERE_GIVEN: dict[str, Kind] = {"dtypes": named(among(*DTYPES))}
-"""Of hyper-parameters that are tensors, the dtypes."""
+GROUP_WHERE_GIVEN: dict[str, Kind] = {"dtypes": named(among(*DTYPES)), "loss_scale": POSITIVE}
+"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by."""
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
