@@ -110,6 +110,14 @@ class Method(ABC):
         return "exact" if keep_shifts else self.readout
 
     @abstractmethod
+    def check(self, replay: Replay) -> None:
+        """Refuse a run that the method does not describe.
+
+        Raises:
+            RequestError: it does not.
+        """
+
+    @abstractmethod
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
         """The removals in pieces that are worked on at once, within the question's memory.
 

@@ -10,7 +10,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_acc.errors import RunError
@@ -138,15 +140,18 @@ def signature(leaves: Leaves) -> tuple[Any, ...]:
     return tuple((name, leaves[name].dtype, tuple(leaves[name].shape[1:])) for name in sorted(leaves))
 
 
+def row_bytes(leaf: Tensor) -> NDArray[np.uint8]:
+    """The bytes of each row of a contiguous leaf, (B, bytes), without a copy."""
+    return np.asarray(leaf.reshape(len(leaf), -1).view(torch.uint8).numpy())
+
+
 def digests(leaves: Leaves) -> list[bytes]:
     """A hash of the content of each row of contiguous leaves."""
-    prefix = repr(signature(leaves)).encode()
-    n = next(iter(leaves.values())).shape[0]
-    ordered = [leaves[name] for name in sorted(leaves)]
-    buffers = [leaf.reshape(n, -1).view(torch.uint8).numpy() for leaf in ordered if leaf.numel()]
+    start = hashlib.sha256(repr(signature(leaves)).encode())
+    buffers = [row_bytes(leaves[name]) for name in sorted(leaves) if leaves[name].numel()]
     found = []
-    for row in range(n):
-        hasher = hashlib.blake2b(prefix, digest_size=16)
+    for row in range(len(next(iter(leaves.values())))):
+        hasher = start.copy()
         for buffer in buffers:
             hasher.update(buffer[row])
         found.append(hasher.digest())

@@ -137,6 +137,11 @@ class Record:
         return str(self.manifest["dtype"])
 
     @property
+    def scored_in(self) -> str:
+        """Name of the dtype scores are computed in: as trained, or float32 where that is narrower (see ``keys.SCORED``)."""
+        return self.dtype if self.dtype in keys.SCORED else "float32"
+
+    @property
     def steps(self) -> Steps:
         """The steps, ``run.steps[t]``."""
         return Steps(self)

@@ -18,7 +18,8 @@ from lightning_acc.core.losses.per_sample import (
     sources_of,
     weights_of,
 )
-from lightning_acc.core.objective import AUTOCAST, Objective
+from lightning_acc.core.modules.compiled import plain_name
+from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
@@ -122,7 +123,7 @@ def understand(
         RecordingRefused: the loss is no weighted sum of per-sample losses, or cannot be taken apart.
     """
     refuse_if(refusals.module_refusal(module, batch_norm))
-    evaluation_modules = [name for name, part in module.named_modules() if name and not part.training]
+    evaluation_modules = [plain_name(name) for name, part in module.named_modules() if name and not part.training]
     sources = sources_of(module)
     objective = Objective(
         module,
@@ -132,7 +133,7 @@ def understand(
         reduction="mean",
         evaluation_modules=evaluation_modules,
         dtype=theta.dtype,
-        autocast=AUTOCAST[str(trainer.precision)],
+        precision=str(trainer.precision),
     )
     first_step = _FirstStep(trainer, objective, optimizer, groups, everyone, theta, optimizer.gradient(number), number)
     whole_batches = bool(refusals.batch_norms(module))
@@ -146,8 +147,8 @@ def understand(
         except RunError as error:
             failed.append(error)
     else:
-        by_mean = first_step.step(sources[-1], "mean")
-        reason = causes.explain(failed, by_mean, theta, first_step.gradient, everyone[0].random)
+        refuse_if(refusals.compiled_refusal(module, any(batch.random for batch in everyone)))
+        reason = causes.explain(failed, lambda: first_step.tried(sources[-1]), theta, first_step.gradient, everyone[0].random)
         raise RecordingRefused(reason) from failed[-1]
     header = {
         **description.header(trainer, module, optimizer, theta.dtype),
@@ -182,7 +183,7 @@ class _FirstStep:
         Raises:
             RunError: they are not the samples', or do not make the loss.
         """
-        tolerance = decomposition.GRADIENT_TOLERANCE[self.theta.dtype]
+        tolerance = decomposition.GRADIENT_TOLERANCE[self._optimizer.rounded_to]
         assembly = self._assembled(source, tolerance)
         step, objective, first = assembly.step(self._groups, self.batches), assembly.objective, self.batches[0]
         vectorised = decomposition.can_be_vectorised(step, self.theta)
@@ -199,6 +200,10 @@ class _FirstStep:
     def step(self, source: Source, reduction: Reduction) -> Step:
         """This step, of losses that are taken so."""
         return self.assembly(source, reduction).step(self._groups, self.batches)
+
+    def tried(self, source: Source) -> Step:
+        """This step, of losses from ``source`` in the first way that seemed possible."""
+        return self.step(source, self._possible(source)[0])
 
     def _assembled(self, source: Source, tolerance: float) -> Assembly:
         """What makes steps whose gradient is the training's."""

@@ -116,7 +116,7 @@ class Following:
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-        contents = self._write.own.content_ids(leaves)
+        contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
             self._identity.check(self._tap.dataset, ids, contents)
         if not self.begun:
@@ -142,6 +142,10 @@ class Following:
         """Keep the parameters and hyper-parameters of the step; check the first ones, and some later, against F."""
         if not self.optimizer.has_gradient():
             self._seen = []  # training_step returned None: torch.optim leaves everything as it is
+            return
+        if self.optimizer.is_skipped():
+            self._seen = []
+            self._write.note_skipped()
             return
         self._before = self._trainer.global_step
         if self.ended:
@@ -191,7 +195,9 @@ class Following:
         """Keep and check what is due in step ``number``; the first one begins the record."""
         main = self._write.main
         if not self.begun:
-            self._checks = Checks(self._module, self._write.processes, number, self.optimizer.state())
+            self._checks = Checks(
+                self._module, self._write.processes, number, self.optimizer.state(), self.optimizer.rounded_to
+            )
         compare = self._due(number, sum(len(batch.ids) for batch in self._seen))
         taken = main is not None and number in main.snapshots  # by what this training resumes
         keep = not taken and (not self.begun or self.snapshots.due(number))
@@ -199,7 +205,7 @@ class Following:
             return
         started = time.perf_counter()
         theta = self.optimizer.parameters()
-        if not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
+        if compare and not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
             check_finite(theta, number)
         self._checks.parameters(number, theta, self._module)
         if compare:

@@ -153,9 +153,10 @@ class _RecordingSampler:
 
     def _note(self, samples: Iterator[Any], pending: deque[list[int]]) -> Iterator[Any]:
         for index in samples:
-            pending.append(_ids(index))
-            for i in pending[-1]:
-                if not 0 <= i < self._n_samples:
+            ids = _ids(index)
+            pending.append(ids)
+            for i in (min(ids, default=0), max(ids, default=0)):
+                if not 0 <= i < max(self._n_samples, 1):
                     raise RecordingRefused(
                         f"The sampler yields the index {i}, but the training data set says that it has {self._n_samples} "
                         "samples: let its __len__ count all of them, and the sampler yield indices from 0."
@@ -175,7 +176,7 @@ def _ids(index: Any) -> list[int]:
     if isinstance(index, torch.Tensor):
         index = index.tolist()
     try:
-        return [int(i) for i in index] if hasattr(index, "__iter__") else [int(index)]
+        return list(map(int, index)) if hasattr(index, "__iter__") else [int(index)]
     except (TypeError, ValueError):
         raise RecordingRefused(
             f"The sampler yields {index!r}, but samples are recorded by their integer index in the dataset: "

@@ -37,11 +37,11 @@ class TrajectoryRecorder(Callback):
     Training itself is not changed: the final weights are bitwise those of a run without the callback. What cannot be
     recorded exactly is refused before training starts.
 
-    Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
-    Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
-    accumulation and clipping, map-style datasets under any sampler, streams whose batches hold ids of their samples
-    (``sample_id``), weighted means, dropout, ``bf16-mixed`` precision, resuming from a Lightning checkpoint
-    (``trainer.fit(..., ckpt_path=...)``).
+    Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, every optimizer of
+    ``torch.optim`` but LBFGS and SparseAdam, and Lion, with parameter groups (others by ``register_optimizer``) under any
+    learning-rate scheduler, gradient accumulation and clipping, map-style datasets under any sampler, streams whose
+    batches hold ids of their samples (``sample_id``), weighted means, dropout, every precision of torch's own (a step that
+    a loss scaler leaves out is none), ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``).
 
     Example::
 

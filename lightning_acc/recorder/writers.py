@@ -44,6 +44,8 @@ class Writers:
         alone = self.main if self.processes == 1 else None
         self.own = alone or RunWriter(ranks.part_of(self.store, trainer.global_rank))
         self._lock: Lock | None = None
+        self._skipped: list[int] = []
+        """Before which steps of the record one was left out by the loss scaler: that is no step of it."""
         self._end: int | None = None
         """Steps of a record that has ended before its training."""
         self._reason: str | None = None
@@ -81,7 +83,10 @@ class Writers:
             if place is not None:
                 refuse_if(f"the checkpoint continues the record {place.run_id}, which is not in {self.store}")
         elif place is not None:
-            return resume.take_up(self.store, place, self.main, self.own, self.processes)
+            left_open = resume.take_up(self.store, place, self.main, self.own, self.processes)
+            before = self.main.header.get("skipped", []) if self.main is not None else []
+            self._skipped = [number for number in before if number <= place.n_steps]
+            return left_open
         elif not overwrite:
             raise RecordingRefused(
                 f"{self.store} already holds a run: choose another directory, delete it, pass overwrite=True, or resume it "
@@ -124,6 +129,8 @@ class Writers:
         Raises:
             RecordingRefused: the resumed training differs in what a run cannot change on the way.
         """
+        if self._skipped:
+            header["skipped"] = self._skipped
         if place is not None:
             resume.go_on(self.main, self.own, header)
             rebuild.LIVE[place.run_id] = module
@@ -140,6 +147,12 @@ class Writers:
         description.write_frozen(self.main, module)
         description.write_sample_info(self.main, trainer, self.own.names)
         description.write_queries(self.main, trainer)
+
+    def note_skipped(self) -> None:
+        """The loss scaler leaves a step out, which changes neither the parameters nor the optimizer's state."""
+        self._skipped.append(self.own.n_steps)
+        if self.main is not None and self.main.header:
+            self.main.header["skipped"] = self._skipped
 
     def list_checkpoints(self, steps: dict[str, int]) -> None:
         """Have the manifest list these checkpoints from when it is written next."""

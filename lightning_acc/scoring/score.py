@@ -117,7 +117,7 @@ def score(
     distinct = list(dict.fromkeys(wanted))
     started = time.perf_counter()
     conditions = job.conditions(distinct)
-    name = table_name(conditions, run.dtype)
+    name = table_name(conditions, run.scored_in)
     # What was retrained is kept, for questions that are still to come.
     kept = Bank(run, conditions, bank_bytes) if chosen.is_truth and save and not keep_shifts else None
     if kept is not None and kept.fits(replay, len(question.moments.steps), len(distinct)):

@@ -15,7 +15,18 @@ from lightning_acc.record import seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.samples import names
 from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
-from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, whole
+from lightning_acc.record.schema.kinds import (
+    LIMIT,
+    PLAIN,
+    POSITIVE,
+    STRUCTURE,
+    Kind,
+    among,
+    first_fault,
+    named,
+    several,
+    whole,
+)
 from lightning_acc.record.store import Store
 
 Shape = tuple[str, ...]
@@ -41,6 +52,8 @@ GROUP: dict[str, Kind] = {
     "gradient_clip_algorithm": among("norm", "value"),
 }
 """What stands in the hyper-parameters of every parameter group; those of the optimizer are beside it."""
+GROUP_WHERE_GIVEN: dict[str, Kind] = {"dtypes": named(among(*DTYPES)), "loss_scale": POSITIVE}
+"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by."""
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -127,7 +140,7 @@ def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]
             if not isinstance(group, dict) or group.keys() != step[0].keys() or len(step) < least:
                 yield f"its groups are {shown(step)} and not hyper-parameters of {least} parameter groups"
                 return
-            fault = first_fault(group, GROUP)
+            fault = first_fault(group, GROUP) or first_fault(group, GROUP_WHERE_GIVEN, optional=True)
             if fault:
                 yield f"of its groups {fault}"
             for key, value in group.items():

@@ -25,8 +25,12 @@ from lightning_acc.record.schema.kinds import (
 )
 
 MOST_SAMPLES = 10**9
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+SCORED = {"float32": torch.float32, "float64": torch.float64}
+"""What scores are computed in. Narrower parameters are rounded by more than one sample moves them in many a step: without
+the sample the same training would differ by it and by chance."""
+DTYPES = {**SCORED, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What parameters may be of."""
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 Manifest = Mapping[str, Any]
 
@@ -59,6 +63,7 @@ WHERE_GIVEN: dict[str, Kind] = {
     "packages": MAPPING,
     "world_size": whole(1, 10**6),
     "precision": among(*PRECISIONS),
+    "matmul_precision": among("highest", "high", "medium"),
     "loss.source": TEXT,
     "loss.reduction": TEXT,
     "loss.batch_norm": TEXT.or_none(),
@@ -69,6 +74,8 @@ WHERE_GIVEN: dict[str, Kind] = {
     "logger.id": TEXT.or_none(),
     "resumed_at": several(whole(0, 10**12)),
     "checkpoints": named(whole(0, 10**12)),
+    "compiled": FLAG,
+    "skipped": several(whole(0, 10**12)),
     "stopped": TEXT.or_none(),
     "reason": TEXT,
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from lightning_acc.core.optimizers import State
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.store import Store, digest
@@ -57,7 +59,7 @@ class Place:
 
 def fingerprint(state: State) -> str:
     """Hash of a state, bit for bit."""
-    return digest(b"".join(part.numpy().tobytes() for part in state))
+    return digest(b"".join(part.view(torch.uint8).numpy().tobytes() for part in state))
 
 
 def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:

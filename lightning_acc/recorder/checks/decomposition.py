@@ -18,7 +18,7 @@ from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest relative difference, in norm, that counts as round-off."""
 
 ROWS = 4
@@ -30,7 +30,16 @@ COUPLED = (
 
 
 class GradientsDiffer(RecordingRefused):
-    """The gradient of the training is not that of the weighted per-sample losses."""
+    """The gradient of the training is not that of the weighted per-sample losses.
+
+    Args:
+        message: says so.
+        difference: by how much of its norm.
+    """
+
+    def __init__(self, message: str, difference: float) -> None:
+        super().__init__(message)
+        self.difference = difference
 
 
 class Coupled(RecordingRefused):
@@ -84,7 +93,8 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     if not least:
         raise GradientsDiffer(
             f"The training loss is not the weighted sum of per-sample losses: in step {number}, a batch of "
-            f"{len(step.sample_ids)} samples, {numbers}. {remedy(step.objective)}"
+            f"{len(step.sample_ids)} samples, {numbers}. {remedy(step.objective)}",
+            difference,
         )
     raise RecordingRefused(
         f"The training loss has become another than the weighted sum of per-sample losses it was at first: in step {number} "

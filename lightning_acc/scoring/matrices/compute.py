@@ -116,7 +116,7 @@ def score_matrix(
 
     started = time.perf_counter()
     conditions = job.conditions(distinct)
-    name = table_name(conditions, run.dtype)
+    name = table_name(conditions, run.scored_in)
     every = len(columns) == asked.n_examples and distinct == [(i,) for i in range(run.n_samples)]
     kept = _Kept(run, conditions, name, None if every else (distinct, columns), save and asked.function is None)
     known = kept.found()
