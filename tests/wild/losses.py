@@ -178,12 +178,6 @@ class Tasks(Network):
         return (torch.exp(-self.log_variance) * parts + self.log_variance).sum()
 
 
-class TasksByHand(LeavesOut, Tasks):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        parts = torch.stack([self.mean(part) for part in self.parts(batch)])
-        return (torch.exp(-self.log_variance) * parts + self.factor * self.log_variance).sum()
-
-
 class TwoLosses(Tasks):
     """Named losses in a dict, weighted and summed, as detection models return them."""
 
@@ -251,7 +245,7 @@ SETUPS: dict[str, Setup] = {
     "positive weights": setup("`BCEWithLogitsLoss(pos_weight=...)` over three labels", PosWeight, several, PosWeightByHand),
     "quantile regression": setup("pinball losses, summed over quantiles", Quantiles, numbers, QuantilesByHand),
     "Gaussian likelihood": setup("`gaussian_nll_loss`, mean and variance predicted", Gaussian, numbers, GaussianByHand),
-    "uncertainty weighting": setup("two tasks, weights learned: log sigma is in no sample", Tasks, classes, TasksByHand),
+    "uncertainty weighting": setup("two tasks, weights learned", Tasks, classes, refused="no sample is in"),
     "losses in a dict": setup("two losses by name, weighted and summed, `log_dict`", TwoLosses, classes, TwoLossesByHand),
     "torchmetrics": setup("metrics in the step, logged as objects; a collection of them", Metrics, classes, MetricsByHand),
     "torchmetrics as the loss": setup("`MeanSquaredError()` is minimised", MetricAsLoss, numbers, refused="metric"),

@@ -109,6 +109,9 @@ class Tabular(Network):
     def loss(self, batch: Any) -> Tensor:
         return F.l1_loss(self(batch)[:, 0], batch[0].sum(1))
 
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
 
 class TabularByHand(LeavesOut, Tabular):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

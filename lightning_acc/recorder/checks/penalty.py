@@ -99,12 +99,20 @@ def without_samples(made: Made) -> list[Any]:
         inside = [operand for operand in made.operands if isinstance(operand, Made)]
         if made.operation in SUMS:
             nodes += [operand.node for operand in made.operands if isinstance(operand, Apart) and operand.node is not None]
-            todo += [part for part in inside if part.size == 1]
+            todo += [part for part in inside if part.size == 1 or of_terms(part)]
         elif made.operation in LINEAR and len(inside) == 1 and (made.operation != "div" or made.operands[0] is inside[0]):
-            todo += [part for part in inside if part.size == 1]
-        elif made.operation in REDUCTIONS and len(inside) == 1 and inside[0].operation in ("stack", "cat"):
-            todo += inside if all(part.size == 1 for part in inside[0].operands) else []
+            todo += [part for part in inside if part.size == 1 or of_terms(part)]
+        elif made.operation in REDUCTIONS and len(inside) == 1:
+            todo += [part for part in inside if of_terms(part)]
     return nodes
+
+
+def of_terms(made: Made) -> bool:
+    """Whether a tensor holds terms of a loss, such as one a task: single numbers put together, and what is made of them."""
+    if made.operation in ("stack", "cat"):
+        return all(part.size == 1 for part in made.operands)
+    inside = [operand for operand in made.operands if isinstance(operand, Made)]
+    return made.operation in (*SUMS, *LINEAR) and bool(inside) and all(of_terms(part) for part in inside)
 
 
 class HasPenalty(RecordingRefused):
