@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.writer import SeenStep, check_finite
 from lightning_acc.recorder import ranks
+from lightning_acc.recorder.averages import Averages
 from lightning_acc.recorder.beginning import Assembly, understand
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks import refusals, rows
@@ -24,7 +26,7 @@ from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.optimizer import TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.snapshots import Snapshots
-from lightning_acc.recorder.writers import Writers
+from lightning_acc.recorder.writers import Final, Writers
 
 if TYPE_CHECKING:
     from lightning_acc.recorder.recorder import TrajectoryRecorder
@@ -57,6 +59,9 @@ class Following:
     ) -> None:
         self.begun = self.ended = False
         self.optimizer = TrainedOptimizer(trainer, module)
+        self.averages = Averages(trainer, () if place is None else place.averages)
+        self._kept: tuple[int, Tensor, dict[str, Any]] | None = None
+        """After so many steps the parameters and the module's state, where callbacks keep averages, which may take their place."""
         if place is not None:
             self.optimizer.with_gradient = place.with_gradient
         self.snapshots = Snapshots(
@@ -80,8 +85,14 @@ class Following:
         return self._within
 
     @property
-    def steps_taken(self) -> int:
-        """How many steps the parameters have taken: within a step, with it once the optimizer has stepped."""
+    def steps_taken(self) -> int | None:
+        """How many steps the parameters have taken: within a step, with it once the optimizer has stepped.
+
+        None where an average has taken their place.
+        """
+        kept = self._kept
+        if kept is not None and kept[0] == self._write.own.n_steps and not torch.equal(kept[1], self.optimizer.parameters()):
+            return None
         return self._write.own.n_steps + (self._within and self._trainer.global_step > self._before)
 
     def batch_starts(self, batch: Any) -> None:
@@ -90,6 +101,7 @@ class Following:
         first = self._tap.take_first()
         if self.ended:
             return
+        self.averages.see(self._write.own.n_steps)
         try:
             leaves, structure = batches.flatten(batch)
             size = batches.batch_size(leaves)
@@ -164,6 +176,26 @@ class Following:
         self._number += 1
         if step is not None:
             self._write.own.add_step(step)
+
+    def epoch_ends(self) -> None:
+        """Keep what an averaging callback may be about to replace."""
+        number = self._write.own.n_steps
+        if self.averages and not self.ended and (self._kept is None or self._kept[0] != number):
+            state = {name: copy.deepcopy(value) for name, value in self._module.state_dict().items()}
+            self._kept = number, self.optimizer.parameters(), state
+
+    def final(self) -> Final:
+        """What is known now, at the end of the training or where it is interrupted."""
+        number, going_on = self._write.own.n_steps, self.begun and not self.ended
+        if not self.averages:
+            # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
+            return Final(self._module.state_dict(), self.optimizer.parameters() if going_on and not self._within else None)
+        if not self._within:
+            self.averages.see(number)
+        after, theta, state = self._kept or (None, None, {})
+        # While it validates, a callback has the parameters in the place of their average.
+        averages = self.averages if going_on and self._trainer.training else None
+        return Final(state, theta if going_on and after == number and not self._within else None, averages)
 
     def end(self, within_step: bool) -> None:
         """Record no more; in the middle of a step, or after one."""

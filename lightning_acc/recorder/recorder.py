@@ -7,8 +7,6 @@ import os
 import warnings
 from typing import Any, Literal
 
-from torch import Tensor
-
 try:
     from pytorch_lightning import Callback
 except ModuleNotFoundError:  # the same library under its other name; its Callback has the same hooks
@@ -27,7 +25,7 @@ from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that
 from lightning_acc.recorder.following import Following
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.snapshots import POLICIES
-from lightning_acc.recorder.writers import Writers
+from lightning_acc.recorder.writers import Final, Writers
 
 
 class TrajectoryRecorder(Callback):
@@ -178,6 +176,11 @@ class TrajectoryRecorder(Callback):
         """The step is done."""
         self._follow.step_ends()
 
+    @costs_no_training
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """The parameters are the training's; after the last epoch a callback may put an average in their place."""
+        self._follow.epoch_ends()
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write what is recorded so far, and into the checkpoint where that is."""
         number, following = self._write.own.n_steps, self._following
@@ -191,7 +194,9 @@ class TrajectoryRecorder(Callback):
                 return
         if self._write.main is not None:
             state = resume.fingerprint(following.optimizer.state())
-            Place(self._write.main.header["run_id"], number, state, following.optimizer.with_gradient).save(checkpoint)
+            following.averages.see(number)
+            run_id, averages = self._write.main.header["run_id"], following.averages.updates
+            Place(run_id, number, state, following.optimizer.with_gradient, averages).save(checkpoint)
 
     # ---- after training
 
@@ -285,21 +290,19 @@ class TrajectoryRecorder(Callback):
             self._write.list_checkpoints(self._checkpoints.listed(check))
 
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None, reason: str | None = None) -> None:
-        theta: Tensor | None = None
-        if self.recording:
-            theta = self._follow.optimizer.parameters()
+        final = Final(pl_module.state_dict()) if self._following is None else self._following.final()
+        if final.theta is not None:
             try:
-                check_finite(theta, self._write.own.n_steps)
+                check_finite(final.theta, self._write.own.n_steps)
             except NotFinite as error:
                 if self._write.processes == 1:
                     raise
                 self.end(error, within_step=False)  # in all of them, whose parts are still to be merged
-                theta = None
-            # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-            theta = None if self._follow.within_step else theta
+                final = Final(final.state)
         self._left_open = False
         self._list_checkpoints(check=True)
-        self._end_of_training = self._write.own.n_steps if stopped is None and self._steps_taken() is not None else None
-        self._write.finish(trainer, pl_module, theta, stopped, reason)
+        if stopped is None and self._steps_taken() is not None and final.averages is None:
+            self._end_of_training = self._write.own.n_steps
+        self._write.finish(trainer, final, stopped, reason)
         if self._following is not None:
             self._following.end(within_step=False)

@@ -35,19 +35,14 @@ def refuse_if(reason: str | None) -> None:
 
 
 ALTERING_CALLBACKS = {
-    "StochasticWeightAveraging",
-    "WeightAveraging",
-    "EMAWeightAveraging",
-    "BaseFinetuning",
-    "BackboneFinetuning",
-    "ModelPruning",
-    "LambdaCallback",
+    "BaseFinetuning": "gives the optimizer more parameters on the way, while a record is of the same ones from its first step on: "
+    "train them from the start, with a smaller learning rate for their parameter group, or record the training after it",
+    "ModelPruning": "sets parameters to 0 outside the optimizer's step: record the training before it or after it",
 }
-"""Lightning callbacks that change the parameters, or how they are trained, outside the optimizer's step."""
+"""Lightning callbacks that change what is trained, or how, unseen, and what to do; with those derived from them.
 
-ALTERING_HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "on_after_backward", "optimizer_zero_grad")
-"""LightningModule methods that, overridden, may change gradients or parameters unseen."""
-
+Of others nothing is known by their names: the first steps, some later ones and the audit show whether they alter anything.
+"""
 
 KEEP_BATCH_STATISTICS = "keep-batch-statistics"
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
@@ -83,17 +78,8 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
             "twice: record the training of the plain module"
         )
     names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
-    altering = sorted(names & ALTERING_CALLBACKS)
-    if altering:
-        return f"the callback {altering[0]} changes the parameters outside the optimizer's step: leave it out"
-    base = next(kind for kind in type(module).__mro__ if kind.__name__ == "LightningModule")
-    overridden = [name for name in ALTERING_HOOKS if getattr(type(module), name) is not getattr(base, name)]
-    if overridden:
-        return (
-            f"{type(module).__name__} overrides {overridden[0]}, which may change gradients or parameters unseen: "
-            "leave it to Lightning"
-        )
-    return None
+    altering = sorted(names & ALTERING_CALLBACKS.keys())
+    return f"the callback {altering[0]} {ALTERING_CALLBACKS[altering[0]]}" if altering else None
 
 
 def _compiled(module: Any) -> str | None:
