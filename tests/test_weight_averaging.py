@@ -94,3 +94,99 @@ def test_the_training_is_recorded_and_its_average(tmp_path: Path, case: str, fir
     assert not torch.equal(average["theta"], last)
     theta = sum(weight * run.parameters(t) for t, weight in zip(steps, average["weights"].tolist(), strict=True))
     assert (theta - average["theta"]).abs().max() < 1e-12
+
+
+@pytest.fixture(scope="module", params=["ema", "every third, late", "swa from the start"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[la.Run, str, Any]:
+    """A run, the name of its average, and what makes the callback that keeps it."""
+    build, name, _ = CALLBACKS[request.param]
+    module = make(hidden=4, activation="gelu", optimizer=SGD, decay_lr=0.9)
+    return record(tmp_path_factory.mktemp("averages") / "run", module, callbacks=(build(),)), name, build
+
+
+def scored(run: la.Run, method: str = "sgd-ie", **options: Any) -> la.Scores:
+    return la.score(run, method, **{"ray_address": None, "save": False, "check": 0, **options})
+
+
+def mean_loss(module: Net, theta: Tensor) -> float:
+    """Of the validation data, at parameters ``theta``."""
+    module = copy.deepcopy(module)
+    nn.utils.vector_to_parameters(theta, module.parameters())
+    with torch.no_grad():
+        return float(module.per_sample_loss(data(module.loss, n=16, seed=9).tensors).mean())
+
+
+def retrained(sample: int, weight: float, build: Any, **arguments: Any) -> float:
+    """The loss at the averaged weights of a real training in which the loss of one sample counts ``weight`` times."""
+    torch.manual_seed(0)
+    module = Weighted(**{"hidden": 4, "activation": "gelu", "optimizer": SGD, "decay_lr": 0.9, **arguments}).double()
+    weights = torch.ones(N, dtype=torch.float64)
+    weights[sample] = weight
+    callback = build()
+    fit(module, TensorDataset(*data(module.loss).tensors, weights), callback)
+    return mean_loss(module, averaged(callback))
+
+
+def test_the_truth_at_an_average_is_that_of_a_training_with_the_callback(case: tuple[la.Run, str, Any]) -> None:
+    run, name, build = case
+    truth = scored(run, "loo", at=name)
+    assert truth.conditions["at"] == name
+    base = retrained(0, 1.0, build)
+    differences = [retrained(i, 0.0, build) - base for i in (0, 7, 23)]
+    assert min(map(abs, differences)) > 1e-6
+    np.testing.assert_allclose(truth.values[[0, 7, 23]], differences, rtol=0, atol=1e-9)
+    ends = scored(run, "loo")
+    assert np.abs(truth.values - ends.values).max() > 1e-4
+
+
+def test_the_derivative_at_an_average_forward_back_and_by_finite_differences(case: tuple[la.Run, str, Any]) -> None:
+    run, name, build = case
+    back = scored(run, at=name).values
+    forward = scored(run, at=name, keep_shifts=True, readout="linear")
+    np.testing.assert_allclose(forward.values, back, rtol=0, atol=1e-12)
+    in_parts = scored(run, at=name, readout="linear", memory_gb=2e-6)  # the states of the tape are computed again
+    np.testing.assert_allclose(in_parts.values, back, rtol=0, atol=1e-12)
+    for i in (0, 7, 23):
+        h = 1e-5
+        slope = (retrained(i, 1 + h, build) - retrained(i, 1 - h, build)) / (2 * h)
+        assert back[i] == pytest.approx(-slope, rel=1e-6, abs=1e-9)
+
+
+FORMS: list[dict[str, Any]] = [{"method": method} for method in METHODS if method != "acc-low-rank"]
+FORMS += [{"method": "acc-low-rank", "directions": 39}, {"method": "acc-low-rank", "followed": N}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: " ".join(map(str, form.values())))
+@pytest.mark.parametrize("readout", ["exact", "linear"])
+def test_every_method_reads_the_shift_of_the_average(case: tuple[la.Run, str, Any], form: Any, readout: str) -> None:
+    """The shift is the weighted sum of the shifts at the steps, and what is read is one vector, not many."""
+    run, name, _ = case
+    average = run.averages[name]
+    steps = {t: w for t, w in zip(average["steps"].tolist(), average["weights"].tolist(), strict=True) if t}
+    shifts_of = form if "followed" not in form else {"method": "acc-sgd-ie"}  # all of them are followed
+    shift: Any = sum(w * scored(run, at=t, keep_shifts=True, **shifts_of).shifts for t, w in steps.items())
+    at = scored(run, at=name, readout=readout, **form)
+    module, theta = make(hidden=4, activation="gelu"), average["theta"]
+    if readout == "exact":
+        read = [mean_loss(module, theta + row) - mean_loss(module, theta) for row in shift]
+    else:
+        h = 1e-6
+        read = [(mean_loss(module, theta + h * row) - mean_loss(module, theta - h * row)) / (2 * h) for row in shift]
+    np.testing.assert_allclose(at.values, read, rtol=0, atol=1e-9)
+    if "followed" not in form:
+        kept = scored(run, at=name, keep_shifts=True, **form).shifts
+        assert kept is not None
+        assert (kept - shift).abs().max() < 1e-12
+    if form["method"] != "acc-low-rank":
+        matrix = la.score_matrix(run, form["method"], at=name, readout=readout, ray_address=None, save=False, check=0)
+        np.testing.assert_allclose(matrix.values.mean(1), at.values, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [ema, lambda: StochasticWeightAveraging(0.02, 1, annealing_epochs=2)], ids=["ema", "swa"])
+def test_acc_sgd_ie_is_the_truth_on_a_linear_model_with_squared_loss(tmp_path: Path, build: Any) -> None:
+    arguments = {"loss": "squared", "optimizer": {"class": "AdamW", "lr": 0.05}}
+    run = record(tmp_path / "run", make(**arguments), callbacks=(build(),), gradient_clip_val=1.0)
+    (name,) = run.averages
+    truth, estimate, derivative = (scored(run, method, at=name).values for method in ("loo", "acc-sgd-ie", "sgd-ie"))
+    np.testing.assert_allclose(estimate, truth, rtol=0, atol=1e-11)
+    assert np.abs(derivative - truth).max() > 1e-4

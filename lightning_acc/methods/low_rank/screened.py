@@ -105,6 +105,8 @@ def screened(
         progress(0.2)
         shifts = Shifts(Removals([removals[i] for i in chosen]), followed, last[chosen], basis, replay)
         state, curved = replay.initial, first.new_zeros(followed)
+        if 0 in moments.weights:  # of an average
+            curved += curvature(0, state[0], shifts.exact[0])
         for t in range(total):
             point = replay.step(t).at(state)
             shifts.advance(t, point, back.gammas[t])

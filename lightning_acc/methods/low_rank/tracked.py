@@ -99,6 +99,8 @@ def tracked(
         shifts = Shifts(Removals(removals), basis.vectors, len(replay.initial), total)
         look = _Look(replay, question, shifts, back, _strongest(back, removals, exactly))
         current = replay.initial
+        if 0 in question.moments.weights:  # of an average
+            look(0, current[0])
         for t in range(total):
             step = replay.step(t)
             shifts.advance(t, step, current, back.gammas[t])
