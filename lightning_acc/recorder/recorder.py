@@ -137,8 +137,8 @@ class TrajectoryRecorder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
         refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
-        if self._tap.loaders != 1:
-            refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
+        if len(self._tap.loaders) != 1:
+            refuse_if(f"there are {len(self._tap.loaders)} training loaders: train from exactly one DataLoader")
         following = Following(trainer, pl_module, self, self._tap, self._write, self._place)
         if self._place is not None and resume.fingerprint(following.optimizer.state()) != self._place.state:
             refuse_if(
