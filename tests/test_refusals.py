@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "neither": (Peeking, {}, r"loss of single samples cannot be computed.*per_sample_loss"),
     "manual": (Manual, {}, r"automatic_optimization=False"),
     "optimizer": (Unknown, {}, r"Adagrad is not known: use one of Adam, AdamW, SGD.*register_optimizer"),
-    "hook": (Clipping, {}, r"overrides on_after_backward"),
+    "hook": (Clipping, {}, r"gradients differ by .* overrides on_after_backward, where this may come from"),
     "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
     "precision": (Net, {"precision": "bf16-true"}, r"precision='bf16-true' is not repeated.*use one of 32-true"),
     "mixed precision without per_sample_loss": (StepOnly, {"precision": "bf16-mixed"}, r"define per_sample_loss"),

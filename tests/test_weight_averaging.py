@@ -11,10 +11,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from problems import N, Net, Weighted, data, fit, flat, make, record
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_multi_avg_fn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import lightning_acc as la
 from lightning_acc.methods.registry import METHODS

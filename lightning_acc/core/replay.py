@@ -238,9 +238,7 @@ class Tape:
         checked: the parameters (p,) at the step ``replay.checked_at``.
     """
 
-    def __init__(
-        self, replay: Replay, memory: int, seen: Callable[[int, Tensor], object] = lambda t, theta: None
-    ) -> None:
+    def __init__(self, replay: Replay, memory: int, seen: Callable[[int, Tensor], object] = lambda t, theta: None) -> None:
         self._replay = replay
         self._segment = segment(replay, memory)
         self._kept: list[State] = []

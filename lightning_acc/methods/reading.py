@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import torch
+from torch import Tensor
 
 from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.replay import Replay
@@ -20,7 +19,7 @@ class Gathered:
         self._sums: list[Tensor] = []
 
     def __call__(self, t: int, *seen: Tensor) -> tuple[Tensor, ...] | None:
-        """What to read after ``t`` steps, one of those asked about, where ``seen`` is seen; None where there is more to come."""
+        """What to read after ``t`` steps, one of those asked about, having ``seen`` this; None where there is more to come."""
         if self._moments.average is None:
             return seen
         weight = self._moments.weights[t]

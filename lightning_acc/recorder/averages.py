@@ -1,8 +1,8 @@
 """Averages of the parameters that callbacks keep beside the training (EMA, SWA): which steps are in them, with which weights.
 
-What such a callback does is seen and not computed again from its options: how many updates its average has had tells the steps
-after which it was updated, and its averaging function, tried on numbers, tells what each update keeps of the average and what it
-takes of the parameters. So the average is ``sum_t c_t theta_t``, whatever rule chose the steps.
+What such a callback does is seen, and not computed again from its options: how many updates its average has had tells the
+steps after which it was updated; its averaging function, tried on numbers, tells what each update keeps of the average and what
+it takes of the parameters. So the average is ``sum_t c_t theta_t``, whatever rule chose the steps.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from lightning_acc.record.writer import SeenStep, check_finite
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.averages import Averages
 from lightning_acc.recorder.beginning import Assembly, understand
+from lightning_acc.recorder.checkpoints import resume
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.identity import Identity
@@ -23,7 +24,7 @@ from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.steps import Checks
 from lightning_acc.recorder.loader import SampleTap
-from lightning_acc.recorder.optimizer import TrainedOptimizer
+from lightning_acc.recorder.optimizer import Clipping, TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.snapshots import Snapshots
 from lightning_acc.recorder.writers import Final, Writers
@@ -59,9 +60,10 @@ class Following:
     ) -> None:
         self.begun = self.ended = False
         self.optimizer = TrainedOptimizer(trainer, module)
+        self._clipping = Clipping(trainer, bool(refusals.overridden(module, ["configure_gradient_clipping"])))
         self.averages = Averages(trainer, () if place is None else place.averages)
         self._kept: tuple[int, Tensor, dict[str, Any]] | None = None
-        """After so many steps the parameters and the module's state, where callbacks keep averages, which may take their place."""
+        """After so many steps the parameters and the module's state; of trainings alone in which an average may replace them."""
         if place is not None:
             self.optimizer.with_gradient = place.with_gradient
         self.snapshots = Snapshots(
@@ -127,6 +129,10 @@ class Following:
             self._foreign = refusals.foreign_random_state()
         self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
 
+    def gradient_zeroed(self) -> None:
+        """What has been accumulated and did not come to a step is forgotten."""
+        self._seen = [batch for batch in self._seen if not batch.counts]
+
     def has_gradient(self) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
         if self.ended:
@@ -156,7 +162,11 @@ class Following:
         self._seen = [batch for batch in self._seen if batch.counts]
         number = self._write.own.n_steps
         groups = self.optimizer.hyperparameters(number)
-        self._look(number, groups)
+        self._clipping.begin(groups)
+        try:
+            self._look(number, groups)
+        except RecordingRefused as refusal:
+            raise refusals.with_suspects(refusal, self._module) from refusal
         self._step = {
             "sample_ids": [sample for batch in self._seen for sample in batch.ids],
             "contents": [number for batch in self._seen for number in batch.contents],
@@ -171,6 +181,7 @@ class Following:
         """The step is done."""
         if not self._within:
             return
+        self._clipping.end()
         step, self._step, self._within = self._step, None, False
         self._seen = []
         self._number += 1
@@ -183,6 +194,12 @@ class Following:
         if self.averages and not self.ended and (self._kept is None or self._kept[0] != number):
             state = {name: copy.deepcopy(value) for name, value in self._module.state_dict().items()}
             self._kept = number, self.optimizer.parameters(), state
+
+    def place(self, run_id: str) -> Place:
+        """Where in the record ``run_id`` the training is, after a whole step."""
+        self.averages.see(self._write.own.n_steps)
+        state, seen = resume.fingerprint(self.optimizer.state()), self.optimizer.with_gradient
+        return Place(run_id, self._write.own.n_steps, state, seen, self.averages.updates)
 
     def final(self) -> Final:
         """What is known now, at the end of the training or where it is interrupted."""

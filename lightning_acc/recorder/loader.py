@@ -57,7 +57,7 @@ class SampleTap:
 
     @property
     def loaders(self) -> list[Any]:
-        """Those the trainer takes its training batches from now; a callback that tries batch sizes has others processed, too."""
+        """Those the trainer takes training batches from now; a callback that tries batch sizes has others processed, too."""
         return list(self._trainer.fit_loop._combined_loader.flattened)
 
     def remove(self) -> None:

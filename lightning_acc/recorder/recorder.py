@@ -37,7 +37,9 @@ class TrajectoryRecorder(Callback):
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
     Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
     accumulation and clipping, map-style datasets under any sampler, dropout and ``bf16-mixed`` precision in modules with
-    ``per_sample_loss``, resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``).
+    ``per_sample_loss``, resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``), weight averaging (trained
+    weights are recorded, and ``at="ema"`` asks about the averaged ones), callbacks that look for a learning rate or batch size,
+    callbacks and hooks of modules that set learning rates or clipping, or leave gradients and weights alone: that is checked.
 
     Example::
 
@@ -122,9 +124,8 @@ class TrajectoryRecorder(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the directory; decide what becomes of a run that is already there."""
         self._left_open = self._write.claim(trainer, self._place, self.overwrite)
-        if self._place is not None and self._write.main is not None:
-            before = self._write.main.header.get("checkpoints", {})
-            self._checkpoints.resume(before, trainer.ckpt_path, self._place.n_steps)
+        if self._place and self._write.main is not None:
+            self._checkpoints.resume(self._write.main.header.get("checkpoints", {}), trainer.ckpt_path, self._place.n_steps)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own methods back, and the directory free."""
@@ -157,9 +158,13 @@ class TrajectoryRecorder(Callback):
     @costs_no_training
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep what the step will see."""
-        if self._put_off is not None:
-            self._raise_what_was_put_off()
+        self._raise_what_was_put_off()
         self._follow.batch_starts(batch)
+
+    @costs_no_training
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Gradients that came to no step are dropped."""
+        self._follow.gradient_zeroed()
 
     @costs_no_training
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -193,18 +198,14 @@ class TrajectoryRecorder(Callback):
                 self._put_off = error
                 return
         if self._write.main is not None:
-            state = resume.fingerprint(following.optimizer.state())
-            following.averages.see(number)
-            run_id, averages = self._write.main.header["run_id"], following.averages.updates
-            Place(run_id, number, state, following.optimizer.with_gradient, averages).save(checkpoint)
+            following.place(self._write.main.header["run_id"]).save(checkpoint)
 
     # ---- after training
 
     @costs_no_training
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the final parameters and the manifest."""
-        if self._put_off is not None:
-            self._raise_what_was_put_off()
+        self._raise_what_was_put_off()
         if not self._follow.begun and not self._left_open:
             warnings.warn("No optimizer step was taken, so no run was recorded.", UserWarning, stacklevel=2)
             return

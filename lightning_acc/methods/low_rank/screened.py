@@ -88,7 +88,7 @@ def screened(
     gathered = Gathered(moments)
 
     def curvature(t: int, theta: Tensor, of: Tensor) -> Tensor:
-        """What the query's curvature adds along shifts at step t, with the step's share; of an average, all at its last step."""
+        """What the query's curvature adds along shifts at step t, with the step's share; of an average, at its last step."""
         if rows is None:
             return of.new_zeros(len(of))
         linear, read = of @ back.gradients[t], gathered(t, theta, of)
