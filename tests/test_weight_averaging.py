@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import N, Net, Weighted, data, fit, flat, make, record
-from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from problems import N, Net, Normalised, Weighted, data, fit, flat, make, record
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 import lightning_acc as la
+from lightning_acc.cli import main
 from lightning_acc.methods.registry import METHODS
+from lightning_acc.show.tracking import dashboard
 
 SGD = {"momentum": 0.9, "lr": 0.05, "weight_decay": 0.01}
 
@@ -190,3 +192,150 @@ def test_acc_sgd_ie_is_the_truth_on_a_linear_model_with_squared_loss(tmp_path: P
     truth, estimate, derivative = (scored(run, method, at=name).values for method in ("loo", "acc-sgd-ie", "sgd-ie"))
     np.testing.assert_allclose(estimate, truth, rtol=0, atol=1e-11)
     assert np.abs(derivative - truth).max() > 1e-4
+
+
+def kept(path: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(path / "kept", "{step}", save_top_k=-1, every_n_train_steps=2, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before", "ignore:Checkpoint directory .* exists")
+@pytest.mark.parametrize("first", [True, False], ids=["recorder first", "recorder last"])
+def test_a_resumed_training_goes_on_with_its_average(tmp_path: Path, first: bool) -> None:
+    def train(path: Path, **options: Any) -> EMAWeightAveraging:
+        mine, recorder = ema(update_every_n_steps=2), la.TrajectoryRecorder(path)
+        callbacks = (recorder, mine) if first else (mine, recorder)
+        settings = {"enable_checkpointing": True, "default_root_dir": tmp_path, **options}
+        fit(make(hidden=4, optimizer=SGD), None, *callbacks, kept(tmp_path), **settings)
+        return mine
+
+    train(tmp_path / "run", max_epochs=2)
+    (middle,) = (tmp_path / "kept").glob("step=6*")
+    train(tmp_path / "run", max_epochs=3, ckpt_path=middle)
+    resumed = la.Run(tmp_path / "run")
+    assert resumed.manifest["resumed_at"] == [6]
+    assert resumed.audit().max_abs_error == 0
+    average = resumed.averages["ema"]
+    assert average["steps"].tolist() == list(range(1, resumed.n_steps + 1, 2))
+    weights = dict(zip(average["steps"].tolist(), average["weights"].tolist(), strict=True))
+    theta = sum(weight * resumed.parameters(t) for t, weight in weights.items())
+    assert (theta - average["theta"]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("case", ["ema", "swa"])
+def test_checkpoints_that_hold_an_average_are_no_parameters_of_the_run(tmp_path: Path, case: str) -> None:
+    mine = CALLBACKS[case][0]()
+
+    class AtTheEnd(pl.Callback):
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    run = record(tmp_path / "run", make(optimizer=SGD), callbacks=(mine, kept(tmp_path), AtTheEnd()), **options)
+    listed = {name: step for name, step in run.checkpoints.items() if name != "last"}
+    assert str(tmp_path / "end.ckpt") not in listed
+    for path in (tmp_path / "kept").iterdir():
+        stored = torch.load(path, weights_only=False)["state_dict"]
+        theta = torch.cat([value.reshape(-1) for value in stored.values()])
+        steps = [t for t in range(run.n_steps + 1) if torch.equal(run.parameters(t), theta)]
+        assert [listed[str(path)]] == steps if steps else str(path) not in listed
+    assert bool(listed) == (case == "swa")
+    with pytest.raises(la.RequestError, match=rf"and the averages {case}\."):
+        scored(run, at="sometimes")
+
+
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_train_batch_end"])
+def test_interrupted_while_the_average_is_in_place(tmp_path: Path, hook: str) -> None:
+    """The record ends with trained parameters, not with the average that is being validated."""
+
+    class Break(pl.Callback):
+        def __init__(self) -> None:
+            def stop(trainer: Any, *_: Any) -> None:
+                if trainer.global_step == 8:
+                    raise RuntimeError("the power failed")
+
+            setattr(self, hook, stop)
+
+    callbacks = (ema(), la.TrajectoryRecorder(tmp_path / "run"), Break())
+    with pytest.raises(RuntimeError, match="the power failed"):
+        fit(make(hidden=4, optimizer=SGD), None, *callbacks)
+    run = la.Run(tmp_path / "run")
+    whole = record(tmp_path / "whole", make(hidden=4, optimizer=SGD), callbacks=(ema(),))
+    assert run.n_steps == 8
+    assert torch.equal(run.parameters(8), whole.parameters(8))
+    assert run.audit().max_abs_error == 0
+    if hook == "on_validation_batch_end":
+        assert not run.averages
+    else:
+        assert run.averages["ema"]["steps"].tolist() == list(range(1, 9))
+        assert scored(run, at="ema").conditions["at"] == "ema"
+
+
+UNUSABLE: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "not linear": (
+        lambda: WeightAveraging(avg_fn=lambda a, b, n: torch.maximum(a, b)),
+        Net,
+        {},
+        "it is no sum of the parameters",
+    ),
+    "never updated": (lambda: ema(update_starting_at_step=99), Net, {}, "it was never updated"),
+    "batch norm": (ema, Normalised, {"recorder": {"batch_norm": "keep-batch-statistics"}}, "running statistics of its own"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_an_average_that_is_no_moment_is_told_of_and_the_training_recorded(tmp_path: Path, case: str) -> None:
+    build, kind, options, why = UNUSABLE[case]
+    torch.manual_seed(0)
+    module = kind().double()
+    state = copy.deepcopy(module)
+    last = trained(state, build())
+    with pytest.warns(UserWarning, match=f"keeps is no moment to read a query at: .*{why}"):
+        run = record(tmp_path / "run", module, callbacks=(build(),), **options)
+    assert torch.equal(flat(module), flat(state))
+    assert torch.equal(run.parameters(run.n_steps), last)
+    assert not run.averages
+    with pytest.raises(la.RequestError, match="at='ema' is no moment"):
+        scored(run, at="ema")
+
+
+def test_running_statistics_stay_those_of_the_training(tmp_path: Path) -> None:
+    options = {"recorder": {"batch_norm": "keep-batch-statistics"}}
+    torch.manual_seed(0)
+    module = Normalised().double()
+    plain = record(tmp_path / "plain", copy.deepcopy(module), **options)
+    for name, build in {"ema": ema, "swa": CALLBACKS["swa"][0]}.items():
+        swa = name == "swa"
+        with pytest.warns(UserWarning, match="running statistics of its own"):
+            run = record(tmp_path / name, copy.deepcopy(module), callbacks=(build(),), **options)
+        assert run.n_steps == plain.n_steps
+        assert run.audit().max_abs_error == 0
+        same = [torch.equal(value, run.frozen_tensors()[key]) for key, value in plain.frozen_tensors().items()]
+        assert all(same)  # of the inputs, whatever the learning rate
+        assert torch.equal(run.parameters(12), plain.parameters(12)) != swa
+
+
+def test_two_averages_and_their_names_where_scores_are_shown(tmp_path: Path) -> None:
+    """Validation is off: at it these callbacks would put each other's averages in the place of the parameters."""
+    callbacks = (ema(), WeightAveraging(avg_fn=get_ema_avg_fn(0.5)), CALLBACKS["swa"][0]())
+    run = record(tmp_path / "run", make(optimizer=SGD), callbacks=callbacks, limit_val_batches=0)
+    assert sorted(run.averages) == ["ema", "ema-1", "swa"]
+    for at in (*run.averages, "end"):
+        assert scored(run, at=at, save=True).conditions["at"] == at
+    names = {path.stem for path in (tmp_path / "run" / "scores").iterdir()}
+    assert names == {"sgd-ie", "sgd-ie.ema", "sgd-ie.ema-1", "sgd-ie.swa"}
+    scored(run, "loo", at="ema", save=True)
+    assert not (tmp_path / "run" / "bank").exists()
+    assert scored(run, "loo", at="ema", save=True).conditions["reused"] == N
+    steps = scored(run, "loo", at=list(range(1, 13)), save=True)  # the bank has the shifts of all steps now
+    assert steps.conditions["at"] == "along"
+    banked = la.score(run, "loo", at="ema-1", ray_address=None)
+    assert banked.conditions["banked"] == N
+    np.testing.assert_allclose(banked.values, scored(run, "loo", at="ema-1").values, rtol=0, atol=1e-12)
+    checked = la.score(run, "acc-sgd-ie", at="ema", check=18, ray_address=None)
+    assert checked.verdict.n == 12
+    assert checked.truths == {key: pytest.approx(scored(run, "loo", at="ema").by_removal()[key]) for key in checked.truths}
+    assert {row["at"] for row in la.evaluate(run).to_pylist()} >= {"ema", "along"}
+    assert '"at": "ema"' in Path(la.write_report(run)).read_text().replace('":"', '": "')
+    assert dashboard._label(run, checked.conditions) == "acc-sgd-ie (exact, at ema)"
+    main(["score", str(tmp_path / "run"), "--method=tracin", "--at=ema", "--check=0", "--ray-address=null"])
+    assert (tmp_path / "run" / "scores" / "tracin.ema.parquet").exists()

@@ -193,8 +193,8 @@ class Record:
 
     @property
     def averages(self) -> dict[str, dict[str, Tensor]]:
-        """Of each average of the parameters that a callback kept (``"ema"``, ``"swa"``) its ``steps`` and their ``weights``, (k,),
-        and ``theta`` (p,), what it came to: the sum over its steps of ``weight * run.parameters(step)``.
+        """Of each average of the parameters that a callback kept (``"ema"``, ``"swa"``) its ``steps`` (k,), ``weights`` (k,) of
+        these and ``theta`` (p,), what it came to: the sum over its steps of ``weight * run.parameters(step)``.
         """
         return {name.partition("/")[2].rpartition(".")[0]: self._load(name)[0] for name in self._names("averages")}
 

@@ -63,7 +63,7 @@ class Following:
         self._clipping = Clipping(trainer, bool(refusals.overridden(module, ["configure_gradient_clipping"])))
         self.averages = Averages(trainer, () if place is None else place.averages)
         self._kept: tuple[int, Tensor, dict[str, Any]] | None = None
-        """After so many steps the parameters and the module's state; of trainings alone in which an average may replace them."""
+        """After so many steps the parameters and the module's state; where an average may replace them."""
         if place is not None:
             self.optimizer.with_gradient = place.with_gradient
         self.snapshots = Snapshots(

@@ -91,7 +91,7 @@ class SampleTap:
         class Tapped(type(loader)):  # type: ignore[misc]
             def __iter__(self) -> Iterator[Any]:
                 # At once, not in a generator: the loader draws its random seed here, and must do so when it always did.
-                batches = super().__iter__()
+                batches: Iterator[Any] = super().__iter__()
                 if not any(self is loader for loader in tap.loaders):
                     collate.done = True
                     return batches

@@ -98,8 +98,8 @@ class TrainedOptimizer:
         if len(self._optimizer.param_groups) != self._n_groups:
             now = len(self._optimizer.param_groups)
             raise RunError(
-                f"The optimizer has {now} parameter groups in step {step} and had {self._n_groups} at first, but a record is of the "
-                "same parameters throughout: give it all of them from the start."
+                f"The optimizer has {now} parameter groups in step {step} and had {self._n_groups} at first, but a record is "
+                "of the same parameters throughout: give it all of them from the start."
             )
         algorithm = self._trainer.gradient_clip_algorithm
         for_all = {

@@ -92,7 +92,7 @@ def screened(
         if rows is None:
             return of.new_zeros(len(of))
         linear, read = of @ back.gradients[t], gathered(t, theta, of)
-        return (0.0 if read is None else moments.share * question.query.changes(objective, *read, rows)) - linear
+        return (0.0 if read is None else moments.share * question.query.changes(objective, read[0], read[1], rows)) - linear
 
     with sweep_back(replay, question, lambda done: progress(0.15 * done)) as back:
         first = torch.stack([back.first[list(removal)].sum() for removal in removals])

@@ -145,7 +145,7 @@ class _Look:
             self.linear[places] += linear
             self.curvature[places] -= linear
             if read := gathered(t, theta, shifts):
-                changes = question.query.changes(self._objective, *read, len(places))
+                changes = question.query.changes(self._objective, read[0], read[1], len(places))
                 self.curvature[places] += question.moments.share * changes
         if question.keep_shifts and (read := self._whole(t, theta, self._of(torch.arange(self._n)))):
             self._thetas.append(read[0])

@@ -36,8 +36,8 @@ def refuse_if(reason: str | None) -> None:
 
 
 ALTERING_CALLBACKS = {
-    "BaseFinetuning": "gives the optimizer more parameters on the way, while a record is of the same ones throughout: train them "
-    "from the start, with a smaller learning rate for their parameter group, or record the training without the callback",
+    "BaseFinetuning": "gives the optimizer more parameters on the way, while a record is of the same ones throughout: train "
+    "them from the start, with a smaller learning rate for their parameter group, or record the training without the callback",
     "ModelPruning": "sets parameters to 0 outside the optimizer's step: record the training before it or after it",
 }
 """Lightning callbacks that change what is trained, or how, unseen, and what to do; with those derived from them.
