@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.objective import LossFunction, Objective, Parameters, quiet, traceable
+from lightning_acc.core.losses.per_sample import LossFunction
+from lightning_acc.core.losses.tracing import quiet, traceable
+from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.removals import Removals

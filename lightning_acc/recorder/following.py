@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.writer import SeenStep, check_finite
+from lightning_acc.record.steps import SeenStep
+from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder import ranks
-from lightning_acc.recorder.averages import Averages
 from lightning_acc.recorder.beginning import Assembly, understand
 from lightning_acc.recorder.checkpoints import resume
+from lightning_acc.recorder.checkpoints.averages import Averages
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.identity import Identity
@@ -24,6 +25,7 @@ from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.steps import Checks
 from lightning_acc.recorder.loader import SampleTap
+from lightning_acc.recorder.loss import LossTap
 from lightning_acc.recorder.optimizer import Clipping, TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.snapshots import Snapshots
@@ -67,11 +69,13 @@ class Following:
         if place is not None:
             self.optimizer.with_gradient = place.with_gradient
         self.snapshots = Snapshots(
-            options.parameters, self.optimizer.parameter_bytes, trainer.estimated_stepping_batches, options.budget_gb * 2**30
+            options.parameters, self.optimizer.parameter_bytes, _expected_steps(trainer), options.budget_gb * 2**30
         )
         self._trainer, self._module, self._options = trainer, module, options
         self._tap, self._write, self._place = tap, write, place
-        self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs else None
+        self.loss = LossTap(trainer)
+        self._named = options.batch_names  # which tell samples from each other, whatever loader they come from
+        self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs and self._named is None else None
         self._structure: batches.Structure = {}
         self._seen: list[SeenBatch] = []
         self._step: SeenStep | None = None
@@ -99,14 +103,18 @@ class Following:
 
     def batch_starts(self, batch: Any) -> None:
         """Keep what the step will see."""
-        ids = self._tap.next_ids()
-        first = self._tap.take_first()
+        ids = [] if self._named is not None else self._tap.next_ids()
+        first = self._tap.take_first(batch)
         if self.ended:
             return
         self.averages.see(self._write.own.n_steps)
         try:
             leaves, structure = batches.flatten(batch)
             size = batches.batch_size(leaves)
+            if self._named is not None:
+                ids = self._write.own.names.of(self._named.names(batch, size))
+        except RecordingRefused:
+            raise
         except RunError as error:
             raise RecordingRefused(str(error)) from error
         if size != len(ids):
@@ -127,6 +135,7 @@ class Following:
             self._identity.check(self._tap.dataset, ids, contents)
         if not self.begun:
             self._foreign = refusals.foreign_random_state()
+        self.loss.observe(len(ids) if self.begun and self._assembly.observable else None)
         self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
 
     def gradient_zeroed(self) -> None:
@@ -144,6 +153,7 @@ class Following:
             )
         batch = self._seen[-1]
         batch.counts = True
+        batch.weights = self.loss.take()
         batch.random = not torch.equal(batch.rng, torch.get_rng_state())
 
     def step_starts(self) -> None:
@@ -174,6 +184,7 @@ class Following:
             "groups": groups,
             "sizes": [len(batch.ids) for batch in self._seen],
             "rng": [batch.rng if batch.random else None for batch in self._seen],
+            "names": self._write.own.names.new(),
         }
         self._within = True
 
@@ -204,21 +215,34 @@ class Following:
     def final(self) -> Final:
         """What is known now, at the end of the training or where it is interrupted."""
         number, going_on = self._write.own.n_steps, self.begun and not self.ended
+        # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
+        known = going_on and not self._within
         if not self.averages:
-            # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-            return Final(self._module.state_dict(), self.optimizer.parameters() if going_on and not self._within else None)
-        if not self._within:
+            return Final(self._module.state_dict(), self._finite(self.optimizer.parameters()) if known else None)
+        if known:
             self.averages.see(number)
         after, theta, state = self._kept or (None, None, {})
+        theta = self._finite(theta) if known and after == number and theta is not None else None
         # While it validates, a callback has the parameters in the place of their average.
-        averages = self.averages if going_on and self._trainer.training else None
-        return Final(state, theta if going_on and after == number and not self._within else None, averages)
+        return Final(state, theta, self.averages if going_on and self._trainer.training else None)
+
+    def _finite(self, theta: Tensor) -> Tensor | None:
+        """The final parameters, where they are finite; where not, the records of several processes end, to be merged."""
+        try:
+            check_finite(theta, self._write.own.n_steps)
+        except NotFinite as error:
+            if self._write.processes == 1:
+                raise
+            self._options.end(error, within_step=False)  # in all of them
+            return None
+        return theta
 
     def end(self, within_step: bool) -> None:
         """Record no more; in the middle of a step, or after one."""
         self._number = self._write.own.n_steps
         self._step, self._within = None, within_step
         self._seen, self.ended = [], True
+        self.loss.observe(None)
 
     def _due(self, number: int, size: int) -> bool:
         """Whether all processes compare the step."""
@@ -260,8 +284,16 @@ class Following:
         seen = (self._structure, theta, groups, everyone, number, options.batch_norm)
         self._assembly: Assembly
         self._assembly, header = understand(self._trainer, self._module, self.optimizer, *seen)
-        header["n_samples"] = self._tap.n_samples
+        header["n_samples"] = self._tap.n_samples if self._named is None else len(self._write.own.names)
+        if self._named is not None:
+            header["sample_id"] = self._named.words
         if options.mixed_rows == rows.AS_THEY_ARE:
             header["loss"]["mixed_rows"] = options.mixed_rows
         self._write.begin(self._trainer, self._module, header, self._place, options.overwrite)
         self.begun = True
+
+
+def _expected_steps(trainer: Any) -> float:
+    """Lightning's own estimate; infinity where nobody knows, as of a stream without a length."""
+    steps = float(trainer.estimated_stepping_batches)
+    return steps if steps >= 0 else float("inf")

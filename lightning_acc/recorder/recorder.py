@@ -14,11 +14,11 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
 
 from lightning_acc import arguments
 from lightning_acc.core import rebuild
-from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder.checkpoints import resume
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checkpoints.written import Checkpoints
 from lightning_acc.recorder.checks import refusals, rows
+from lightning_acc.recorder.checks.names import BatchNames, SampleId
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that_it_ended
@@ -36,10 +36,11 @@ class TrajectoryRecorder(Callback):
 
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
     Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
-    accumulation and clipping, map-style datasets under any sampler, dropout and ``bf16-mixed`` precision in modules with
-    ``per_sample_loss``, resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``), weight averaging (trained
-    weights are recorded, and ``at="ema"`` asks about the averaged ones), callbacks that look for a learning rate or batch size,
-    callbacks and hooks of modules that set learning rates or clipping, or leave gradients and weights alone: that is checked.
+    accumulation and clipping, map-style datasets under any sampler, streams whose batches hold ids of their samples
+    (``sample_id``), weighted means, dropout, ``bf16-mixed`` precision, resuming from a Lightning checkpoint
+    (``trainer.fit(..., ckpt_path=...)``), weight averaging (the trained weights are recorded, ``at="ema"`` reads the averaged
+    ones), callbacks that look for a learning rate or a batch size, and callbacks and module hooks that set learning rates or
+    clipping, or leave gradients and weights alone, which is checked.
 
     Example::
 
@@ -48,6 +49,8 @@ class TrajectoryRecorder(Callback):
 
     Args:
         directory: where the run directory is written, a local path or an fsspec URL.
+        sample_id: for streams: where a batch has the ids of its samples, integers or texts, one a row: a key, an attribute, a
+            place in a tuple, or a function of the batch. ``run.sample_names`` has them; numbers go by the first sight.
         overwrite: replace a run that is already there; by default it is refused.
         parameters: how often the parameters are written: ``"every-step"``, ``"every-k"`` (as often as the budget allows), or
             ``"auto"``: every step where the whole trajectory is small, else as often as 2 % of the training's time pays for.
@@ -80,19 +83,17 @@ class TrajectoryRecorder(Callback):
         allow_untested: bool = False,
         mixed_rows: Literal["refuse", "as-they-are"] = "refuse",
         on_error: Literal["warn", "stop"] = "warn",
+        sample_id: SampleId | None = None,
     ) -> None:
         arguments.option("parameters", parameters, POLICIES)
         arguments.option("batch_norm", batch_norm, ("refuse", "keep-batch-statistics"))
         arguments.option("mixed_rows", mixed_rows, ("refuse", rows.AS_THEY_ARE))
         arguments.option("on_error", on_error, ("warn", "stop"))
         self.directory = arguments.path("directory", directory)
-        self.overwrite = overwrite
-        self.parameters = parameters
+        self.overwrite, self.parameters, self.on_error = overwrite, parameters, on_error
         self.budget_gb = arguments.positive("budget_gb", budget_gb, "leaves no room for parameters")
-        self.batch_norm = batch_norm
-        self.allow_untested = allow_untested
-        self.mixed_rows = mixed_rows
-        self.on_error = on_error
+        self.batch_norm, self.allow_untested, self.mixed_rows = batch_norm, allow_untested, mixed_rows
+        self.batch_names = None if sample_id is None else BatchNames(sample_id)
         self._tap = SampleTap()
         self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)
         self._writers: Writers | None = None
@@ -110,7 +111,7 @@ class TrajectoryRecorder(Callback):
         self._place: Place | None = None  # where the record goes on, in a training that is resumed
         self._left_open = False  # whether that record is unfinished and nothing has been added to it yet
         self._put_off: Exception | None = None  # what waits until Lightning has written its checkpoint
-        self._tap = SampleTap(check_rows=self.mixed_rows != rows.AS_THEY_ARE)
+        self._tap = SampleTap(check_rows=self.mixed_rows != rows.AS_THEY_ARE, count=self.batch_names is None)
         self._tap.install(trainer)
         self._end_of_training: int | None = None  # steps of a record that was finished with its training
         self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)
@@ -130,15 +131,14 @@ class TrajectoryRecorder(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own methods back, and the directory free."""
         if stage == "fit":
-            self._tap.remove()
-            self._checkpoints.remove()
+            self._untap()
             if self._writers is not None:
                 self._writers.release()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
         refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
-        if len(self._tap.loaders) != 1:
+        if self.batch_names is None and len(self._tap.loaders) != 1:
             refuse_if(f"there are {len(self._tap.loaders)} training loaders: train from exactly one DataLoader")
         following = Following(trainer, pl_module, self, self._tap, self._write, self._place)
         if self._place is not None and resume.fingerprint(following.optimizer.state()) != self._place.state:
@@ -225,8 +225,7 @@ class TrajectoryRecorder(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The run of one process is kept up to its last whole step; what several have recorded, ``repair`` makes a run."""
-        self._tap.remove()
-        self._checkpoints.remove()
+        self._untap()
         if self._writers is None:
             return
         try:
@@ -270,6 +269,12 @@ class TrajectoryRecorder(Callback):
 
     # ---- parts of the above
 
+    def _untap(self) -> None:
+        self._tap.remove()
+        self._checkpoints.remove()
+        if self._following is not None:
+            self._following.loss.remove()
+
     @property
     def _write(self) -> Writers:
         assert self._writers is not None
@@ -292,14 +297,6 @@ class TrajectoryRecorder(Callback):
 
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None, reason: str | None = None) -> None:
         final = Final(pl_module.state_dict()) if self._following is None else self._following.final()
-        if final.theta is not None:
-            try:
-                check_finite(final.theta, self._write.own.n_steps)
-            except NotFinite as error:
-                if self._write.processes == 1:
-                    raise
-                self.end(error, within_step=False)  # in all of them, whose parts are still to be merged
-                final = Final(final.state)
         self._left_open = False
         self._list_checkpoints(check=True)
         if stopped is None and self._steps_taken() is not None and final.averages is None:

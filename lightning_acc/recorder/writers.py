@@ -20,8 +20,8 @@ from lightning_acc.record.lock import Lock
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import NotFinite, RunWriter
 from lightning_acc.recorder import description, ranks
-from lightning_acc.recorder.averages import Averages
 from lightning_acc.recorder.checkpoints import resume
+from lightning_acc.recorder.checkpoints.averages import Averages
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.ending import in_words
@@ -155,7 +155,7 @@ class Writers:
         self.main.begin({"run_id": self._lock.run_id, **header} if self._lock else header)
         rebuild.LIVE[self.main.header["run_id"]] = module
         description.write_frozen(self.main, module.state_dict())
-        description.write_sample_info(self.main, trainer)
+        description.write_sample_info(self.main, trainer, self.own.names)
         description.write_queries(self.main, trainer)
 
     def list_checkpoints(self, steps: dict[str, int]) -> None:

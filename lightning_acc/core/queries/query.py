@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_acc.arguments import shown
 from lightning_acc.core.fingerprint import describe
-from lightning_acc.core.objective import LossFunction, Objective, loss_function
+from lightning_acc.core.losses.per_sample import LossFunction
+from lightning_acc.core.objective import Objective
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.record import batches
@@ -110,7 +111,7 @@ class Query:
         """
         parts = []
         with self.reading(objective):
-            for leaves, structure in self.batches:
+            for leaves, structure in self._with_same_noise():
                 read = partial(self._batch_values if each else self.batch_sum, objective, structure=structure)
                 values = objective.each(
                     lambda theta, batch, read=read: read(theta, batch), thetas, batches.cast(leaves, objective.dtype)
@@ -136,7 +137,7 @@ class Query:
         total = torch.zeros_like(theta)
         leaf = theta.detach().requires_grad_()
         with self.reading(objective):
-            for leaves, structure in self.batches:
+            for leaves, structure in self._with_same_noise():
                 value = self.batch_sum(objective, leaf, batches.cast(leaves, objective.dtype), structure)
                 if not value.requires_grad:
                     raise RequestError(
@@ -150,23 +151,38 @@ class Query:
         """Gradients (examples, p) at ``theta`` (p,) of what the query averages over, each example taken by itself."""
         parts = []
         with self.reading(objective):
-            for leaves, structure in self.batches:
+            for leaves, structure in self._with_same_noise():
                 single = {name: leaf.unsqueeze(1) for name, leaf in batches.cast(leaves, objective.dtype).items()}
                 parts.append(objective.gradient_of_each(partial(self.batch_sum, objective, structure=structure), theta, single))
         if not any(part.any() for part in parts):
             self.gradient(objective, theta)  # which says so, where there is none
         return torch.cat(parts)
 
+    def _with_same_noise(self) -> Iterator[tuple[Leaves, Structure]]:
+        """The batches; for each, a function that draws random numbers draws the same at any parameters."""
+        for i, batch in enumerate(self.batches):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(i)
+                yield batch
+
     def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
-        """The function summed over the examples of one batch, at parameters ``theta`` (p,)."""
-        size = batches.batch_size(leaves)
-        values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
+        """The function summed over the examples of one batch, at parameters ``theta`` (p,).
+
+        Of losses that the training weighs, so many times the weighted mean, as the module itself would say.
+        """
+        size, batch = batches.batch_size(leaves), batches.unflatten(structure, leaves)
+        if self.function is None and objective.reduction == "weighted":
+            losses, weights = objective.call(theta, objective.weighted_loss, batch)
+            mean: Tensor = (weights * losses).sum()
+            return size * mean
+        values = self._checked(objective.call(theta, self.function or objective.loss, batch), size)
         return values.sum() if values.ndim else values * size
 
     def _batch_values(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function of each example of one batch, (B,)."""
         size = batches.batch_size(leaves)
-        values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
+        batch = batches.unflatten(structure, leaves)
+        values = self._checked(objective.call(theta, self.function or objective.loss, batch), size)
         if values.ndim or size == 1:
             return values.reshape(size)
         raise RequestError(
@@ -218,7 +234,3 @@ def _takes_two(function: object) -> bool:
     except ValueError:  # of some that are written in C nothing is known
         pass
     return True
-
-
-def _loss(module: torch.nn.Module, batch: Any) -> Tensor:
-    return loss_function(module)(module, batch)
