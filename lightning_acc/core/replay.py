@@ -243,23 +243,25 @@ class Tape:
     """The states of a replay, kept so that its steps can be visited from the last to the first.
 
     Where the T states do not fit into ``memory`` bytes, about sqrt(T) of them are kept, evenly spaced, and the others are
-    computed again, a segment at a time.
+    computed again, a segment at a time. ``seen`` is told the parameters (p,) after each number of steps, from 0, on the way.
 
     Attributes:
         final: the state after the last step.
         checked: the parameters (p,) at the step ``replay.checked_at``.
     """
 
-    def __init__(self, replay: Replay, memory: int) -> None:
+    def __init__(self, replay: Replay, memory: int, seen: Callable[[int, Tensor], object] = lambda t, theta: None) -> None:
         self._replay = replay
         self._segment = segment(replay, memory)
         self._kept: list[State] = []
         self.final = replay.initial
         self.checked = self.final[0]
+        seen(0, self.final[0])
         for t in range(len(replay)):
             if t % self._segment == 0:
                 self._kept.append(self.final)
             self.final = replay.step(t)(self.final)
+            seen(t + 1, self.final[0])
             if t + 1 == replay.checked_at:
                 self.checked = self.final[0]
 

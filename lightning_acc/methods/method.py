@@ -46,8 +46,9 @@ class Answer:
 
     Attributes:
         scores: (n,); (n, examples) where each example was asked about.
-        shifts: at the steps that were asked about, (steps, n, p), where they were to be kept.
-        thetas: the run's own parameters there, (steps, p).
+        shifts: where the query was read, at the steps asked about or at their average, (readings, n, p), where they were to be
+            kept.
+        thetas: the run's own parameters there, (readings, p).
         details: how it was done, by the names in the method's ``details``.
         more: further columns of the table, (n,) each.
     """

@@ -74,7 +74,7 @@ class Swept(Method):
         self.check(replay)
         if self._back(question) is not None:
             return [list(removals)]
-        kept = len(question.moments.steps) if question.keep_shifts else 0
+        kept = question.moments.readings if question.keep_shifts or question.moments.average else 0
         size = memory.chunk_size(replay, self.name, self.copies, question.memory, kept) if removals else 1
         return memory.chunks(removals, size)
 
@@ -98,7 +98,7 @@ class Swept(Method):
             return Answer(torch.stack([per_sample[..., list(removal)].sum(-1) for removal in removals]))
         reading = Reading(replay, question)
         _, _, bend = sweeps.forward(
-            replay, self.forward(), removals, lambda done: progress(0.95 * done), reading, question.moments.steps
+            replay, self.forward(), removals, lambda done: progress(0.95 * done), reading, question.moments.weights
         )
         scores = reading.scores
         assert scores is not None

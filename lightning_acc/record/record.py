@@ -155,6 +155,13 @@ class Record:
         """
         return manifest.checkpoints_within(self.manifest.get("checkpoints", {}), self.n_steps)
 
+    @property
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """Of each average of the parameters that a callback kept (``"ema"``, ``"swa"``) its ``steps`` (k,), ``weights`` (k,) of
+        these and ``theta`` (p,), what it came to: the sum over its steps of ``weight * run.parameters(step)``.
+        """
+        return {name.partition("/")[2].rpartition(".")[0]: self._load(name)[0] for name in self._names("averages")}
+
     def snapshot(self, t: int) -> Tensor:
         """A copy of the flat trained parameters (p,) before step ``t``, one of ``snapshots``."""
         name, i = self._snapshots[t]

@@ -139,6 +139,8 @@ class RunWriter:
                 leaves, _ = manifests.load(self.store, recorded, name)
                 numbers = leaves.pop("#").tolist()
                 self._numbering.known(leaves, numbers)
+            if folder == "averages":
+                continue  # of the end that the run had before
             self.files[name] = facts
             if "count" in facts:
                 self._counters[folder] = self._settled[folder] = int(name.partition("/")[2][:6]) + 1
@@ -154,7 +156,7 @@ class RunWriter:
         """Delete what a run that was taken up again has written beyond the step it is taken up at."""
         self._write_manifest()
         written, _ = manifests.own_files(self.store)
-        later = [n for n in written if n.startswith(("steps/", "parameters/", "samples/")) and n not in self.files]
+        later = [n for n in written if n.startswith(("steps/", "parameters/", "samples/", "averages/")) and n not in self.files]
         if later:
             self.store.remove(*later)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.steps import SeenStep
-from lightning_acc.record.writer import check_finite
+from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.beginning import Assembly, understand
+from lightning_acc.recorder.checkpoints import resume
+from lightning_acc.recorder.checkpoints.averages import Averages
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.identity import Identity
@@ -23,10 +26,10 @@ from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.steps import Checks
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.loss import LossTap
-from lightning_acc.recorder.optimizer import TrainedOptimizer
+from lightning_acc.recorder.optimizer import Clipping, TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.snapshots import Snapshots
-from lightning_acc.recorder.writers import Writers
+from lightning_acc.recorder.writers import Final, Writers
 
 if TYPE_CHECKING:
     from lightning_acc.recorder.recorder import TrajectoryRecorder
@@ -59,6 +62,10 @@ class Following:
     ) -> None:
         self.begun = self.ended = False
         self.optimizer = TrainedOptimizer(trainer, module)
+        self._clipping = Clipping(trainer, bool(refusals.overridden(module, ["configure_gradient_clipping"])))
+        self.averages = Averages(trainer, () if place is None else place.averages)
+        self._kept: tuple[int, Tensor, dict[str, Any]] | None = None
+        """After so many steps the parameters and the module's state; where an average may replace them."""
         if place is not None:
             self.optimizer.with_gradient = place.with_gradient
         self.snapshots = Snapshots(
@@ -84,8 +91,14 @@ class Following:
         return self._within
 
     @property
-    def steps_taken(self) -> int:
-        """How many steps the parameters have taken: within a step, with it once the optimizer has stepped."""
+    def steps_taken(self) -> int | None:
+        """How many steps the parameters have taken: within a step, with it once the optimizer has stepped.
+
+        None where an average has taken their place.
+        """
+        kept = self._kept
+        if kept is not None and kept[0] == self._write.own.n_steps and not torch.equal(kept[1], self.optimizer.parameters()):
+            return None
         return self._write.own.n_steps + (self._within and self._trainer.global_step > self._before)
 
     def batch_starts(self, batch: Any) -> None:
@@ -94,6 +107,7 @@ class Following:
         first = self._tap.take_first(batch)
         if self.ended:
             return
+        self.averages.see(self._write.own.n_steps)
         try:
             leaves, structure = batches.flatten(batch)
             size = batches.batch_size(leaves)
@@ -123,6 +137,10 @@ class Following:
             self._foreign = refusals.foreign_random_state()
         self.loss.observe(len(ids) if self.begun and self._assembly.observable else None)
         self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
+
+    def gradient_zeroed(self) -> None:
+        """What has been accumulated and did not come to a step is forgotten."""
+        self._seen = [batch for batch in self._seen if not batch.counts]
 
     def has_gradient(self) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
@@ -158,7 +176,11 @@ class Following:
         self._seen = [batch for batch in self._seen if batch.counts]
         number = self._write.own.n_steps
         groups = self.optimizer.hyperparameters(number)
-        self._look(number, groups)
+        self._clipping.begin(groups)
+        try:
+            self._look(number, groups)
+        except RecordingRefused as refusal:
+            raise refusals.with_suspects(refusal, self._module) from refusal
         self._step = {
             "sample_ids": [sample for batch in self._seen for sample in batch.ids],
             "contents": [number for batch in self._seen for number in batch.contents],
@@ -174,11 +196,50 @@ class Following:
         """The step is done."""
         if not self._within:
             return
+        self._clipping.end()
         step, self._step, self._within = self._step, None, False
         self._seen = []
         self._number += 1
         if step is not None:
             self._write.own.add_step(step)
+
+    def epoch_ends(self) -> None:
+        """Keep what an averaging callback may be about to replace."""
+        number = self._write.own.n_steps
+        if self.averages and not self.ended and (self._kept is None or self._kept[0] != number):
+            state = {name: copy.deepcopy(value) for name, value in self._module.state_dict().items()}
+            self._kept = number, self.optimizer.parameters(), state
+
+    def place(self, run_id: str) -> Place:
+        """Where in the record ``run_id`` the training is, after a whole step."""
+        self.averages.see(self._write.own.n_steps)
+        state, seen = resume.fingerprint(self.optimizer.state()), self.optimizer.with_gradient
+        return Place(run_id, self._write.own.n_steps, state, seen, self.averages.updates)
+
+    def final(self) -> Final:
+        """What is known now, at the end of the training or where it is interrupted."""
+        number, going_on = self._write.own.n_steps, self.begun and not self.ended
+        # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
+        known = going_on and not self._within
+        if not self.averages:
+            return Final(self._module.state_dict(), self._finite(self.optimizer.parameters()) if known else None)
+        if known:
+            self.averages.see(number)
+        after, theta, state = self._kept or (None, None, {})
+        theta = self._finite(theta) if known and after == number and theta is not None else None
+        # While it validates, a callback has the parameters in the place of their average.
+        return Final(state, theta, self.averages if going_on and self._trainer.training else None)
+
+    def _finite(self, theta: Tensor) -> Tensor | None:
+        """The final parameters, where they are finite; where not, the records of several processes end, to be merged."""
+        try:
+            check_finite(theta, self._write.own.n_steps)
+        except NotFinite as error:
+            if self._write.processes == 1:
+                raise
+            self._options.end(error, within_step=False)  # in all of them
+            return None
+        return theta
 
     def end(self, within_step: bool) -> None:
         """Record no more; in the middle of a step, or after one."""

@@ -52,6 +52,7 @@ class TrainedOptimizer:
         self._rule = RULES[self.name]
         placed = zip(self.group_of, self._parameters, strict=True)
         self._slots = [self._rule.slots({**groups[group], "shape": tuple(p.shape)}) for group, p in placed]
+        self._n_groups = len(groups)
         self.update = Update(self.name, self.layout, self.group_of, max(map(len, self._slots)))
         self.rounded_to = rounded_to(str(trainer.precision), self._parameters[0].dtype, is_compiled(module))
         self.with_gradient: list[bool] | None = None
@@ -117,6 +118,12 @@ class TrainedOptimizer:
             RecordingRefused: a parameter without a gradient would be treated otherwise than F does.
             RunError: one is no finite number, from which no parameters come.
         """
+        if len(self._optimizer.param_groups) != self._n_groups:
+            now = len(self._optimizer.param_groups)
+            raise RunError(
+                f"The optimizer has {now} parameter groups in step {step} and had {self._n_groups} at first, but a record is "
+                "of the same parameters throughout: give it all of them from the start."
+            )
         algorithm = self._trainer.gradient_clip_algorithm
         for_all = {
             "step": step + 1,
@@ -166,6 +173,40 @@ class TrainedOptimizer:
 def _dense(value: Tensor) -> Tensor:
     value = value.detach()
     return value.to_dense() if value.is_sparse else value
+
+
+class Clipping:
+    """Sees how a module clips the gradients of a step, where that is not left to the trainer.
+
+    Args:
+        trainer: the Lightning trainer.
+        by_module: whether the module decides, with ``configure_gradient_clipping``.
+    """
+
+    def __init__(self, trainer: Any, by_module: bool) -> None:
+        self._plugin, self._by_module = trainer.precision_plugin, by_module
+
+    def begin(self, groups: list[dict[str, Any]]) -> None:
+        """Put into the hyper-parameters ``groups`` how the step that begins is clipped, once it is: as yet it is not."""
+        if not self._by_module:
+            return
+        for group in groups:
+            group["gradient_clip_val"] = None
+        clip = type(self._plugin).clip_gradients.__get__(self._plugin)
+
+        def clip_and_note(optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
+            if clip_val > 0 and groups[0]["gradient_clip_val"] is not None:
+                refuse_if("configure_gradient_clipping clips the gradients of a step twice: clip them once")
+            for group in groups if clip_val > 0 else ():
+                group["gradient_clip_val"] = float(clip_val)
+                group["gradient_clip_algorithm"] = str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm))
+            clip(optimizer, clip_val, gradient_clip_algorithm)
+
+        self._plugin.clip_gradients = clip_and_note
+
+    def end(self) -> None:
+        """Leave the trainer as it was."""
+        vars(self._plugin).pop("clip_gradients", None)
 
 
 def _plain(value: Any) -> Any:

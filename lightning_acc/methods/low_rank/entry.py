@@ -162,7 +162,7 @@ class LowRank(Method):
         uncertainty.
         """
         n, most = len(removals), most_directions(replay.run)
-        exactly = read_exactly(replay.run, n, question.query, len(question.moments.steps)) if question.readout == "exact" else 0
+        exactly = read_exactly(replay.run, n, question.query, question.moments.readings) if question.readout == "exact" else 0
         passed = tracked(replay, removals, question, self.directions, most, exactly, lambda done: progress(0.9 * done))
         details: dict[str, Any] = {
             "directions_used": passed.basis.directions,

@@ -14,7 +14,7 @@ from lightning_acc.arguments import shown
 from lightning_acc.record import seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.samples import names
-from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
+from lightning_acc.record.schema.keys import AVERAGE, DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
 from lightning_acc.record.schema.kinds import (
     LIMIT,
     PLAIN,
@@ -92,6 +92,8 @@ def opened_tensors(store: Store, name: str, remedy: str) -> tuple[dict[str, Tens
 
 def fault_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], manifest: Manifest) -> str | None:
     """The first thing wrong with what a file of the record holds, in words that go on after its name; None where nothing is."""
+    if AVERAGE.fullmatch(name):
+        return next(_average_faults(tensors, manifest), None)
     found = NUMBERED.fullmatch(name)
     if found is None:
         return None
@@ -155,6 +157,21 @@ def _parameters_faults(
     yield from _shape_faults(tensors, {"theta": (DTYPES[manifest["dtype"]], ("snapshots", "parameters"))}, shape)
     if not torch.isfinite(tensors["theta"]).all():
         yield "its theta is not all finite"
+
+
+def _average_faults(tensors: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:
+    kinds: dict[str, tuple[torch.dtype, Shape]] = {
+        "steps": (torch.int64, ("steps",)),
+        "weights": (torch.float64, ("steps",)),
+        "theta": (DTYPES[manifest["dtype"]], ("parameters",)),
+    }
+    yield from _shape_faults(tensors, kinds, {"parameters": numel(manifest)})
+    steps = tensors["steps"]
+    if not len(steps) or bool((steps.diff() <= 0).any()):
+        yield "its steps do not increase"
+    yield from _range_faults("steps", steps, manifest.get("n_steps", 10**12) + 1)
+    if not (torch.isfinite(tensors["weights"]).all() and torch.isfinite(tensors["theta"]).all()):
+        yield "its weights and its theta are not all finite"
 
 
 def _samples_faults(

@@ -89,6 +89,9 @@ BY_FOLDER: dict[str, dict[str, Kind]] = {
     "samples": COUNT,
 }
 """What the manifest says of the numbered files of a folder, beside their size and hash."""
+AVERAGE = re.compile(r"averages/[a-z0-9-]{1,40}\.safetensors")
+AVERAGED: dict[str, Kind] = {"callback": TEXT}
+"""The same of an average of the parameters that a callback kept."""
 NAMES = {"names": whole(1, MOST_SAMPLES)}
 """What it says of a file of steps in which samples were seen first that the batches name."""
 NUMBERED = re.compile(r"(steps|parameters|samples)/(\d{6,18})(-\d{1,18})?\.safetensors")
@@ -107,12 +110,14 @@ def fault_of(manifest: Manifest, part: bool = False) -> str | None:
         return fault
     for name, facts in manifest["files"].items():
         folder = NUMBERED.fullmatch(name)
-        loose = folder is None and name.partition("/")[0] in BY_FOLDER and name.endswith(".safetensors")
+        average = AVERAGE.fullmatch(name)
+        of_folder = name.partition("/")[0] in (*BY_FOLDER, "averages") and name.endswith(".safetensors")
+        loose = of_folder and folder is None and average is None
         if loose:
             return f"its file {name!r} has no place in a run"
         if not isinstance(facts, dict):
             return f"it tells no size and hash of {name}"
-        fault = first_fault(facts, {**FILE, **(BY_FOLDER[folder[1]] if folder else {})})
+        fault = first_fault(facts, {**FILE, **(BY_FOLDER[folder[1]] if folder else AVERAGED if average else {})})
         fault = fault or (first_fault(facts, NAMES, optional=True) if folder and folder[1] == "steps" else None)
         if fault:
             return f"of {name} {fault}"

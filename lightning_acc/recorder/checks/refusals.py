@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,17 @@ def refuse_if(reason: str | None) -> None:
 
 
 ALTERING_CALLBACKS = {
-    "StochasticWeightAveraging",
-    "WeightAveraging",
-    "EMAWeightAveraging",
-    "BaseFinetuning",
-    "BackboneFinetuning",
-    "ModelPruning",
-    "LambdaCallback",
+    "BaseFinetuning": "gives the optimizer more parameters on the way, while a record is of the same ones throughout: train "
+    "them from the start, with a smaller learning rate for their parameter group, or record the training without the callback",
+    "ModelPruning": "sets parameters to 0 outside the optimizer's step: record the training before it or after it",
 }
-"""Lightning callbacks that change the parameters, or how they are trained, outside the optimizer's step."""
+"""Lightning callbacks that change what is trained, or how, unseen, and what to do; with those derived from them.
 
-ALTERING_HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "on_after_backward", "optimizer_zero_grad")
-"""LightningModule methods that, overridden, may change gradients or parameters unseen."""
+Of others nothing is known by their names: the first steps, some later ones and the audit show whether they alter anything.
+"""
+
+HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "on_after_backward", "optimizer_zero_grad")
+"""LightningModule methods that, overridden, may change gradients or parameters; most log, or set a learning rate."""
 
 
 KEEP_BATCH_STATISTICS = "keep-batch-statistics"
@@ -77,17 +77,25 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
             f"replay can do without their library and its device: use one of {', '.join(PRECISIONS)}"
         )
     names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
-    altering = sorted(names & ALTERING_CALLBACKS)
-    if altering:
-        return f"the callback {altering[0]} changes the parameters outside the optimizer's step: leave it out"
+    altering = sorted(names & ALTERING_CALLBACKS.keys())
+    return f"the callback {altering[0]} {ALTERING_CALLBACKS[altering[0]]}" if altering else None
+
+
+def overridden(module: Any, hooks: Sequence[str] = HOOKS) -> list[str]:
+    """Which of these methods the module's class defines by itself."""
     base = next(kind for kind in type(module).__mro__ if kind.__name__ == "LightningModule")
-    overridden = [name for name in ALTERING_HOOKS if getattr(type(module), name) is not getattr(base, name)]
-    if overridden:
-        return (
-            f"{type(module).__name__} overrides {overridden[0]}, which may change gradients or parameters unseen: "
-            "leave it to Lightning"
-        )
-    return None
+    return [name for name in hooks if getattr(type(module), name) is not getattr(base, name)]
+
+
+def with_suspects(refusal: RecordingRefused, module: Any) -> RecordingRefused:
+    """What was found to be wrong with a step, and which of the module's own methods may have done it."""
+    names = [*overridden(module), *overridden(module, ("on_before_optimizer_step",))]
+    if not names:
+        return refusal
+    remedy = "let it leave gradients and parameters as they are, or leave it to Lightning"
+    return RecordingRefused(
+        f"{refusal} {type(module).__name__} overrides {' and '.join(names)}, where this may come from: {remedy}."
+    )
 
 
 def sharded(strategy: str) -> str:

@@ -54,6 +54,7 @@ class Checks:
         self.followed: int | None = None
         """The step whose effect is to be compared, once it is there."""
         self._before = state[0]
+        self._pending: tuple[Step, Tensor]
         self._replayed = state
         self._rounded_to = rounded_to
         self._roundoff = RoundOff(state, rounded_to)
@@ -92,6 +93,9 @@ class Checks:
                     f"The buffer {name!r} changes while training, and it is not known how: keep it fixed, or set the layer "
                     "it belongs to into evaluation mode."
                 )
+        step, gradient = self._pending
+        self._roundoff.advance(step, self._replayed, gradient)
+        self._replayed = step.update(self._replayed, gradient)
         moved = theta - self._before
         error = (self._replayed[0] - theta).abs() - self._roundoff.allowed
         difference = float(error.clamp_min(0).norm() / moved.norm().clamp_min(torch.finfo(theta.dtype).tiny))
@@ -132,9 +136,8 @@ class Checks:
         # At first F goes all the way by itself; later it starts from the optimizer's slots and the training's gradient.
         if not self.early(number):
             self._replayed, self._roundoff = state, RoundOff(state, self._rounded_to)
-        followed = step.gradient(self._replayed[0]) if self.early(number) else gradient
-        self._roundoff.advance(step, self._replayed, followed)
-        self._replayed = step.update(self._replayed, followed)
+        # The update is taken when the next step begins: how the training clips its gradients shows after they are looked at.
+        self._pending = step, step.gradient(self._replayed[0]) if self.early(number) else gradient
 
     def early(self, number: int) -> bool:
         """Whether step ``number`` is one of the first, which are all compared."""
