@@ -11,6 +11,21 @@ from wild import EXACT, compare, record
 
 from lightning_acc.recorder import RecordingRefused
 
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        # Of the packages, about themselves.
+        "`is_gradient_checkpointing` is deprecated",
+        "`gradient_checkpointing_enable` is deprecated",
+        "'set_vital' is deprecated",
+        "enable_nested_tensor is True",
+        "Trying to infer the `batch_size`",
+        "Converting a tensor with requires_grad=True to a scalar",
+        # Of what the set-ups are on purpose: rebuilt by hand, with a best checkpoint before the end.
+        "The module .* rebuilt from its hyper-parameters",
+        "The best checkpoint of",
+    )
+]
 RECORDED = [name for name, setup in SETUPS.items() if setup.refused is None]
 DOUBLE = [name for name in RECORDED if SETUPS[name].double]
 REFUSED = [name for name, setup in SETUPS.items() if setup.refused is not None]
