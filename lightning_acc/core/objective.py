@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,9 +134,10 @@ class Objective:
         """The module's own tensors, which all parameter vectors share."""
         return [*self._call.module.parameters(), *self._call.module.buffers()]
 
-    def losses(self, theta: Parameters, leaves: Leaves) -> Tensor:
-        """Per-sample losses (B,) at ``theta`` (p,), in training mode."""
-        return self.call(theta, self.loss, batches.unflatten(self.structure, leaves))
+    def losses(self, theta: Parameters, leaves: Leaves, structure: Structure | None = None) -> Tensor:
+        """Per-sample losses (B,) at ``theta`` (p,), in training mode; ``structure`` is the batch's, where it is another."""
+        structure = self.structure if structure is None else structure
+        return self.call(theta, partial(self.loss, parts=(leaves, structure)), batches.unflatten(structure, leaves))
 
     def losses_each(self, thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """Losses (n, B) at each of ``thetas`` (n, p); with ``own_rows`` the leaves are (n, B, ...), a batch for each."""
@@ -146,7 +148,8 @@ class Objective:
         if self._vmap:
             try:
                 with traceable():
-                    return torch.vmap(function, in_dims=(0, 0 if own_rows else None), randomness="same")(thetas, leaves)
+                    each = torch.vmap(function, in_dims=(0, batches.in_dims(leaves) if own_rows else None), randomness="same")
+                    return each(thetas, batches.unmapped(leaves) if own_rows else leaves)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -166,8 +169,8 @@ class Objective:
         if self._vmap:
             try:
                 with traceable():
-                    each = torch.vmap(torch.func.grad(function), in_dims=(None, 0), randomness="same")
-                    gradients: Tensor = each(theta.detach(), leaves)
+                    each = torch.vmap(torch.func.grad(function), in_dims=(None, batches.in_dims(leaves)), randomness="same")
+                    gradients: Tensor = each(theta.detach(), batches.unmapped(leaves))
                     return gradients
             except RuntimeError as error:
                 if is_out_of_memory(error):
@@ -194,15 +197,19 @@ class Objective:
                 part.training = mode
 
 
-def loss_function(module: nn.Module) -> LossFunction:
+def loss_function(module: nn.Module) -> Callable[..., Tensor]:
     """How the per-sample losses of a module are taken: by its own ``per_sample_loss``, or by its ``training_step``."""
     return per_sample_loss if isinstance(module, HasPerSampleLoss) else losses_of_training_step
 
 
-def per_sample_loss(module: nn.Module, batch: Any) -> Tensor:
+Parts = tuple[Leaves, Structure]
+"""A batch taken apart."""
+
+
+def per_sample_loss(module: nn.Module, batch: Any, parts: Parts | None = None) -> Tensor:
     """The module's own ``per_sample_loss``, checked to give one loss a sample."""
     losses: Any = module.per_sample_loss(batch)  # type: ignore[operator]
-    leaves, _ = batches.flatten(batch)
+    leaves, _ = parts or batches.flatten(batch)
     size = batches.batch_size(leaves)
     if not isinstance(losses, Tensor) or losses.shape != (size,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -213,9 +220,9 @@ def per_sample_loss(module: nn.Module, batch: Any) -> Tensor:
     return losses
 
 
-def losses_of_training_step(module: nn.Module, batch: Any) -> Tensor:
+def losses_of_training_step(module: nn.Module, batch: Any, parts: Parts | None = None) -> Tensor:
     """Per-sample losses (B,) by ``training_step`` on batches of one sample: slower than ``per_sample_loss``, and as good."""
-    leaves, structure = batches.flatten(batch)
+    leaves, structure = parts or batches.flatten(batch)
 
     def alone(row: Leaves) -> Tensor:
         single = {name: leaf.unsqueeze(0) for name, leaf in row.items()}
@@ -224,7 +231,7 @@ def losses_of_training_step(module: nn.Module, batch: Any) -> Tensor:
     with traceable():
         if not module.__dict__.get("_rows_resist_vmap"):
             try:
-                return torch.vmap(alone, randomness="different")(leaves)
+                return torch.vmap(alone, in_dims=(batches.in_dims(leaves),), randomness="different")(batches.unmapped(leaves))
             except RuntimeError:
                 module.__dict__["_rows_resist_vmap"] = True
         return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])

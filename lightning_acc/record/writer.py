@@ -135,7 +135,8 @@ class RunWriter:
                     continue
                 self.snapshots += facts["steps"]
             if folder == "samples" and "count" in facts:
-                leaves, _ = manifests.load(self.store, recorded, name)
+                tensors, _ = manifests.load(self.store, recorded, name)
+                leaves = batches.unpacked(tensors)
                 numbers = leaves.pop("#").tolist()
                 self._contents.update(zip(batches.digests(leaves), numbers, strict=True))
             self.files[name] = facts
@@ -159,12 +160,12 @@ class RunWriter:
 
     def content_ids(self, leaves: Leaves) -> list[int]:
         """Numbers of the samples of a batch, by content: equal contents get the same number and are stored once."""
-        flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}
+        flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items() if batches.has_rows(name)}
         numbers = []
         for row, key in enumerate(batches.digests(flat)):
             if key not in self._contents:
                 self._contents[key] = len(self._contents)
-                content = {name: leaf[row].clone() for name, leaf in flat.items()}
+                content = {name: leaf.clone() for name, leaf in batches.row(flat, row).items()}
                 self._new_contents[batches.signature(flat)].append((self._contents[key], content))
                 self._pending_bytes += sum(leaf.nbytes for leaf in content.values())
             numbers.append(self._contents[key])
@@ -248,7 +249,7 @@ class RunWriter:
     ) -> None:
         for signature in sorted(contents, key=repr):
             collected = contents[signature]
-            tensors = {name: torch.stack([content[name] for _, content in collected]) for name in collected[0][1]}
+            tensors = batches.packed_rows([content for _, content in collected])
             tensors["#"] = torch.tensor([number for number, _ in collected])
             self._write("samples", tensors, mark)
         if states:
@@ -273,7 +274,7 @@ class RunWriter:
         self, folder: str, tensors: dict[str, Tensor], mark: str, metadata: dict[str, str] | None = None, **facts: Any
     ) -> None:
         name = f"{folder}/{self._counters[folder]:06d}{mark}.safetensors"
-        count = len(next(iter(tensors.values()))) - (folder == "steps")
+        count = len(tensors["#"]) if folder == "samples" else len(next(iter(tensors.values()))) - (folder == "steps")
         self.write_file(name, safetensors.torch.save(tensors, metadata), count=count, **facts)
         self._counters[folder] += 1
 

@@ -66,6 +66,7 @@ class Following:
         self._tap, self._write, self._place = tap, write, place
         self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs else None
         self._structure: batches.Structure = {}
+        self._shared: batches.Leaves | None = None
         self._seen: list[SeenBatch] = []
         self._step: SeenStep | None = None
         self._within = False
@@ -91,22 +92,17 @@ class Following:
         if self.ended:
             return
         try:
-            leaves, structure = batches.flatten(batch)
-            size = batches.batch_size(leaves)
+            leaves, structure = batches.flatten(batch, len(ids), self._structure)
         except RunError as error:
             raise RecordingRefused(str(error)) from error
-        if size != len(ids):
-            raise RecordingRefused(
-                f"The sampler gave {len(ids)} samples but the batch has {size} rows: the collate_fn must make one row "
-                "a sample, in order."
-            )
-        if self.begun and structure != self._structure:
+        if self._structure and structure != self._structure:
             raise RecordingRefused(
                 f"The batch of step {self._write.own.n_steps} is built otherwise than the first one: "
                 f"{batches.first_difference(self._structure, structure)}."
             )
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
+        self._keep_shared(batches.shared(leaves))
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
         contents = self._write.own.content_ids(leaves)
         if self._identity is not None:
@@ -114,6 +110,22 @@ class Following:
         if not self.begun:
             self._foreign = refusals.foreign_random_state()
         self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
+
+    def _keep_shared(self, shared: batches.Leaves) -> None:
+        """Keep the tensors that belong to no sample, which are recorded once.
+
+        Raises:
+            RecordingRefused: they are others than in the first batch.
+        """
+        if self._shared is None:
+            self._shared = {name: tensor.detach().cpu().clone() for name, tensor in shared.items()}
+        for name, tensor in shared.items():
+            if not torch.equal(tensor.cpu(), self._shared[name]):
+                raise RecordingRefused(
+                    f"The tensor {name.rpartition('#')[0]!r} has no row a sample (its shape is {tuple(tensor.shape)}) and is "
+                    f"another one in step {self._write.own.n_steps}, so that it cannot be told which sample is in it: give it "
+                    "a row a sample in the collate_fn; what is said of the whole batch may be a single number."
+                )
 
     def has_gradient(self) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
@@ -215,4 +227,5 @@ class Following:
         if options.mixed_rows == rows.AS_THEY_ARE:
             header["loss"]["mixed_rows"] = options.mixed_rows
         self._write.begin(self._trainer, self._module, header, self._place, options.overwrite)
+        self._write.shared(self._shared or {})
         self.begun = True

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
 from lightning_acc.core import rebuild
@@ -140,6 +141,11 @@ class Writers:
         description.write_frozen(self.main, module)
         description.write_sample_info(self.main, trainer)
         description.write_queries(self.main, trainer)
+
+    def shared(self, tensors: dict[str, Tensor]) -> None:
+        """Write the tensors of the batches that belong to no sample."""
+        if self.main is not None and tensors and manifests.SHARED not in self.main.files:
+            self.main.write_file(manifests.SHARED, safetensors.torch.save(tensors))
 
     def list_checkpoints(self, steps: dict[str, int]) -> None:
         """Have the manifest list these checkpoints from when it is written next."""

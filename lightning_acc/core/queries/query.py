@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,20 @@ import torch
 from torch import Tensor
 
 from lightning_acc.arguments import shown
-from lightning_acc.core.fingerprint import describe
-from lightning_acc.core.objective import LossFunction, Objective, loss_function
+from lightning_acc.core.objective import LossFunction, Objective
 from lightning_acc.core.process import is_out_of_memory
+from lightning_acc.core.queries.fingerprint import describe
 from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.record.store import digest
+
+
+@dataclass(frozen=True)
+class TakenApart:
+    """A batch that is taken apart already, for ``Query``."""
+
+    parts: tuple[Leaves, Structure]
 
 
 class Query:
@@ -63,9 +71,10 @@ class Query:
         self.function = function
         self.batches: list[tuple[Leaves, Structure]] = []
         for batch in data:
-            leaves, structure = batches.flatten(batch)
-            batches.batch_size(leaves)
-            self.batches.append(({key: leaf.detach().cpu().clone() for key, leaf in leaves.items()}, structure))
+            leaves, structure = batch.parts if isinstance(batch, TakenApart) else batches.flatten(batch)
+            everything = torch.arange(batches.batch_size(leaves))  # a copy
+            leaves = batches.rows({key: leaf.detach().cpu() for key, leaf in leaves.items()}, everything)
+            self.batches.append((leaves, structure))
         if not self.batches or not self.n_examples:
             missing = "example" if self.batches else "batch"
             raise RequestError(f"The query {name!r} has no data: its loader gave no {missing}.")
@@ -84,7 +93,7 @@ class Query:
     def encoded(self) -> bytes:
         """The batches as they are stored."""
         numbered = enumerate(leaves for leaves, _ in self.batches)
-        tensors = {f"{i}:{name}": leaf.contiguous() for i, leaves in numbered for name, leaf in leaves.items()}
+        tensors = {f"{i}:{name}": leaf for i, leaves in numbered for name, leaf in batches.packed(leaves).items()}
         return safetensors.torch.save(tensors, {"structures": json.dumps([structure for _, structure in self.batches])})
 
     def picked(self, examples: Sequence[int]) -> Query:
@@ -96,7 +105,7 @@ class Query:
             rows = torch.nonzero(wanted[first : first + batches.batch_size(leaves)])[:, 0]
             first += batches.batch_size(leaves)
             if len(rows):
-                kept.append(batches.unflatten(structure, batches.rows(leaves, rows)))
+                kept.append(TakenApart((batches.rows(leaves, rows), structure)))
         return Query(self.name, kept, self.function)
 
     def value(self, objective: Objective, theta: Tensor) -> Tensor:
@@ -160,13 +169,19 @@ class Query:
     def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function summed over the examples of one batch, at parameters ``theta`` (p,)."""
         size = batches.batch_size(leaves)
-        values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
+        values = self._checked(self._called(objective, theta, leaves, structure), size)
         return values.sum() if values.ndim else values * size
+
+    def _called(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Any:
+        """What the function gives for a batch."""
+        if self.function is None:
+            return objective.losses(theta, leaves, structure)
+        return objective.call(theta, self.function, batches.unflatten(structure, leaves))
 
     def _batch_values(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function of each example of one batch, (B,)."""
         size = batches.batch_size(leaves)
-        values = self._checked(objective.call(theta, self.function or _loss, batches.unflatten(structure, leaves)), size)
+        values = self._checked(self._called(objective, theta, leaves, structure), size)
         if values.ndim or size == 1:
             return values.reshape(size)
         raise RequestError(
@@ -218,7 +233,3 @@ def _takes_two(function: object) -> bool:
     except ValueError:  # of some that are written in C nothing is known
         pass
     return True
-
-
-def _loss(module: torch.nn.Module, batch: Any) -> Tensor:
-    return loss_function(module)(module, batch)

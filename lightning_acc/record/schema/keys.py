@@ -81,6 +81,8 @@ BY_FOLDER: dict[str, dict[str, Kind]] = {
     "samples": COUNT,
 }
 """What the manifest says of the numbered files of a folder, beside their size and hash."""
+SHARED = "shared.safetensors"
+"""The file of those tensors of the batches that belong to no sample."""
 NUMBERED = re.compile(r"(steps|parameters|samples)/(\d{6,18})(-\d{1,18})?\.safetensors")
 
 
