@@ -5,7 +5,6 @@ Everything above differentiates these losses in the parameters and in the *loss 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_acc.contract import HasPerSampleLoss
 from lightning_acc.core.checkpointing import kept_activations
 from lightning_acc.core.process import is_out_of_memory
+from lightning_acc.core.stand_in import Attributes, silent_copy, trainer_of
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure
@@ -80,6 +80,7 @@ class Objective:
         vectorised: whether many parameter vectors may be evaluated at once; one by one is slower.
         autocast: the narrower dtype training's forward passes compute in (mixed precision), or None. It acts on float32
             alone: in float64 everything is computed in full, as are queries.
+        trainer: what is known of the training's trainer; see ``stand_in``.
     """
 
     def __init__(
@@ -94,12 +95,13 @@ class Objective:
         independent_rows: bool = False,
         vectorised: bool = True,
         autocast: torch.dtype | None = None,
+        trainer: Mapping[str, Any] | None = None,
     ) -> None:
         self.layout = layout
         self.structure = structure
         self.dtype = dtype
         self.independent_rows = independent_rows
-        module = silent_copy(module)
+        module = silent_copy(module, trainer)
         module.to("cpu", dtype).train()  # before the values: a narrower dtype would round them
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
         for name in evaluation_modules or []:
@@ -108,12 +110,19 @@ class Objective:
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
                 part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
         self._call = _Call(module.requires_grad_(False))
+        self.attributes = Attributes(module)
+        self.trainer = trainer_of(module)
         self.loss = loss_function(module)
         self._vmap = vectorised
         self._autocast = autocast
 
     def call(self, theta: Parameters, function: LossFunction, batch: Any) -> Tensor:
         """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names."""
+        with self.attributes.kept():
+            return self.call_once(theta, function, batch)
+
+    def call_once(self, theta: Parameters, function: LossFunction, batch: Any) -> Tensor:
+        """The same, but what the module keeps of it in its attributes is there for the next call."""
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
         narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
@@ -133,6 +142,11 @@ class Objective:
     def tensors(self) -> list[Tensor]:
         """The module's own tensors, which all parameter vectors share."""
         return [*self._call.module.parameters(), *self._call.module.buffers()]
+
+    def named_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The same by their names, under ``parameter`` and ``buffer``."""
+        module = self._call.module
+        return {"parameter": dict(module.named_parameters()), "buffer": dict(module.named_buffers())}
 
     def losses(self, theta: Parameters, leaves: Leaves, structure: Structure | None = None) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode; ``structure`` is the batch's, where it is another."""
@@ -281,32 +295,3 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="There is a performance drop")
         warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=DeprecationWarning)
         yield
-
-
-def silent_copy(module: nn.Module) -> nn.Module:
-    """A copy of a LightningModule that logs nothing, has no trainer, and whose metrics record nothing."""
-    trainer = module.__dict__.get("_trainer")
-    if trainer is not None:
-        module.__dict__["_trainer"] = None
-    try:
-        twin = copy.deepcopy(module)
-    finally:
-        if trainer is not None:
-            module.__dict__["_trainer"] = trainer
-    for name in ("log", "log_dict", "print"):
-        twin.__dict__[name] = _nothing
-    for part in twin.modules():
-        if type(part).__module__.partition(".")[0] == "torchmetrics" or "Metric" in {
-            base.__name__ for base in type(part).__mro__ if base.__module__.startswith("torchmetrics")
-        }:
-            for name in ("forward", "update", "compute"):
-                part.__dict__[name] = _zero
-    return twin
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _zero(*_: Any, **__: Any) -> Tensor:
-    return torch.zeros(())

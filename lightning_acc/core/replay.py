@@ -54,6 +54,7 @@ class Replay:
                 independent_rows=manifest["loss"]["independent_rows"],
                 vectorised=manifest["loss"]["vectorised"],
                 autocast=AUTOCAST[manifest.get("precision", "32-true")],
+                trainer=manifest.get("trainer"),
             )
         except (RuntimeError, AttributeError) as error:  # tensors of other shapes, submodules that are not there
             if is_out_of_memory(error):

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_acc.contract import HasPerSampleLoss
+from lightning_acc.core import stand_in
 from lightning_acc.core.objective import AUTOCAST, Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Structure
 from lightning_acc.recorder import description
 from lightning_acc.recorder.checks import decomposition, refusals
+from lightning_acc.recorder.checks.carried import refuse_carried
 from lightning_acc.recorder.checks.penalty import refuse_penalty
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.optimizer import TrainedOptimizer
@@ -101,17 +103,19 @@ def understand(
         evaluation_modules=evaluation_modules,
         dtype=theta.dtype,
         autocast=AUTOCAST[str(trainer.precision)],
+        trainer=stand_in.facts(trainer),
     )
     mean, total = (Assembly(trainer, trainer.world_size, objective, optimizer, summed) for summed in (False, True))
     tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype]
     whole_batches = bool(refusals.batch_norms(module))
     try:
         gradient = optimizer.gradient(number)
+        first = everyone[0]
+        refuse_carried(objective, theta, Batch(first.leaves, first.rng if first.random else None))
         summed = decomposition.fits_better(total.step(groups, everyone), mean.step(groups, everyone), theta, gradient)
         assembly = total if summed else mean
         decomposition.compare_gradients(assembly.step(groups, everyone), theta, gradient, number, tolerance)
         vectorised = decomposition.can_be_vectorised(mean.step(groups, everyone), theta)
-        first = everyone[0]
         if not isinstance(module, HasPerSampleLoss):
             refuse_penalty(objective, theta, first.leaves, tolerance, decomposition.REMEDY)
         independent = decomposition.rows_are_independent(objective, theta, first.leaves, first.random or whole_batches)

@@ -53,11 +53,8 @@ class _Taking:
         if isinstance(part, Tensor):
             return self._tensor(part, name or "batch", kind)
         if isinstance(part, np.ndarray):
-            return {
-                "numpy": self._tensor(
-                    _tensor_of(part, name), name or "batch", kind_of(old)[0] if kind == "numpy" and old else ""
-                )
-            }
+            inner = kind_of(old)[0] if kind == "numpy" and old else ""
+            return {"numpy": self._tensor(_tensor_of(part, name), name or "batch", inner)}
         if part is None or isinstance(part, Withheld):
             return {"constant": part}
         if isinstance(part, np.generic):
@@ -105,6 +102,11 @@ class _Taking:
         if len(tensor) == self.size and kind != "shared":
             self.leaves[name], self.has_rows = tensor, True
             return {"leaf": name}
+        if self.size > 1 and kind != "shared" and tensor.ndim > 1 and tensor.shape[1] == self.size:
+            raise RunError(
+                f"The tensor {name!r} of a batch of {self.size} samples has the shape {tuple(tensor.shape)}, whose second "
+                "dimension counts them and not the first: transpose it in the collate_fn (batch_first=True)."
+            )
         if self.size > 1 and len(tensor) % self.size == 0 and len(tensor):
             raise RunError(
                 f"The tensor {name!r} of a batch of {self.size} samples has {len(tensor)} rows, so that it cannot be told "

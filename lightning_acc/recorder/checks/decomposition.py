@@ -13,6 +13,7 @@ from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
+from lightning_acc.recorder.checks.carried import refuse_unknown
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -66,6 +67,7 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     difference = float((found - gradient).norm()) / scale
     if difference <= tolerance:
         return
+    refuse_unknown(step, theta, found, number)
     numbers = f"their gradients differ by {100 * difference:.2g} % (allowed {100 * tolerance:.2g} %)"
     if not least:
         raise RecordingRefused(
@@ -85,6 +87,7 @@ def _gradient(step: Step, theta: Tensor) -> Tensor:
     except RunError as error:
         raise RecordingRefused(str(error)) from error
     except Exception as error:
+        refuse_unknown(step, theta, None, 0)
         words = " ".join(str(error).split())[:300]
         raise RecordingRefused(
             f"The loss of single samples cannot be computed ({type(error).__name__}: {words}). {REMEDY}"

@@ -1,17 +1,8 @@
-"""A copy of a LightningModule for replays, with stand-ins for what it had in training: trainer, logger, optimizers, metrics.
-
-What a step reads of these to log, to print or to decide whether to, does no harm. What never changes in a training (how many
-epochs, how many batches) is recorded and given. What a replay does not know is *no number*: where it finds its way into the
-loss, the loss is none either, and the comparison with the training's own gradient refuses it. The step and the epoch are those
-of the first step throughout. And nothing that a step leaves behind on the copy is there for the next.
-"""
+"""What stands in for a trainer, a logger, an optimizer and a metric."""
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,11 +32,6 @@ AT_FIRST: dict[str, Any] = {"global_step": 0, "current_epoch": 0}
 """What changes from step to step; a replay has it as at the first."""
 OF_ONE_PROCESS: dict[str, Any] = {"global_rank": 0, "local_rank": 0, "node_rank": 0, "is_global_zero": True}
 OF_TRAINING: dict[str, Any] = {"sanity_checking": False, "testing": False, "predicting": False, "is_last_batch": False}
-MOST = 10_000
-"""Longer containers hold data, which steps do not add to."""
-TENSORS = ("_parameters", "_buffers", "_modules")
-RESISTS = "_rows_resist_vmap"
-"""What is noted on the copy for later calls."""
 
 
 class NotInReplays(RunError, AttributeError):
@@ -71,6 +57,7 @@ class Silent:
         return self
 
     def __call__(self, *_: Any, **__: Any) -> Any:
+        """Itself."""
         return self
 
     def __getitem__(self, _: Any) -> Any:
@@ -93,20 +80,25 @@ class Trainer:
     """Stands in for the trainer of a training.
 
     Args:
-        module: the copy it belongs to.
         known: what was recorded of the trainer.
 
     Attributes:
         read: names of what was read and is not known, or not the same in every step.
+        place: the step and the epoch it tells.
     """
 
-    def __init__(self, module: nn.Module, known: Mapping[str, Any]) -> None:
+    def __init__(self, known: Mapping[str, Any]) -> None:
         self.read: set[str] = set()
-        self._module, self._known = module, dict(known)
+        self.place = dict(AT_FIRST)
+        self._known = dict(known)
         self.logger = Silent()
         self.loggers = [self.logger]
         self.callbacks: list[Any] = []
         self.state = SimpleNamespace(fn="fit", status="running", stage="train")
+
+    def of(self, module: nn.Module) -> None:
+        """The copy it belongs to."""
+        self._module = module
 
     @property
     def training(self) -> bool:
@@ -134,16 +126,16 @@ class Trainer:
     def __getattr__(self, name: str) -> Any:
         if name in OF_ONE_PROCESS or name in OF_TRAINING:
             return {**OF_ONE_PROCESS, **OF_TRAINING}[name]
+        if name.startswith("_"):
+            raise AttributeError(name)
         if name in AT_FIRST:
             self.read.add(f"self.{name}")
-            return AT_FIRST[name]
-        if name in self.__dict__.get("_known", {}):
+            return self.place[name]
+        if name in self._known:
             return self._known[name]
-        if name.startswith("__"):
-            raise AttributeError(name)
         raise NotInReplays(
-            f"training_step reads self.trainer.{name}, which no replay has: read it in __init__ or configure_model and keep what "
-            "the loss needs of it in a plain attribute or a buffer."
+            f"training_step reads self.trainer.{name}, which no replay has: read it in __init__ or configure_model and keep "
+            "what the loss needs of it in a plain attribute or a buffer."
         )
 
     def number(self, what: str) -> float:
@@ -193,13 +185,14 @@ class _Unknown(dict[str, Any]):
         return self[name]
 
 
-class _Metric:
+class Metric:
     """Stands in for what a metric of torchmetrics makes of a batch."""
 
     def __init__(self, trainer: Trainer, name: str, several: bool) -> None:
         self._trainer, self._name, self._several = trainer, name, several
 
     def __call__(self, *_: Any, **__: Any) -> Any:
+        """No number; or, of several metrics, a mapping of whatever name to none."""
         value = torch.full((), self._trainer.number(f"the metric self.{self._name}"))
         return _Values(value) if self._several else value
 
@@ -211,58 +204,3 @@ class _Values(dict[str, Any]):
 
     def __missing__(self, name: str) -> Tensor:
         return self._value
-
-
-def silent_copy(module: nn.Module, known: Mapping[str, Any] | None = None) -> nn.Module:
-    """A copy of a LightningModule that logs nothing, whose trainer is a stand-in, and whose metrics record nothing.
-
-    The module itself is left as it is.
-
-    Args:
-        module: the LightningModule, which may be in the middle of a step.
-        known: what was recorded of its trainer; see ``facts``.
-    """
-    twin = _copied(module)
-    trainer = Trainer(twin, known or {})
-    for name, part in twin.named_modules():
-        if "_trainer" in part.__dict__:  # also of LightningModules within it
-            part.__dict__["_trainer"] = trainer
-            one, schedulers = Optimizer(trainer), Optimizer(trainer)
-            mute = {"optimizers": lambda *_, one=one, **__: one, "lr_schedulers": lambda *_, one=schedulers, **__: one}
-            part.__dict__.update(mute, log=_nothing, log_dict=_nothing, print=_nothing)
-        if any(base.__module__.startswith("torchmetrics") for base in type(part).__mro__):
-            stand_in = _Metric(trainer, name, isinstance(part, nn.ModuleDict))
-            part.__dict__.update(forward=stand_in, compute=stand_in, update=_nothing)
-    return twin
-
-
-def trainer_of(twin: nn.Module) -> Trainer | None:
-    """The stand-in of a copy."""
-    trainer = twin.__dict__.get("_trainer")
-    return trainer if isinstance(trainer, Trainer) else None
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy, without what belongs to the training, of what of it can be copied."""
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        trainer = part.__dict__.get("_trainer")
-        if trainer is not None:
-            memo[id(trainer)] = None  # the copies' own come later
-    for value in _attributes(module):
-        if isinstance(value, Tensor) and value.grad_fn is not None:  # of the graph of the step in the making
-            memo[id(value)] = value.detach().clone()
-    try:
-        return copy.deepcopy(module, dict(memo))
-    except Exception:  # something in it cannot be copied, such as a lock or an open file
-        for value in _attributes(module):
-            if id(value) not in memo and not isinstance(value, (Tensor, nn.Module)):
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:
-                    memo[id(value)] = _emptied(value) if isinstance(value, (list, dict)) else Silent()
-    return copy.deepcopy(module, memo)

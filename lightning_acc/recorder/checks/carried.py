@@ -1,0 +1,107 @@
+"""A step is a function of its parameters and its batch: what else the loss is made of is found, and named.
+
+Two things it may be made of are looked for. What ``training_step`` *carries* from one step to the next: called twice on one
+batch, at the same parameters and under the same random numbers, it gives another loss. And what it *reads* of the training (the
+step, the epoch, a learning rate, a metric), for which a replay has stand-ins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core.objective import Objective, whole_loss_of_training_step
+from lightning_acc.core.step import Batch, Step
+from lightning_acc.record import batches
+from lightning_acc.recorder.checks.refusals import RecordingRefused
+
+SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Largest relative difference between the losses of two calls that counts as none."""
+ELSEWHERE = {"global_step": 12_345, "current_epoch": 678}
+"""Another place of the training."""
+
+
+def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
+    """Refuse a ``training_step`` that is another function the second time.
+
+    Args:
+        objective: the module's losses.
+        theta: parameters (p,).
+        batch: the first batch.
+
+    Raises:
+        RecordingRefused: it is; names what it keeps.
+    """
+    leaves = batches.cast(batch.leaves, objective.dtype)
+    before = {kind: {name: _sums(value) for name, value in held.items()} for kind, held in objective.named_tensors().items()}
+    losses = []
+    with objective.attributes.kept(), torch.no_grad():
+        attributes: dict[str, object] = {}
+        try:
+            for _ in range(2):
+                attributes = objective.attributes.values()
+                with batch.random_numbers():
+                    taken = batches.unflatten(objective.structure, leaves)
+                    losses.append(float(objective.call_once(theta, whole_loss_of_training_step, taken)))
+        except Exception:  # what fails is told by those who need the loss
+            return
+        changed = objective.attributes.changed(attributes)
+    for kind, held in objective.named_tensors().items():
+        for name, value in held.items():
+            if _sums(value) != before[kind][name]:
+                raise RecordingRefused(
+                    f"The {kind} {name!r} changes while training, and it is not known how, as training_step writes to it: keep "
+                    "it fixed, or set the layer it belongs to into evaluation mode."
+                )
+    first, second = losses
+    if abs(second - first) > SAME[objective.dtype] * abs(first):
+        what = ", ".join(changed) or "something outside of the module"
+        raise RecordingRefused(
+            f"training_step carries {what} from one step to the next: called twice on the first batch it gives the losses "
+            f"{first:.6g} and {second:.6g}, so that a step is no function of its batch and its parameters. Begin each step anew, "
+            "or put what is carried into the batch."
+        )
+
+
+def _sums(value: Tensor) -> tuple[float, float]:
+    value = value.detach().double()
+    return float(value.sum()), float(value.abs().sum())
+
+
+def refuse_unknown(step: Step, theta: Tensor, found: Tensor | None, number: int) -> None:
+    """Refuse a loss that is made of what a replay does not know of the training; says nothing where it is not.
+
+    Args:
+        step: a step whose gradient is not that of the training.
+        theta: parameters (p,) before it.
+        found: its gradient (p,); None where it has none.
+        number: its index.
+
+    Raises:
+        RecordingRefused: it is.
+    """
+    trainer = step.objective.trainer
+    if trainer is None or not trainer.read:
+        return
+    read = ", ".join(sorted(trainer.read - {f"self.{name}" for name in ELSEWHERE}))
+    if read and (found is None or not bool(torch.isfinite(found).all())):
+        raise RecordingRefused(
+            f"The loss is made of {read}, which no replay knows: in step {number} it is no number without. Keep it out of the "
+            "loss, and log it only; a torchmetrics metric has a function of the same name that a loss can be made of."
+        )
+    if found is None:
+        return
+    try:
+        trainer.place = dict(ELSEWHERE)
+        elsewhere = step.gradient(theta)
+    except Exception:
+        return
+    finally:
+        trainer.place = dict.fromkeys(ELSEWHERE, 0)
+    if not torch.equal(elsewhere, found):
+        words = " and ".join(sorted(trainer.read & {f"self.{name}" for name in ELSEWHERE}))
+        raise RecordingRefused(
+            f"The loss depends on {words}, which no replay knows: in step {number} its gradient is another one than at the "
+            "first. Keep the loss the same from the first step to the last; a weight that is annealed can be put into the batch "
+            "by the data set or the collate_fn."
+        )
