@@ -45,7 +45,7 @@ def facts(trainer: Any) -> dict[str, Any]:
         value = getattr(trainer, name, None)
         if isinstance(value, (int, str)) or (isinstance(value, float) and abs(value) != float("inf")):
             found[name] = value
-    return found
+    return {**found, "logger": bool(trainer.loggers)}
 
 
 class Silent:
@@ -91,8 +91,8 @@ class Trainer:
         self.read: set[str] = set()
         self.place = dict(AT_FIRST)
         self._known = dict(known)
-        self.logger = Silent()
-        self.loggers = [self.logger]
+        self.logger = Silent() if self._known.pop("logger", True) else None
+        self.loggers = [self.logger] if self.logger else []
         self.callbacks: list[Any] = []
         self.state = SimpleNamespace(fn="fit", status="running", stage="train")
 

@@ -1,11 +1,13 @@
 """A step is a function of its parameters and its batch: what else the loss is made of is found, and named.
 
-Two things it may be made of are looked for. What ``training_step`` *carries* from one step to the next: called twice on one
-batch, at the same parameters and under the same random numbers, it gives another loss. And what it *reads* of the training (the
-step, the epoch, a learning rate, a metric), for which a replay has stand-ins.
+Two things are looked for. What ``training_step`` *carries* from one step to the next: called again on one batch, after it was
+called on another, it gives another loss at the same parameters and under the same random numbers. And what it *reads* of the
+training (the step, the epoch, a learning rate, a metric), for which a replay has stand-ins.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ ELSEWHERE = {"global_step": 12_345, "current_epoch": 678}
 
 
 def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
-    """Refuse a ``training_step`` that is another function the second time.
+    """Refuse a ``training_step`` that is another function the second time, or gives no number.
 
     Args:
         objective: the module's losses.
@@ -33,39 +35,56 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
         RecordingRefused: it is; names what it keeps.
     """
     leaves = batches.cast(batch.leaves, objective.dtype)
-    before = {kind: {name: _sums(value) for name, value in held.items()} for kind, held in objective.named_tensors().items()}
-    losses = []
+    other = batches.rows(leaves, torch.zeros(batches.batch_size(leaves), dtype=torch.int64))
+    losses: list[float] = []
+    tensors: list[dict[str, tuple[float, float]]] = []
     with objective.attributes.kept(), torch.no_grad():
-        attributes: dict[str, object] = {}
+        attributes = objective.attributes.values()
         try:
-            for _ in range(2):
-                attributes = objective.attributes.values()
+            for at, of in ((theta, leaves), (0.9 * theta, other), (theta, leaves)):
+                tensors.append(_tensors(objective))
                 with batch.random_numbers():
-                    taken = batches.unflatten(objective.structure, leaves)
-                    losses.append(float(objective.call_once(theta, whole_loss_of_training_step, taken)))
+                    taken = batches.unflatten(objective.structure, of)
+                    losses.append(float(objective.call_once(at, whole_loss_of_training_step, taken)))
         except Exception:  # what fails is told by those who need the loss
             return
         changed = objective.attributes.changed(attributes)
-    for kind, held in objective.named_tensors().items():
-        for name, value in held.items():
-            if _sums(value) != before[kind][name]:
-                raise RecordingRefused(
-                    f"The {kind} {name!r} changes while training, and it is not known how, as training_step writes to it: keep "
-                    "it fixed, or set the layer it belongs to into evaluation mode."
-                )
-    first, second = losses
-    if abs(second - first) > SAME[objective.dtype] * abs(first):
+    for name, sums in tensors[0].items():
+        if not sums == tensors[1][name] == tensors[2][name]:
+            raise RecordingRefused(
+                f"The {name} changes while training, and it is not known how, as training_step writes to it: keep it fixed, or "
+                "set the layer it belongs to into evaluation mode."
+            )
+    first, _, again = losses
+    if not math.isfinite(first):
+        _refuse_read(objective, 0)
+    if abs(again - first) > SAME[objective.dtype] * abs(first):
         what = ", ".join(changed) or "something outside of the module"
         raise RecordingRefused(
-            f"training_step carries {what} from one step to the next: called twice on the first batch it gives the losses "
-            f"{first:.6g} and {second:.6g}, so that a step is no function of its batch and its parameters. Begin each step anew, "
-            "or put what is carried into the batch."
+            f"training_step carries {what} from one step to the next: on the first batch it gives the loss {first:.6g}, and "
+            f"{again:.6g} after it was called on another, so that a step is no function of its batch and its parameters. Begin "
+            "each step anew, or put what is carried into the batch."
         )
 
 
-def _sums(value: Tensor) -> tuple[float, float]:
-    value = value.detach().double()
-    return float(value.sum()), float(value.abs().sum())
+def _refuse_read(objective: Objective, number: int) -> None:
+    places = {f"self.{name}" for name in ELSEWHERE}
+    read = ", ".join(sorted(objective.trainer.read - places)) if objective.trainer else ""
+    if read:
+        raise RecordingRefused(
+            f"The loss is made of {read}, which no replay knows: in step {number} it is no number without. Keep it out of the "
+            "loss, and log it only; a torchmetrics metric has a function of the same name that a loss can be made of."
+        )
+
+
+def _tensors(objective: Objective) -> dict[str, tuple[float, float]]:
+    """What changes where a tensor of the module does, by the tensor's kind and name."""
+    sums = {}
+    for kind, named in objective.named_tensors().items():
+        for name, value in named.items():
+            numbers = torch.nan_to_num(torch.view_as_real(value.detach()) if value.is_complex() else value.detach()).double()
+            sums[f"{kind} {name!r}"] = (float(numbers.sum()), float(numbers.abs().sum()))
+    return sums
 
 
 def refuse_unknown(step: Step, theta: Tensor, found: Tensor | None, number: int) -> None:
@@ -83,12 +102,8 @@ def refuse_unknown(step: Step, theta: Tensor, found: Tensor | None, number: int)
     trainer = step.objective.trainer
     if trainer is None or not trainer.read:
         return
-    read = ", ".join(sorted(trainer.read - {f"self.{name}" for name in ELSEWHERE}))
-    if read and (found is None or not bool(torch.isfinite(found).all())):
-        raise RecordingRefused(
-            f"The loss is made of {read}, which no replay knows: in step {number} it is no number without. Keep it out of the "
-            "loss, and log it only; a torchmetrics metric has a function of the same name that a loss can be made of."
-        )
+    if found is None or not bool(torch.isfinite(found).all()):
+        _refuse_read(step.objective, number)
     if found is None:
         return
     try:
@@ -102,6 +117,6 @@ def refuse_unknown(step: Step, theta: Tensor, found: Tensor | None, number: int)
         words = " and ".join(sorted(trainer.read & {f"self.{name}" for name in ELSEWHERE}))
         raise RecordingRefused(
             f"The loss depends on {words}, which no replay knows: in step {number} its gradient is another one than at the "
-            "first. Keep the loss the same from the first step to the last; a weight that is annealed can be put into the batch "
-            "by the data set or the collate_fn."
+            "first. Keep the loss the same from the first step to the last; a weight that is annealed can be put into the "
+            "batch by the data set or the collate_fn."
         )
