@@ -52,12 +52,15 @@ class Query:
         data: batches as the module is given them: a DataLoader, or any iterable of batches.
         function: takes the module and a batch, returns values of shape (B,), or one value, which counts for all B
             examples. None is the loss the module is trained with.
+        like: how a batch of the training is built, where that is known: what belongs to no sample there does not here.
 
     Raises:
         RequestError: the name or the data cannot be used.
     """
 
-    def __init__(self, name: str, data: Iterable[Any], function: LossFunction | None = None) -> None:
+    def __init__(
+        self, name: str, data: Iterable[Any], function: LossFunction | None = None, like: Structure | None = None
+    ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise RequestError(f"{shown(name)} is no name for a query: use letters, digits, '_', '.' and '-'.")
         if function is not None and not _takes_two(function):
@@ -71,7 +74,8 @@ class Query:
         self.function = function
         self.batches: list[tuple[Leaves, Structure]] = []
         for batch in data:
-            leaves, structure = batch.parts if isinstance(batch, TakenApart) else batches.flatten(batch)
+            leaves, structure = batch.parts if isinstance(batch, TakenApart) else batches.flatten(batch, like=like)
+            like = like or structure
             everything = torch.arange(batches.batch_size(leaves))  # a copy
             leaves = batches.rows({key: leaf.detach().cpu() for key, leaf in leaves.items()}, everything)
             self.batches.append((leaves, structure))

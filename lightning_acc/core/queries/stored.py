@@ -25,7 +25,7 @@ def add(record: Record, name: str, data: Iterable[Any]) -> Query:
     """
     if isinstance(name, str) and _file(name) in record.manifest["files"]:
         raise RequestError(f"The query {name!r} was recorded with the run and stays as it is: choose another name.")
-    query = Query(name, data)
+    query = Query(name, data, like=record.structure())
     encoded = query.encoded()
     record.store.write(_file(name), encoded)
     about = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
@@ -35,7 +35,7 @@ def add(record: Record, name: str, data: Iterable[Any]) -> Query:
 
 def record_as(writer: RunWriter, name: str, data: Iterable[Any]) -> None:
     """Record the batches of ``data`` with the run in the making as the query ``name``."""
-    query = Query(name, data)
+    query = Query(name, data, like=writer.header["batch_structure"])
     writer.write_file(_file(name), query.encoded(), n_examples=query.n_examples)
 
 

@@ -107,7 +107,7 @@ class _Taking:
                 f"The tensor {name!r} of a batch of {self.size} samples has the shape {tuple(tensor.shape)}, whose second "
                 "dimension counts them and not the first: transpose it in the collate_fn (batch_first=True)."
             )
-        if self.size > 1 and len(tensor) % self.size == 0 and len(tensor):
+        if self.size > 1 and kind != "shared" and len(tensor) % self.size == 0 and len(tensor):
             raise RunError(
                 f"The tensor {name!r} of a batch of {self.size} samples has {len(tensor)} rows, so that it cannot be told "
                 f"which are whose: give it the shape ({self.size}, {len(tensor) // self.size}, ...) in the collate_fn."
