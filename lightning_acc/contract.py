@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 class HasPerSampleLoss(Protocol):
     """A LightningModule that gives its losses sample by sample.
 
-    Without it ``training_step`` is called on batches of one sample: as good, and slower. Either way the decomposition is
-    compared with the training's own gradient in the first steps.
+    Without it the reductions of ``training_step`` are observed (torch's losses, ``mean``, ``sum``, a masked sum divided by the
+    mask's); where these do not show what each sample contributes, it is called on batches of one sample, which is slower.
+    Either way the decomposition is compared with the training's own gradient in the first steps.
     """
 
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        """One loss a sample, shape (B,), whose mean (or sum) is what ``training_step`` returns for the same batch."""
+    def per_sample_loss(self, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The losses of the samples, (B,), whose mean (or sum) ``training_step`` returns for the same batch.
+
+        Or a pair ``(losses, weights)``, (B,) each, whose weighted mean that is: tokens, masks, class weights. The weights count
+        as constants of the batch. Where the training's own reductions do not show them too, recording them takes one more
+        forward pass a step, without gradient.
+        """
 
 
 @runtime_checkable

@@ -156,7 +156,7 @@ def test_frozen_parameters_count_as_given(tmp_path: Path) -> None:
 def test_a_module_without_per_sample_loss_gives_the_same_scores(tmp_path: Path, reduction: str) -> None:
     torch.manual_seed(0)
     run = record(tmp_path / "run", StepOnly(reduction).double())
-    assert run.manifest["loss"]["source"] == "training_step"
+    assert run.manifest["loss"]["source"] == "reductions"
     assert run.manifest["loss"]["reduction"] == reduction
     assert run.audit().ok
     torch.manual_seed(0)

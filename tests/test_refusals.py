@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import FEATURES, N, Net, Normalised, StepOnly, data, flat, make, record, trainer
+from problems import N, Net, Normalised, StepOnly, data, flat, make, record, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -98,26 +98,15 @@ class DrawingInPython(Drawing):
     source = staticmethod(random.random)
 
 
-class NormalisedStep(StepOnly):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.BatchNorm1d(FEATURES)
-
-
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "penalty": (
         lambda: StepOnly(penalty=0.01),
         {},
         r"term to the loss that no sample is in.*weight_decay",
     ),
-    "coupled step": (lambda: StepOnly(contrast=True), {}, r"gradients differ by .* %.*per_sample_loss"),
+    "coupled step": (lambda: StepOnly(contrast=True), {}, r"samples of a batch are coupled.*cosine.*mean over samples"),
     "coupled losses": (Contrastive, {}, r"samples of a batch are coupled.*cosine"),
     "batch norm": (Normalised, {}, r"'net.0' is a BatchNorm1d in training mode.*GroupNorm"),
-    "batch norm without per_sample_loss": (
-        NormalisedStep,
-        {"recorder": {"batch_norm": "keep-batch-statistics"}},
-        r"without per_sample_loss.*define per_sample_loss",
-    ),
     "compiled module": (lambda: torch.compile(Net()), {}, r"the module is compiled by torch.compile"),
     "compiled in place": (compiled_in_place, {}, r"the module is compiled by torch.compile"),
     "compiled layer": (Compiled, {}, r"the layer 'net' is compiled by torch.compile"),
@@ -131,7 +120,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "hook": (Clipping, {}, r"overrides on_after_backward"),
     "callback": (Net, {"callbacks": (Moving(),)}, r"Step 0 moved the parameters otherwise"),
     "precision": (Net, {"precision": "bf16-true"}, r"precision='bf16-true' is not repeated.*use one of 32-true"),
-    "mixed precision without per_sample_loss": (StepOnly, {"precision": "bf16-mixed"}, r"define per_sample_loss"),
     "iterable": (Net, {"train": DataLoader(Stream(), 5)}, r"iterable dataset .*map-style"),
     "out of order": (Net, {"train": DataLoader(data(), 5, num_workers=2, in_order=False)}, r"in_order=False"),
 }

@@ -5,27 +5,22 @@ Everything above differentiates these losses in the parameters and in the *loss 
 
 from __future__ import annotations
 
-import inspect
-import warnings
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_acc.contract import HasPerSampleLoss
 from lightning_acc.core.checkpointing import kept_activations
+from lightning_acc.core.losses.per_sample import Losses, Reduction, Source, losses_of
+from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.stand_in import Attributes, silent_copy, trainer_of
-from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.batches import Leaves, Structure, TakenApart
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
-"""Module and batch to values of shape (B,), or one value for the whole batch."""
 Parameters = Tensor | Mapping[str, Tensor]
 """The trained parameters as a flat vector (p,), or by name."""
 
@@ -59,7 +54,7 @@ class _Call(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, function: LossFunction, batch: Any) -> Tensor:
+    def forward(self, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         return function(self.module, batch)
 
 
@@ -72,6 +67,8 @@ class Objective:
         module: the LightningModule.
         layout: which of its parameters are trained, in the order of the flat vector.
         structure: how the leaves make up a batch.
+        source: how the losses of single samples are taken, see ``core.losses.per_sample``.
+        reduction: how they make the loss of a batch.
         evaluation_modules: names of the submodules that are in evaluation mode during training.
         tensors: values of buffers and untrained parameters, by name.
         dtype: floating-point dtype of the computation.
@@ -89,6 +86,8 @@ class Objective:
         layout: ParameterLayout,
         structure: Structure,
         *,
+        source: Source,
+        reduction: Reduction,
         evaluation_modules: list[str] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -99,6 +98,8 @@ class Objective:
     ) -> None:
         self.layout = layout
         self.structure = structure
+        self.source = source
+        self.reduction = reduction
         self.dtype = dtype
         self.independent_rows = independent_rows
         module = silent_copy(module, trainer)
@@ -112,23 +113,30 @@ class Objective:
         self._call = _Call(module.requires_grad_(False))
         self.attributes = Attributes(module)
         self.trainer = trainer_of(module)
-        self.loss = loss_function(module)
         self._vmap = vectorised
         self._autocast = autocast
 
-    def call(self, theta: Parameters, function: LossFunction, batch: Any) -> Tensor:
-        """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names."""
+    def call(self, theta: Parameters, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names.
+
+        The batch may be ``TakenApart``: then it is known in there what it is made of.
+        """
         with self.attributes.kept():
             return self.call_once(theta, function, batch)
 
-    def call_once(self, theta: Parameters, function: LossFunction, batch: Any) -> Tensor:
+    def call_once(self, theta: Parameters, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         """The same, but what the module keeps of it in its attributes is there for the next call."""
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
         narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
-        with narrower, kept_activations():
-            values: Tensor = torch.func.functional_call(self._call, named, (function, batch))
-        return values
+        with narrower, kept_activations(), batches.put_together(batch) as whole:
+            return torch.func.functional_call(self._call, named, (function, whole))
+
+    def taken(self, source: Source, reduction: Reduction) -> Objective:
+        """The same module, whose losses are taken in another way."""
+        other = copy.copy(self)
+        other.source, other.reduction = source, reduction
+        return other
 
     @property
     def full_precision(self) -> bool:
@@ -148,10 +156,29 @@ class Objective:
         module = self._call.module
         return {"parameter": dict(module.named_parameters()), "buffer": dict(module.named_buffers())}
 
-    def losses(self, theta: Parameters, leaves: Leaves, structure: Structure | None = None) -> Tensor:
-        """Per-sample losses (B,) at ``theta`` (p,), in training mode; ``structure`` is the batch's, where it is another."""
-        structure = self.structure if structure is None else structure
-        return self.call(theta, partial(self.loss, parts=(leaves, structure)), batches.unflatten(structure, leaves))
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """The losses (B,) of a batch, for ``call``."""
+        return losses_of(module, batch, self.source, self.reduction).losses
+
+    def weighted_loss(self, module: nn.Module, batch: Any) -> Losses:
+        """The losses of a batch and their weights in its loss, for ``call``."""
+        return losses_of(module, batch, self.source, self.reduction)
+
+    def losses(self, theta: Parameters, leaves: Leaves) -> Tensor:
+        """Per-sample losses (B,) at ``theta`` (p,), in training mode."""
+        losses: Tensor = self.call(theta, self.loss, TakenApart(leaves, self.structure))
+        return losses
+
+    def weights(self, theta: Parameters, leaves: Leaves) -> Tensor:
+        """What each sample weighs in the loss of its batch, (B,)."""
+        with torch.no_grad():
+            found: Losses = self.call(theta, self.weighted_loss, TakenApart(leaves, self.structure))
+        return found.weights
+
+    def weights_each(self, thetas: Tensor, leaves: Leaves) -> Tensor:
+        """What each sample weighs in the loss of its batch, (n, B), of n batches (n, B, ...)."""
+        with torch.no_grad():
+            return self.each(lambda theta, own: self.weights(theta, own), thetas, leaves, own_rows=True)
 
     def losses_each(self, thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """Losses (n, B) at each of ``thetas`` (n, p); with ``own_rows`` the leaves are (n, B, ...), a batch for each."""
@@ -209,89 +236,3 @@ class Objective:
             self._autocast = autocast
             for part, mode in modes:
                 part.training = mode
-
-
-def loss_function(module: nn.Module) -> Callable[..., Tensor]:
-    """How the per-sample losses of a module are taken: by its own ``per_sample_loss``, or by its ``training_step``."""
-    return per_sample_loss if isinstance(module, HasPerSampleLoss) else losses_of_training_step
-
-
-Parts = tuple[Leaves, Structure]
-"""A batch taken apart."""
-
-
-def per_sample_loss(module: nn.Module, batch: Any, parts: Parts | None = None) -> Tensor:
-    """The module's own ``per_sample_loss``, checked to give one loss a sample."""
-    losses: Any = module.per_sample_loss(batch)  # type: ignore[operator]
-    leaves, _ = parts or batches.flatten(batch)
-    size = batches.batch_size(leaves)
-    if not isinstance(losses, Tensor) or losses.shape != (size,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise RunError(
-            f"{type(module).__name__}.per_sample_loss returned {got} for a batch of {size} samples: "
-            f"it must return one loss a sample, a tensor of shape ({size},)."
-        )
-    return losses
-
-
-def losses_of_training_step(module: nn.Module, batch: Any, parts: Parts | None = None) -> Tensor:
-    """Per-sample losses (B,) by ``training_step`` on batches of one sample: slower than ``per_sample_loss``, and as good."""
-    leaves, structure = parts or batches.flatten(batch)
-
-    def alone(row: Leaves) -> Tensor:
-        single = {name: leaf.unsqueeze(0) for name, leaf in row.items()}
-        return whole_loss_of_training_step(module, batches.unflatten(structure, single))
-
-    with traceable():
-        if not module.__dict__.get("_rows_resist_vmap"):
-            try:
-                return torch.vmap(alone, in_dims=(batches.in_dims(leaves),), randomness="different")(batches.unmapped(leaves))
-            except RuntimeError:
-                module.__dict__["_rows_resist_vmap"] = True
-        return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])
-
-
-def whole_loss_of_training_step(module: nn.Module, batch: Any) -> Tensor:
-    """What ``training_step`` returns for the batch, a scalar."""
-    step: Any = module.training_step
-    extra = (0,) if len(inspect.signature(step).parameters) > 1 else ()  # the batch index, whatever it is called
-    return loss_of(step(batch, *extra))
-
-
-def loss_of(output: Any) -> Tensor:
-    """The loss in what ``training_step`` returned.
-
-    Raises:
-        RunError: there is none.
-    """
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise RunError(
-            f"training_step returned {type(output).__name__} without a single loss: it must return a scalar tensor, or a "
-            'dict with one under "loss".'
-        )
-    return loss.reshape(())
-
-
-@contextmanager
-def traceable() -> Iterator[None]:
-    """In here operations are chosen that can be vectorised and differentiated twice, without warnings that some are slow.
-
-    Flash attention has no second derivative, and the fused transformer layer cannot be vectorised.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), quiet():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """In here torch does not warn that an operation is vectorised by a loop, or about its own deprecations."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=DeprecationWarning)
-        yield

@@ -48,6 +48,8 @@ class Replay:
                 module,
                 self.layout,
                 run.structure(),
+                source=manifest["loss"]["source"],
+                reduction=manifest["loss"]["reduction"],
                 evaluation_modules=manifest["evaluation_modules"],
                 tensors=frozen,
                 dtype=self.dtype,

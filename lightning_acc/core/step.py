@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.objective import LossFunction, Objective, Parameters, quiet, traceable
+from lightning_acc.core.losses.per_sample import LossFunction
+from lightning_acc.core.losses.tracing import quiet, traceable
+from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.removals import Removals
 from lightning_acc.record import batches
-from lightning_acc.record.batches import Leaves
+from lightning_acc.record.batches import Leaves, TakenApart
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Step:
     def evaluate(self, theta: Parameters, function: LossFunction) -> Tensor:
         """``function(module, batch)``, (B, ...), at parameters ``theta``, (p,) or by name; of all accumulated batches."""
         structure = self.objective.structure
-        return self._together(lambda batch: self.objective.call(theta, function, batches.unflatten(structure, batch.leaves)))
+        return self._together(lambda batch: self.objective.call(theta, function, TakenApart(batch.leaves, structure)))
 
     def _together(self, evaluated: Callable[[Batch], Tensor]) -> Tensor:
         """What is computed of each accumulated batch, (B, ...), under the random numbers of its forward pass."""

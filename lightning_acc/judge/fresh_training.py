@@ -118,6 +118,8 @@ def _train(
             # The batch's recorded weights sum to 1 for a mean, to its size for a sum: shared out evenly.
             weights = torch.full((len(dropped), size), float(record.weights.sum()) / size, dtype=replay.dtype)
             leaves = batches.rows(pool.leaves, ids)
+            if replay.objective.reduction == "weighted":
+                weights = float(record.weights.sum()) * replay.objective.weights_each(state[0], leaves)
             step = Step(replay.objective, replay.update, [Batch(leaves)], ids, weights, record.groups, own_rows=True)
             state = step.update(state, step.gradients(state[0], weights))
             progress((t + 1) / len(sizes))

@@ -25,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 """Formats a picture may have. Pillow knows dozens, some of which start other programs."""
 MOST_BYTES, MOST_PIXELS = 2**25, 2**26
 """Larger pictures are left out: a few kilobytes may unpack to gigabytes."""
+LABELS = ("label", "labels", "target", "targets", "y")
 NUMBERS = 16
 """Of an example of which nothing else can be shown."""
 
@@ -110,16 +111,20 @@ def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
 
 
 def _seen(number: int, leaves: Leaves) -> SampleView:
-    """The view of what the model sees: its first tensor that looks like an image, its longest text, its last whole number."""
+    """The view of what the model sees: its first tensor that looks like an image, its longest text, its label.
+
+    That is a whole number: the one that is called so, or else the last.
+    """
     parts = batches.readable(leaves)
     images = [picture for picture in map(_picture, parts.values()) if picture is not None]
     texts = [part for part in parts.values() if isinstance(part, str)]
-    labels = [label for label in map(_label, parts.values()) if label is not None]
+    labels = {name: label for name, part in parts.items() if (label := _label(part)) is not None}
+    called = next((labels[name] for name in LABELS if name in labels), None)
     return SampleView(
         number,
         image=images[0] if images else None,
         text=max(texts, key=len) if texts else None,
-        label=labels[-1] if labels else None,
+        label=called if called is not None else [None, *labels.values()][-1],
     )
 
 

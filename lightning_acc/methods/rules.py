@@ -14,7 +14,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_acc.core.objective import quiet
+from lightning_acc.core.losses.tracing import quiet
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.step import Point, Step

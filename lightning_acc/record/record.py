@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_acc import arguments
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import manifest
-from lightning_acc.record.batches import Leaves, Structure, row
+from lightning_acc.record.batches import Leaves, Structure, leaf_names, row
 from lightning_acc.record.contents import Contents
 from lightning_acc.record.schema import keys
 from lightning_acc.record.store import Store
@@ -218,7 +218,8 @@ class Record:
         number = self._first_contents.get(sample_id)
         if number is None:
             return None
-        return row(self._contents[torch.tensor([number])], 0)
+        sample = row(self._contents[torch.tensor([number])], 0)
+        return {name: sample[name] for name in leaf_names(self.structure())}
 
     def content_digests(self) -> dict[int, str]:
         """Of every sample that was seen a hash of what ``content_of`` gives, by its id."""

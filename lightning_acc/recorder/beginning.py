@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_acc.contract import HasPerSampleLoss
 from lightning_acc.core import stand_in
+from lightning_acc.core.losses.per_sample import (
+    Reduction,
+    Source,
+    even,
+    gives_weights,
+    observed,
+    reduction_of,
+    sources_of,
+    weights_of,
+)
 from lightning_acc.core.objective import AUTOCAST, Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
+from lightning_acc.record import batches
 from lightning_acc.record.batches import Structure
 from lightning_acc.recorder import description
-from lightning_acc.recorder.checks import decomposition, refusals
+from lightning_acc.recorder.checks import causes, decomposition, refusals
 from lightning_acc.recorder.checks.carried import refuse_carried
 from lightning_acc.recorder.checks.penalty import refuse_penalty
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
@@ -27,20 +38,24 @@ class Assembly:
 
     Args:
         trainer: the Lightning trainer.
-        processes: number of processes that train together.
-        objective: the per-sample losses.
+        objective: the per-sample losses, and how they make the loss of a batch.
         optimizer: the training's own.
-        summed: whether the training loss is the sum of a batch's losses; else their mean.
+
+    Attributes:
+        observable: whether what each sample weighs can be seen of the training's own forward passes.
     """
 
-    def __init__(
-        self, trainer: Any, processes: int, objective: Objective, optimizer: TrainedOptimizer, summed: bool = False
-    ) -> None:
+    observable = False
+
+    def __init__(self, trainer: Any, objective: Objective, optimizer: TrainedOptimizer) -> None:
+        self.objective = objective
         self._trainer = trainer
-        self._processes = processes
-        self._objective = objective
         self._optimizer = optimizer
-        self.summed = summed
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the samples of a batch weigh differently."""
+        return self.objective.reduction == "weighted"
 
     def weights(self, seen: list[SeenBatch]) -> list[float]:
         """Loss weights of the batches' samples.
@@ -48,20 +63,34 @@ class Assembly:
         Gradients are averaged over processes and accumulated batches; the last group of an epoch may be incomplete, but is
         divided all the same.
         """
-        parts = self._trainer.accumulate_grad_batches * self._processes
-        sizes = [len(batch.ids) for batch in seen]
-        return [weight for size in sizes for weight in [1 / parts if self.summed else 1 / (size * parts)] * size]
+        parts = self._trainer.accumulate_grad_batches * self._trainer.world_size
+        return [weight / parts for batch in seen for weight in self._within(batch)]
+
+    def _within(self, batch: SeenBatch) -> list[float]:
+        """What the samples of a batch weigh in its loss."""
+        if not self.weighted:
+            weights: list[float] = even(len(batch.ids), self.objective.reduction, torch.float64).tolist()
+            return weights
+        if batch.weights is None:
+            with _batch(batch).random_numbers():
+                leaves = batches.cast(batch.leaves, self.objective.dtype)
+                batch.weights = self.objective.weights(self._optimizer.parameters(), leaves).double().tolist()
+        return batch.weights
 
     def step(self, groups: list[dict[str, Any]], seen: list[SeenBatch]) -> Step:
         """The step these batches, and the hyper-parameters ``groups``, make."""
         return Step(
-            self._objective,
+            self.objective,
             self._optimizer.update,
-            [Batch(batch.leaves, batch.rng if batch.random else None) for batch in seen],
+            [_batch(batch) for batch in seen],
             torch.tensor([sample for batch in seen for sample in batch.ids]),
             torch.tensor(self.weights(seen), dtype=torch.float64),
             groups,
         )
+
+
+def _batch(seen: SeenBatch) -> Batch:
+    return Batch(seen.leaves, seen.rng if seen.random else None)
 
 
 def understand(
@@ -96,41 +125,123 @@ def understand(
     """
     refuse_if(refusals.module_refusal(module, batch_norm))
     evaluation_modules = [name for name, part in module.named_modules() if name and not part.training]
+    sources = sources_of(module)
     objective = Objective(
         module,
         optimizer.layout,
         structure,
+        source=sources[0],
+        reduction="mean",
         evaluation_modules=evaluation_modules,
         dtype=theta.dtype,
         autocast=AUTOCAST[str(trainer.precision)],
         trainer=stand_in.facts(trainer),
     )
-    mean, total = (Assembly(trainer, trainer.world_size, objective, optimizer, summed) for summed in (False, True))
-    tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype]
+    first_step = _FirstStep(trainer, objective, optimizer, groups, everyone, theta, optimizer.gradient(number), number)
     whole_batches = bool(refusals.batch_norms(module))
-    try:
-        gradient = optimizer.gradient(number)
-        first = everyone[0]
-        refuse_carried(objective, theta, Batch(first.leaves, first.rng if first.random else None))
-        summed = decomposition.fits_better(total.step(groups, everyone), mean.step(groups, everyone), theta, gradient)
-        assembly = total if summed else mean
-        decomposition.compare_gradients(assembly.step(groups, everyone), theta, gradient, number, tolerance)
-        vectorised = decomposition.can_be_vectorised(mean.step(groups, everyone), theta)
-        if not isinstance(module, HasPerSampleLoss):
-            refuse_penalty(objective, theta, first.leaves, tolerance, decomposition.REMEDY)
-        independent = decomposition.rows_are_independent(objective, theta, first.leaves, first.random or whole_batches)
-    except RunError as error:
-        raise RecordingRefused(str(error)) from error
+    refuse_carried(objective, theta, _batch(everyone[0]))
+    if whole_batches:
+        sources = tuple(source for source in sources if source != "training_step")  # which has no batches
+    failed: list[RunError] = []
+    for source in sources:
+        try:
+            assembly, loss = first_step.taken(source, whole_batches)
+            break
+        except RunError as error:
+            failed.append(error)
+    else:
+        by_mean = first_step.step(sources[-1], "mean")
+        reason = causes.explain(failed, by_mean, theta, first_step.gradient, everyone[0].random)
+        raise RecordingRefused(reason) from failed[-1]
     header = {
         **description.header(trainer, module, optimizer, theta.dtype),
         "evaluation_modules": evaluation_modules,
-        "loss": {
-            "source": "per_sample_loss" if isinstance(module, HasPerSampleLoss) else "training_step",
-            "reduction": "sum" if summed else "mean",
-            "independent_rows": independent,
-            "vectorised": vectorised,
-            "batch_norm": batch_norm if whole_batches else None,
-        },
+        "loss": {**loss, "batch_norm": batch_norm if whole_batches else None},
         "batch_structure": structure,
     }
     return assembly, header
+
+
+class _FirstStep:
+    """The first step, whose loss is taken apart in one way or another."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        objective: Objective,
+        optimizer: TrainedOptimizer,
+        groups: list[dict[str, Any]],
+        everyone: list[SeenBatch],
+        theta: Tensor,
+        gradient: Tensor,
+        number: int,
+    ) -> None:
+        self.objective, self.theta, self.gradient = objective, theta, gradient
+        self.batches, self.number = everyone, number
+        self._trainer, self._optimizer, self._groups = trainer, optimizer, groups
+
+    def taken(self, source: Source, whole_batches: bool) -> tuple[Assembly, dict[str, Any]]:
+        """The losses taken from ``source``, checked; what makes further steps, and what the manifest says of the loss.
+
+        Raises:
+            RunError: they are not the samples', or do not make the loss.
+        """
+        tolerance = decomposition.GRADIENT_TOLERANCE[self.theta.dtype]
+        assembly = self._assembled(source, tolerance)
+        step, objective, first = assembly.step(self._groups, self.batches), assembly.objective, self.batches[0]
+        vectorised = decomposition.can_be_vectorised(step, self.theta)
+        if source != "per_sample_loss":
+            refuse_penalty(objective, self.theta, first.leaves, tolerance)
+        independent = decomposition.rows_are_independent(objective, self.theta, _batch(first), whole_batches)
+        about = {"source": source, "reduction": objective.reduction, "independent_rows": independent, "vectorised": vectorised}
+        return assembly, about
+
+    def assembly(self, source: Source, reduction: Reduction) -> Assembly:
+        """What makes steps of losses that are taken so."""
+        return Assembly(self._trainer, self.objective.taken(source, reduction), self._optimizer)
+
+    def step(self, source: Source, reduction: Reduction) -> Step:
+        """This step, of losses that are taken so."""
+        return self.assembly(source, reduction).step(self._groups, self.batches)
+
+    def _assembled(self, source: Source, tolerance: float) -> Assembly:
+        """What makes steps whose gradient is the training's."""
+        reductions = self._possible(source)
+        for i, reduction in enumerate(reductions):
+            assembly = self.assembly(source, reduction)
+            try:
+                step = assembly.step(self._groups, self.batches)
+                decomposition.compare_gradients(step, self.theta, self.gradient, self.number, tolerance)
+            except RunError:
+                if i == len(reductions) - 1:
+                    raise
+            else:
+                break
+        assembly.observable = assembly.weighted and self._observable(assembly)
+        for batch in self.batches:
+            batch.weights = batch.weights if assembly.weighted else None
+        return assembly
+
+    def _possible(self, source: Source) -> list[Reduction]:
+        """How losses from ``source`` may make that of a batch."""
+        first = self.batches[0]
+        size, leaves = len(first.ids), batches.cast(first.leaves, self.objective.dtype)
+        batch, theta = batches.TakenApart(leaves, self.objective.structure), self.theta.detach().requires_grad_()
+        with _batch(first).random_numbers(), decomposition.computing(self.objective.taken(source, "mean")):
+            if source == "reductions":
+                return [reduction_of(self.objective.call(theta, observed, batch), size)]
+            if source == "per_sample_loss" and self.objective.call(self.theta, gives_weights, batch):
+                return ["weighted"]
+        return ["mean", "sum"]
+
+    def _observable(self, assembly: Assembly) -> bool:
+        """Whether the reductions of ``training_step`` show the same weights."""
+        if assembly.objective.source == "reductions":
+            return True
+        first = self.batches[0]
+        batch = batches.TakenApart(batches.cast(first.leaves, self.objective.dtype), self.objective.structure)
+        with contextlib.suppress(RunError), _batch(first).random_numbers():
+            reduced = self.objective.call(self.theta, observed, batch)
+            found = weights_of(reduced, len(first.ids), "weighted", torch.float64)
+            return reduced.weights is not None and torch.allclose(found, torch.tensor(first.weights, dtype=torch.float64), 1e-6)
+        return False

@@ -21,6 +21,7 @@ from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.steps import Checks
 from lightning_acc.recorder.loader import SampleTap
+from lightning_acc.recorder.loss import LossTap
 from lightning_acc.recorder.optimizer import TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.snapshots import Snapshots
@@ -64,6 +65,7 @@ class Following:
         )
         self._trainer, self._module, self._options = trainer, module, options
         self._tap, self._write, self._place = tap, write, place
+        self.loss = LossTap(trainer)
         self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs else None
         self._structure: batches.Structure = {}
         self._shared: batches.Leaves | None = None
@@ -109,6 +111,7 @@ class Following:
             self._identity.check(self._tap.dataset, ids, contents)
         if not self.begun:
             self._foreign = refusals.foreign_random_state()
+        self.loss.observe(len(ids) if self.begun and self._assembly.observable else None)
         self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
 
     def _keep_shared(self, shared: batches.Leaves) -> None:
@@ -138,6 +141,7 @@ class Following:
             )
         batch = self._seen[-1]
         batch.counts = True
+        batch.weights = self.loss.take()
         batch.random = not torch.equal(batch.rng, torch.get_rng_state())
 
     def step_starts(self) -> None:
@@ -182,6 +186,7 @@ class Following:
         self._number = self._write.own.n_steps
         self._step, self._within = None, within_step
         self._seen, self.ended = [], True
+        self.loss.observe(None)
 
     def _due(self, number: int, size: int) -> bool:
         """Whether all processes compare the step."""

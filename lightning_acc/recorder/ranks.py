@@ -30,6 +30,7 @@ class SeenBatch:
         rng: state of the random number generator before it.
         counts: whether it had a backward pass.
         random: whether its forward pass drew random numbers.
+        weights: what its samples weigh in its loss, where they weigh differently and that was seen.
     """
 
     ids: list[int]
@@ -38,6 +39,7 @@ class SeenBatch:
     rng: Tensor
     counts: bool = False
     random: bool = False
+    weights: list[float] | None = None
 
 
 def gather(seen: list[SeenBatch] | None, processes: int) -> list[SeenBatch]:

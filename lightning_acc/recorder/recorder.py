@@ -38,8 +38,8 @@ class TrajectoryRecorder(Callback):
 
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
     Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
-    accumulation and clipping, map-style datasets under any sampler, dropout and ``bf16-mixed`` precision in modules with
-    ``per_sample_loss``, resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``).
+    accumulation and clipping, map-style datasets under any sampler, weighted means, dropout, ``bf16-mixed`` precision,
+    resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``).
 
     Example::
 
@@ -131,8 +131,7 @@ class TrajectoryRecorder(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own methods back, and the directory free."""
         if stage == "fit":
-            self._tap.remove()
-            self._checkpoints.remove()
+            self._untap()
             if self._writers is not None:
                 self._writers.release()
 
@@ -219,8 +218,7 @@ class TrajectoryRecorder(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The run of one process is kept up to its last whole step; what several have recorded, ``repair`` makes a run."""
-        self._tap.remove()
-        self._checkpoints.remove()
+        self._untap()
         if self._writers is None:
             return
         try:
@@ -263,6 +261,12 @@ class TrajectoryRecorder(Callback):
             raise error
 
     # ---- parts of the above
+
+    def _untap(self) -> None:
+        self._tap.remove()
+        self._checkpoints.remove()
+        if self._following is not None:
+            self._following.loss.remove()
 
     @property
     def _write(self) -> Writers:

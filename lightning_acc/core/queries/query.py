@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,20 +18,14 @@ import torch
 from torch import Tensor
 
 from lightning_acc.arguments import shown
-from lightning_acc.core.objective import LossFunction, Objective
+from lightning_acc.core.losses.per_sample import LossFunction
+from lightning_acc.core.objective import Objective
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.queries.fingerprint import describe
 from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.record import batches
-from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.batches import Leaves, Structure, TakenApart
 from lightning_acc.record.store import digest
-
-
-@dataclass(frozen=True)
-class TakenApart:
-    """A batch that is taken apart already, for ``Query``."""
-
-    parts: tuple[Leaves, Structure]
 
 
 class Query:
@@ -74,7 +67,7 @@ class Query:
         self.function = function
         self.batches: list[tuple[Leaves, Structure]] = []
         for batch in data:
-            leaves, structure = batch.parts if isinstance(batch, TakenApart) else batches.flatten(batch, like=like)
+            leaves, structure = batches.flatten(batch, like=like)
             like = like or structure
             everything = torch.arange(batches.batch_size(leaves))  # a copy
             leaves = batches.rows({key: leaf.detach().cpu() for key, leaf in leaves.items()}, everything)
@@ -109,7 +102,7 @@ class Query:
             rows = torch.nonzero(wanted[first : first + batches.batch_size(leaves)])[:, 0]
             first += batches.batch_size(leaves)
             if len(rows):
-                kept.append(TakenApart((batches.rows(leaves, rows), structure)))
+                kept.append(TakenApart(batches.rows(leaves, rows), structure))
         return Query(self.name, kept, self.function)
 
     def value(self, objective: Objective, theta: Tensor) -> Tensor:
@@ -123,7 +116,7 @@ class Query:
         """
         parts = []
         with self.reading(objective):
-            for leaves, structure in self.batches:
+            for leaves, structure in self._with_same_noise():
                 read = partial(self._batch_values if each else self.batch_sum, objective, structure=structure)
                 values = objective.each(
                     lambda theta, batch, read=read: read(theta, batch), thetas, batches.cast(leaves, objective.dtype)
@@ -149,7 +142,7 @@ class Query:
         total = torch.zeros_like(theta)
         leaf = theta.detach().requires_grad_()
         with self.reading(objective):
-            for leaves, structure in self.batches:
+            for leaves, structure in self._with_same_noise():
                 value = self.batch_sum(objective, leaf, batches.cast(leaves, objective.dtype), structure)
                 if not value.requires_grad:
                     raise RequestError(
@@ -163,29 +156,38 @@ class Query:
         """Gradients (examples, p) at ``theta`` (p,) of what the query averages over, each example taken by itself."""
         parts = []
         with self.reading(objective):
-            for leaves, structure in self.batches:
+            for leaves, structure in self._with_same_noise():
                 single = {name: leaf.unsqueeze(1) for name, leaf in batches.cast(leaves, objective.dtype).items()}
                 parts.append(objective.gradient_of_each(partial(self.batch_sum, objective, structure=structure), theta, single))
         if not any(part.any() for part in parts):
             self.gradient(objective, theta)  # which says so, where there is none
         return torch.cat(parts)
 
-    def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
-        """The function summed over the examples of one batch, at parameters ``theta`` (p,)."""
-        size = batches.batch_size(leaves)
-        values = self._checked(self._called(objective, theta, leaves, structure), size)
-        return values.sum() if values.ndim else values * size
+    def _with_same_noise(self) -> Iterator[tuple[Leaves, Structure]]:
+        """The batches; for each, a function that draws random numbers draws the same at any parameters."""
+        for i, batch in enumerate(self.batches):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(i)
+                yield batch
 
-    def _called(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Any:
-        """What the function gives for a batch."""
-        if self.function is None:
-            return objective.losses(theta, leaves, structure)
-        return objective.call(theta, self.function, batches.unflatten(structure, leaves))
+    def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
+        """The function summed over the examples of one batch, at parameters ``theta`` (p,).
+
+        Of losses that the training weighs, so many times the weighted mean, as the module itself would say.
+        """
+        size, batch = batches.batch_size(leaves), TakenApart(leaves, structure)
+        if self.function is None and objective.reduction == "weighted":
+            losses, weights = objective.call(theta, objective.weighted_loss, batch)
+            mean: Tensor = (weights * losses).sum()
+            return size * mean
+        values = self._checked(objective.call(theta, self.function or objective.loss, batch), size)
+        return values.sum() if values.ndim else values * size
 
     def _batch_values(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function of each example of one batch, (B,)."""
         size = batches.batch_size(leaves)
-        values = self._checked(self._called(objective, theta, leaves, structure), size)
+        batch = TakenApart(leaves, structure)
+        values = self._checked(objective.call(theta, self.function or objective.loss, batch), size)
         if values.ndim or size == 1:
             return values.reshape(size)
         raise RequestError(

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_acc.arguments import shown
-from lightning_acc.core.queries.query import Query, TakenApart
+from lightning_acc.core.queries.query import Query
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import manifest, seal
+from lightning_acc.record.batches import TakenApart
 from lightning_acc.record.record import Record
 from lightning_acc.record.schema import files
 from lightning_acc.record.store import digest
@@ -63,7 +64,7 @@ def find(record: Record, query: str | Query) -> Query:
         recorded = files.query_batches(*files.unpacked(data))
     except ValueError as error:
         raise RunError(f"{record.store.locate(_file(name))} is no query: {error}. {remedy}") from error
-    return Query(name, (TakenApart((leaves, structure)) for structure, leaves in recorded))
+    return Query(name, (TakenApart(leaves, structure) for structure, leaves in recorded))
 
 
 def _file(name: str) -> str:

@@ -4,7 +4,7 @@ Its *leaves* are a flat dict from a name such as ``"0"`` or ``"tokens/ids"`` to 
 samples (``leaves``); its *structure* is plain JSON that says what they make up (``structure``).
 """
 
-from lightning_acc.record.batches.giving import unflatten
+from lightning_acc.record.batches.giving import TakenApart, unflatten
 from lightning_acc.record.batches.leaves import (
     LENGTH,
     Leaves,
@@ -31,12 +31,13 @@ from lightning_acc.record.batches.leaves import (
     unpacked,
 )
 from lightning_acc.record.batches.structure import Structure, first_difference, leaf_names
-from lightning_acc.record.batches.taking import flatten
+from lightning_acc.record.batches.taking import flatten, put_together
 
 __all__ = [
     "LENGTH",
     "Leaves",
     "Structure",
+    "TakenApart",
     "batch_size",
     "cast",
     "digests",
@@ -51,6 +52,7 @@ __all__ = [
     "packed_pieces",
     "packed_rows",
     "packed_signature",
+    "put_together",
     "readable",
     "row",
     "row_signature",

@@ -13,6 +13,7 @@ import json
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_acc.record.batches.leaves import decoded
@@ -41,6 +42,14 @@ class Withheld(list[Any]):
 
     __len__ = __iter__ = __getitem__ = __contains__ = __reversed__ = __eq__ = __add__ = __repr__ = __str__ = _refuse
     __hash__ = None
+
+
+@dataclass(frozen=True)
+class TakenApart:
+    """A batch that is taken apart."""
+
+    leaves: Mapping[str, Any]
+    structure: Structure
 
 
 def unflatten(structure: Structure, leaves: Mapping[str, Any]) -> Any:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
-from lightning_acc.record.batches.giving import Withheld
+from lightning_acc.record.batches.giving import TakenApart, Withheld, unflatten
 from lightning_acc.record.batches.leaves import FACT, JSON, RESERVED, SHARED, SINGLE, TEXT, Leaves, disagreement, encoded
 from lightning_acc.record.batches.structure import PLAIN, Structure, kind_of, parts_of
 
@@ -31,12 +33,34 @@ def flatten(batch: Any, size: int | None = None, like: Structure | None = None) 
     Raises:
         RunError: the batch holds something else, or nothing of it belongs to the samples.
     """
+    if isinstance(batch, TakenApart):
+        return dict(batch.leaves), batch.structure
+    for whole, parts in reversed(_KNOWN.get()):
+        if whole is batch:
+            return dict(parts.leaves), parts.structure
     taking = _Taking(_size(batch) if size is None else size)
     structure = taking.part(batch, "", like)
     if not taking.has_rows:
         rows = ", ".join(f"{name!r} has {n}" for name, n in _sizes(batch, "")) or "it holds none"
         raise RunError(f"No tensor of a batch of {taking.size} samples has a row for each ({rows}): {REMEDY}, in their order.")
     return taking.leaves, structure
+
+
+_KNOWN: ContextVar[tuple[tuple[Any, TakenApart], ...]] = ContextVar("batches that are put together", default=())
+
+
+@contextmanager
+def put_together(batch: Any) -> Iterator[Any]:
+    """The batch, put together where it is ``TakenApart``; in here ``flatten`` knows what it is made of."""
+    if not isinstance(batch, TakenApart):
+        yield batch
+        return
+    whole = unflatten(batch.structure, batch.leaves)
+    before = _KNOWN.set((*_KNOWN.get(), (whole, batch)))
+    try:
+        yield whole
+    finally:
+        _KNOWN.reset(before)
 
 
 class _Taking:

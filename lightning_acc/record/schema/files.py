@@ -170,7 +170,8 @@ def query_batches(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
         fault = leaves_fault(batch, leaf_names(structure))
         if fault:
             raise ValueError(f"of batch {i} {fault}")
-    return [(structure, batches.unpacked(batch)) for structure, batch in zip(structures, leaves, strict=True)]
+    ordered = [{name: batch[name] for name in leaf_names(s)} for s, batch in zip(structures, leaves, strict=True)]
+    return [(structure, batches.unpacked(batch)) for structure, batch in zip(structures, ordered, strict=True)]
 
 
 def leaves_fault(leaves: Mapping[str, Tensor], names: list[str], count: int | None = None) -> str | None:

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_acc.core.objective import Objective, whole_loss_of_training_step
+from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
+from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.record import batches
 from lightning_acc.recorder.checks.refusals import RecordingRefused
@@ -44,7 +45,7 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
             for at, of in ((theta, leaves), (0.9 * theta, other), (theta, leaves)):
                 tensors.append(_tensors(objective))
                 with batch.random_numbers():
-                    taken = batches.unflatten(objective.structure, of)
+                    taken = batches.TakenApart(of, objective.structure)
                     losses.append(float(objective.call_once(at, whole_loss_of_training_step, taken)))
         except Exception:  # what fails is told by those who need the loss
             return
@@ -57,7 +58,7 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
             )
     first, _, again = losses
     if not math.isfinite(first):
-        _refuse_read(objective, 0)
+        refuse_read(objective)
     if abs(again - first) > SAME[objective.dtype] * abs(first):
         what = ", ".join(changed) or "something outside of the module"
         raise RecordingRefused(
@@ -67,7 +68,12 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
         )
 
 
-def _refuse_read(objective: Objective, number: int) -> None:
+def refuse_read(objective: Objective, number: int = 0) -> None:
+    """Refuse a loss that is no number, or cannot be computed, where something was read that no replay knows.
+
+    Raises:
+        RecordingRefused: something was.
+    """
     places = {f"self.{name}" for name in ELSEWHERE}
     read = ", ".join(sorted(objective.trainer.read - places)) if objective.trainer else ""
     if read:
@@ -87,13 +93,13 @@ def _tensors(objective: Objective) -> dict[str, tuple[float, float]]:
     return sums
 
 
-def refuse_unknown(step: Step, theta: Tensor, found: Tensor | None, number: int) -> None:
+def refuse_unknown(step: Step, theta: Tensor, found: Tensor, number: int) -> None:
     """Refuse a loss that is made of what a replay does not know of the training; says nothing where it is not.
 
     Args:
         step: a step whose gradient is not that of the training.
         theta: parameters (p,) before it.
-        found: its gradient (p,); None where it has none.
+        found: its gradient (p,).
         number: its index.
 
     Raises:
@@ -102,10 +108,8 @@ def refuse_unknown(step: Step, theta: Tensor, found: Tensor | None, number: int)
     trainer = step.objective.trainer
     if trainer is None or not trainer.read:
         return
-    if found is None or not bool(torch.isfinite(found).all()):
-        _refuse_read(step.objective, number)
-    if found is None:
-        return
+    if not bool(torch.isfinite(found).all()):
+        refuse_read(step.objective, number)
     try:
         trainer.place = dict(ELSEWHERE)
         elsewhere = step.gradient(theta)

@@ -5,25 +5,51 @@ Compared are numbers of the training itself (its gradient, its parameters one st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from lightning_acc.core.losses.reduced import NotSeparable
 from lightning_acc.core.objective import Objective
-from lightning_acc.core.step import Step
+from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.batches import Leaves
-from lightning_acc.recorder.checks.carried import refuse_unknown
+from lightning_acc.recorder.checks.carried import refuse_read, refuse_unknown
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest relative difference, in norm, that counts as round-off."""
 
-REMEDY = (
-    "Define per_sample_loss(self, batch) on the module: one loss a sample, shape (B,), whose mean is what training_step "
-    "returns. A penalty on the weights belongs into the optimizer's weight_decay; losses that couple the samples of a batch "
-    "(contrastive losses, batch statistics) cannot be attributed to single samples."
+ROWS = 4
+"""Samples of the first batch that are looked at by themselves."""
+COUPLED = (
+    "Losses that couple the samples of a batch (contrastive losses, batch statistics, hard-negative mining) cannot be "
+    "attributed to single samples: record groups of samples as one, or train on a loss that is a mean over samples."
 )
+
+
+class GradientsDiffer(RecordingRefused):
+    """The gradient of the training is not that of the weighted per-sample losses."""
+
+
+class Coupled(RecordingRefused):
+    """The samples of a batch change each other's gradient."""
+
+
+def remedy(objective: Objective) -> str:
+    """What to do where the losses of the samples do not make the loss of the training."""
+    rest = "A penalty on the weights belongs into the optimizer's weight_decay. " + COUPLED
+    if objective.source == "per_sample_loss":
+        return (
+            "Let per_sample_loss give the losses whose mean (or sum) training_step returns, or a pair (losses, weights) whose "
+            f"weighted mean that is, of one forward pass in the same order. {rest}"
+        )
+    return (
+        "Define per_sample_loss(self, batch) on the module: one loss a sample, shape (B,), whose mean is what training_step "
+        f"returns, or a pair (losses, weights) whose weighted mean that is. {rest}"
+    )
 
 
 def _tolerance(objective: Objective) -> float:
@@ -34,18 +60,6 @@ def _tolerance(objective: Objective) -> float:
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| in the 2-norm."""
     return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
-
-
-def fits_better(step: Step, other: Step, theta: Tensor, gradient: Tensor) -> bool:
-    """Whether the weights of ``step`` (those of a summed loss) fit the training's own gradient better than those of ``other``.
-
-    Args:
-        step: a step.
-        other: the same step with other weights.
-        theta: parameters (p,) before the step.
-        gradient: what the training's backward pass left in ``.grad``, flat (p,).
-    """
-    return relative_difference(_gradient(step, theta), gradient) < relative_difference(_gradient(other, theta), gradient)
 
 
 def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, tolerance: float, least: float = 0.0) -> None:
@@ -70,9 +84,9 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     refuse_unknown(step, theta, found, number)
     numbers = f"their gradients differ by {100 * difference:.2g} % (allowed {100 * tolerance:.2g} %)"
     if not least:
-        raise RecordingRefused(
+        raise GradientsDiffer(
             f"The training loss is not the weighted sum of per-sample losses: in step {number}, a batch of "
-            f"{len(step.sample_ids)} samples, {numbers}. {REMEDY}"
+            f"{len(step.sample_ids)} samples, {numbers}. {remedy(step.objective)}"
         )
     raise RecordingRefused(
         f"The training loss has become another than the weighted sum of per-sample losses it was at first: in step {number} "
@@ -82,15 +96,28 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
 
 
 def _gradient(step: Step, theta: Tensor) -> Tensor:
-    try:
+    with computing(step.objective):
         return step.gradient(theta)
+
+
+@contextmanager
+def computing(objective: Objective) -> Iterator[None]:
+    """In here losses are computed; what the module fails of becomes one sentence.
+
+    Raises:
+        RecordingRefused: they cannot be.
+    """
+    try:
+        yield
+    except NotSeparable:
+        raise
     except RunError as error:
         raise RecordingRefused(str(error)) from error
     except Exception as error:
-        refuse_unknown(step, theta, None, 0)
+        refuse_read(objective)
         words = " ".join(str(error).split())[:300]
         raise RecordingRefused(
-            f"The loss of single samples cannot be computed ({type(error).__name__}: {words}). {REMEDY}"
+            f"The loss of single samples cannot be computed ({type(error).__name__}: {words}). {remedy(objective)}"
         ) from error
 
 
@@ -104,45 +131,74 @@ def can_be_vectorised(step: Step, theta: Tensor) -> bool:
     return relative_difference(together, step.gradient(theta)) <= _tolerance(step.objective)
 
 
-def rows_are_independent(objective: Objective, theta: Tensor, leaves: Leaves, in_evaluation_mode: bool) -> bool:
-    """Whether a sample alone has the loss it has within its batch.
+def rows_are_independent(objective: Objective, theta: Tensor, batch: Batch, whole_batches: bool) -> bool:
+    """Whether a sample alone has the loss it has within its batch, and so may be taken out of it.
 
-    Losses that differ by a factor only (a mean over the tokens of a batch) are allowed and answered with False.
+    That the samples do not change each other's gradient is seen by single samples; or, where a sample alone would draw other
+    random numbers, or be normalised otherwise, by batches that are full of one of them.
 
     Args:
         objective: the per-sample losses.
         theta: parameters (p,).
-        leaves: a batch.
-        in_evaluation_mode: look at them in evaluation mode, and answer False: where the forward pass draws random numbers,
-            or normalises with the statistics of a batch.
+        batch: the first one.
+        whole_batches: losses need the statistics of whole batches: look at them in evaluation mode.
 
     Raises:
         RecordingRefused: the samples of a batch change each other's gradient.
     """
-    leaves = batches.cast(leaves, objective.dtype)
-    size = batches.batch_size(leaves)
-    leaf = theta.detach().requires_grad_()
-
-    def look() -> bool:
-        same = True
-        for row in range(min(size, 4)):
-            (within,) = torch.autograd.grad(objective.losses(leaf, leaves)[row], leaf, materialize_grads=True)
-            single = batches.rows(leaves, torch.tensor([row]))
-            (alone,) = torch.autograd.grad(objective.losses(leaf, single)[0], leaf, materialize_grads=True)
-            if within.norm() == 0:  # of no weight in this batch, or fitted perfectly
-                same = same and bool(alone.norm() == 0)
-                continue
-            cosine = float(within @ alone / (within.norm() * alone.norm()).clamp_min(torch.finfo(theta.dtype).tiny))
-            if not 1 - cosine <= _tolerance(objective):
-                raise RecordingRefused(
-                    f"The samples of a batch are coupled: alone, sample {row} of the first batch has a gradient that points "
-                    f"elsewhere than within the batch (cosine {cosine:.4f}). {REMEDY}"
-                )
-            same = same and relative_difference(alone, within) <= _tolerance(objective)
-        return same
-
-    if not in_evaluation_mode:
-        return look()
+    batch = Batch(batches.cast(batch.leaves, objective.dtype), batch.rng)
+    random = batch.rng is not None
+    if not (random or whole_batches):
+        try:
+            return _alike(objective, theta, batch, copies=False)
+        except Coupled:
+            if objective.source != "reductions":
+                raise
+    if not whole_batches:
+        try:
+            _alike(objective, theta, batch, copies=True)
+            return False
+        except Coupled:
+            if not random:
+                raise
     with objective.evaluating():
-        look()
+        _alike(objective, theta, batch, copies=objective.source == "reductions")
     return False
+
+
+def _alike(objective: Objective, theta: Tensor, batch: Batch, copies: bool) -> bool:
+    """Whether the first samples of a batch have the same loss in one of their own, or of copies of themselves.
+
+    Losses that differ by a factor only (a mean over the tokens of a batch) are allowed and answered with False.
+
+    Raises:
+        RecordingRefused: their gradients point elsewhere.
+    """
+    size = batches.batch_size(batch.leaves)
+    leaf = theta.detach().requires_grad_()
+    same = True
+    with batch.random_numbers():
+        together = objective.losses(leaf, batch.leaves)
+    for row in range(min(size, ROWS)):
+        within = _slope(together[row], leaf)
+        with batch.random_numbers():
+            number, place = (size, row) if copies else (1, 0)
+            alone = _slope(objective.losses(leaf, batches.rows(batch.leaves, torch.full((number,), row)))[place], leaf)
+        if within.norm() == 0:  # of no weight in this batch, or fitted perfectly
+            same = same and bool(alone.norm() == 0)
+            continue
+        cosine = float(within @ alone / (within.norm() * alone.norm()).clamp_min(torch.finfo(theta.dtype).tiny))
+        if not 1 - cosine <= _tolerance(objective):
+            raise Coupled(
+                f"The samples of a batch are coupled: {'among copies of itself' if copies else 'alone'}, sample {row} of the "
+                f"first batch has a gradient that points elsewhere than within the batch (cosine {cosine:.4f}). {COUPLED}"
+            )
+        same = same and relative_difference(alone, within) <= _tolerance(objective)
+    return same
+
+
+def _slope(loss: Tensor, leaf: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        return torch.zeros_like(leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf, materialize_grads=True, retain_graph=True)
+    return gradient

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_acc.core.objective import Objective, whole_loss_of_training_step
+from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
+from lightning_acc.core.objective import Objective
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.checks.refusals import RecordingRefused
@@ -106,7 +107,11 @@ def without_samples(made: Made) -> list[Any]:
     return nodes
 
 
-def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, tolerance: float, remedy: str) -> None:
+class HasPenalty(RecordingRefused):
+    """The loss has a term that no sample is in."""
+
+
+def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, tolerance: float) -> None:
     """Refuse a ``training_step`` that adds a term which no sample is in, such as a penalty on the weights.
 
     Args:
@@ -114,16 +119,15 @@ def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, toleranc
         theta: parameters (p,).
         leaves: the first batch.
         tolerance: largest part of the gradient that counts as none.
-        remedy: what to do about it.
 
     Raises:
-        RecordingRefused: there is such a term.
+        HasPenalty: there is such a term.
     """
     inputs = {name: leaf.detach().clone() for name, leaf in batches.cast(leaves, objective.dtype).items()}
     leaf = theta.detach().clone().requires_grad_()
     try:
         with Followed(inputs, leaf) as followed:
-            loss = objective.call(leaf, whole_loss_of_training_step, batches.unflatten(objective.structure, inputs))
+            loss = objective.call(leaf, whole_loss_of_training_step, batches.TakenApart(inputs, objective.structure))
     except Exception:  # tensors of a kind that cannot be followed: their loss itself has been computed before
         return
     made = followed.made_of(loss)
@@ -138,7 +142,8 @@ def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, toleranc
     (of_samples,) = torch.autograd.grad(loss, leaf)
     share = float((whole - of_samples).norm() / whole.norm().clamp_min(torch.finfo(theta.dtype).tiny))
     if share > tolerance:
-        raise RecordingRefused(
+        raise HasPenalty(
             f"training_step adds a term to the loss that no sample is in; it makes {100 * share:.2g} % of the gradient of the "
-            f"first batch. {remedy}"
+            "first batch. A penalty on the weights belongs into the optimizer's weight_decay; no other such term can be left "
+            "out with a sample."
         )

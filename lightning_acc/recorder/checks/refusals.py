@@ -14,7 +14,6 @@ try:
 except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
-from lightning_acc.contract import HasPerSampleLoss
 from lightning_acc.core.objective import AUTOCAST
 from lightning_acc.core.optimizers import RULES
 from lightning_acc.errors import RunError
@@ -70,11 +69,6 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
         return (
             f"precision={trainer.precision!r} is not repeated exactly by a replay (the loss is scaled, steps are left out, or "
             f"the parameters themselves are rounded): use one of {', '.join(AUTOCAST)}"
-        )
-    if AUTOCAST[str(trainer.precision)] and not isinstance(module, HasPerSampleLoss):
-        return (
-            f"under precision={trainer.precision!r} losses taken one sample at a time round otherwise than those of a whole "
-            f"batch: define per_sample_loss(self, batch) on {type(module).__name__}"
         )
     compiled = _compiled(module)
     if compiled:
@@ -144,11 +138,6 @@ def module_refusal(module: nn.Module, batch_norm: str) -> str | None:
                 "batch: freeze it in evaluation mode (.eval()), use GroupNorm or LayerNorm, or pass "
                 f"TrajectoryRecorder(..., batch_norm={KEEP_BATCH_STATISTICS!r}), under which a removed sample leaves the "
                 "loss but stays in the statistics of its batches"
-            )
-        if not isinstance(module, HasPerSampleLoss):
-            return (
-                f"the statistics of the layer {name!r} are those of whole batches, but without per_sample_loss losses are "
-                f"taken one sample at a time: define per_sample_loss(self, batch) on {type(module).__name__}"
             )
     return None
 

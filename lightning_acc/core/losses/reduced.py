@@ -1,0 +1,132 @@
+"""What each sample of a batch contributes to its loss.
+
+A loss is made of values that belong to samples, and of reductions over them: ``cross_entropy``, ``mean``, a masked ``sum``
+divided by the mask's own. Of the result of each reduction is kept what every sample contributes to it, ``loss = sum_i c_i``,
+and that is followed through what is linear (sums of losses, factors). So one forward pass over the batch is enough, and
+dropout, noise and rounding are the batch's own.
+
+The rows of a tensor are taken to belong to the samples in order, as many to each: (B, ...), or (B * tokens, ...). Whether that
+is so the recorder checks (``recorder.checks.decomposition``). Which functions of torch are understood is in ``reductions``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_acc.errors import RunError
+
+
+class NotSeparable(RunError):
+    """What each sample contributes to the loss is not seen.
+
+    Args:
+        why: in words, said of the loss, as the rest of a sentence.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"What each sample contributes to the loss is not seen: {why}. Define per_sample_loss(self, batch) on the module: "
+            "the losses of the samples, shape (B,), or a pair of these and their weights in the mean."
+        )
+        self.why = why
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """A result of reductions over a batch, of shape S, by what each sample contributes to it.
+
+    Attributes:
+        contributions: (B, *S), whose sum over the samples is the result; None where it is not asked for.
+        weights: what each sample weighs in the mean that the result is, (B,), with the sum 1; None where all weigh the same.
+        counted: whether these may be others in the next batch: tokens, masks, classes are counted.
+        total: whether the result is a sum over the samples, in which each has the weight 1.
+    """
+
+    contributions: Tensor | None
+    weights: Tensor | None = None
+    counted: bool = False
+    total: bool = False
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Reduced:
+        """With other contributions; weights as they are."""
+        return self if self.contributions is None else replace(self, contributions=function(self.contributions))
+
+
+class Seen:
+    """What has been seen of the results of one ``training_step``.
+
+    Args:
+        size: B, the number of samples.
+        weights_only: see the weights of the samples alone, and leave every number exactly as it is.
+    """
+
+    def __init__(self, size: int, weights_only: bool = False) -> None:
+        self.size = size
+        self.weights_only = weights_only
+        self._reduced: dict[int, Reduced] = {}
+        self._lost: dict[int, str] = {}
+        self._nothing: set[int] = set()
+        self._kept: list[Tensor] = []
+        """Alive, so that no other tensor gets the identity of one of these."""
+
+    def of(self, thing: object) -> Reduced | None:
+        """How a tensor was reduced over the samples; None where it was not, or is no tensor."""
+        return self._reduced.get(id(thing)) if isinstance(thing, Tensor) else None
+
+    def found(self, loss: Tensor) -> Reduced:
+        """How the scalar ``loss`` is made.
+
+        Raises:
+            NotSeparable: that is not seen.
+        """
+        reduced = self.of(loss)
+        if reduced is None:
+            raise NotSeparable(self.why_lost(loss) or "no mean and no sum over the samples makes it that torch computes")
+        return reduced
+
+    def keep(self, result: Tensor, reduced: Reduced) -> Tensor:
+        """Remember how ``result`` was made; returns it."""
+        self._kept.append(result)
+        self._reduced[id(result)] = reduced
+        self._lost.pop(id(result), None)
+        return result
+
+    def lose(self, result: Any, why: str) -> Any:
+        """Remember why ``result`` is no sum over the samples; returns it."""
+        if isinstance(result, Tensor):
+            self._kept.append(result)
+            self._reduced.pop(id(result), None)
+            self._lost[id(result)] = why
+        return result
+
+    def is_nothing(self, result: Any) -> Any:
+        """Remember that ``result`` is a multiple by the number 0, of a penalty that is switched off; returns it."""
+        self._kept.append(result)
+        self._nothing.add(id(result))
+        return result
+
+    def nothing(self, thing: object) -> bool:
+        """Whether a tensor is such a multiple."""
+        return id(thing) in self._nothing
+
+    def why_lost(self, *operands: object) -> str | None:
+        """Why the first of these that is no sum over the samples is none."""
+        return next((self._lost[id(operand)] for operand in operands if id(operand) in self._lost), None)
+
+    def by_sample(self, values: Tensor) -> Tensor | None:
+        """Values (N, ...) as (B, N / B, ...); None where N is no multiple of B."""
+        if not values.ndim or not values.shape[0] or values.shape[0] % self.size:
+            return None
+        return values.reshape(self.size, values.shape[0] // self.size, *values.shape[1:])
+
+
+def shares(counts: Tensor) -> Tensor:
+    """Weights (B,) in proportion to the sums of ``counts`` (B, ...) of each sample; 0 where there are none."""
+    own = counts.detach().reshape(len(counts), -1).double().sum(1)
+    total = own.sum()
+    return own / torch.where(total == 0, 1, total)
