@@ -359,3 +359,45 @@ def test_what_is_shared_in_training_is_shared_in_a_query_of_any_size(tmp_path: P
         run.add_query(f"one-{example}", [KINDS["shared"].made([first[example]])])
         alone = la.score(run, "sgd-ie", [4], f"one-{example}", ray_address=None, check=0, save=False).values
         assert whole[0, example] == pytest.approx(alone[0], rel=1e-5)
+
+
+class Sparse(Linear):
+    """Word vectors whose gradients hold the words of the batch alone."""
+
+    def __init__(self, sparse: bool = True) -> None:
+        super().__init__("text alone")
+        self.words.sparse = sparse
+        self.net.requires_grad_(False)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_sparse_gradient_is_the_dense_one(tmp_path: Path, sparse: bool) -> None:
+    def fitted(kept: Tensor, *callbacks: Any) -> Tensor:
+        module = Sparse(sparse)
+        module.kept = kept
+        pl.seed_everything(1)
+        trainer(*callbacks, max_epochs=2).fit(module, loader("text alone"))
+        return flat(module)
+
+    everything = torch.ones(N, dtype=torch.float64)
+    base = fitted(everything, la.TrajectoryRecorder(tmp_path / "run"))
+    assert torch.equal(base, fitted(everything))
+    run = la.Run(tmp_path / "run")
+    assert run.audit().ok
+    run.add_query("few", [KINDS["text alone"].made([Rows()[i] for i in range(4)])])
+    shifts = la.score(run, "loo", [3, 9], "few", keep_shifts=True, ray_address=None, check=0, save=False).shifts
+    assert shifts is not None
+    for sample, shift in zip((3, 9), shifts, strict=True):
+        kept = everything.clone()
+        kept[sample] = 0
+        change = fitted(kept) - base
+        assert float((shift - change).norm() / change.norm()) < 1e-9
+    assert np.isfinite(la.score(run, "sgd-ie", [3, 9], "few", ray_address=None, check=0, save=False).values).all()
+
+
+def test_graphs_of_torch_geometric_are_refused_with_what_to_use(tmp_path: Path) -> None:
+    graphs = pytest.importorskip("torch_geometric.data")
+    loaders = pytest.importorskip("torch_geometric.loader")
+    some_graphs = [graphs.Data(x=torch.ones(2 + i % 3, FEATURES), edge_index=torch.tensor([[0], [1]])) for i in range(6)]
+    with pytest.raises(RecordingRefused, match=r"^A batch holds a DataBatch of torch_geometric.*to_dense_batch"):
+        trainer(la.TrajectoryRecorder(tmp_path / "run")).fit(Linear(), loaders.DataLoader(some_graphs, batch_size=3))

@@ -66,7 +66,7 @@ class TrainedOptimizer:
         parameter = self._parameters[i]
         names = self._rule.slots(self._optimizer.param_groups[self.group_of[i]])
         value = self._optimizer.state.get(parameter, {}).get(names[slot]) if slot < len(names) else None
-        return torch.zeros_like(parameter).reshape(-1) if value is None else value.detach().reshape(-1)
+        return torch.zeros_like(parameter).reshape(-1) if value is None else _dense(value).reshape(-1)
 
     def gradient(self, step: int) -> Tensor:
         """The flat gradient (p,) of step number ``step``, before clipping.
@@ -75,7 +75,7 @@ class TrainedOptimizer:
             NotFinite: it is not finite.
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradient = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
+        gradient = torch.cat([_dense(part).reshape(-1) for part in parts]).cpu()
         if not torch.isfinite(gradient).all():
             raise NotFinite(
                 f"The loss or its gradient is not finite in step {step} of the training, so there is nothing to attribute: "
@@ -128,3 +128,9 @@ class TrainedOptimizer:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A tensor with all its numbers: gradients of ``nn.Embedding(sparse=True)`` hold only those of the rows that were used."""
+    tensor = tensor.detach()
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()

@@ -30,6 +30,8 @@ def silent_copy(module: nn.Module, known: Mapping[str, Any] | None = None) -> nn
             one, schedulers = Optimizer(trainer), Optimizer(trainer)
             mute = {"optimizers": lambda *_, one=one, **__: one, "lr_schedulers": lambda *_, one=schedulers, **__: one}
             part.__dict__.update(mute, log=_nothing, log_dict=_nothing, print=_nothing)
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            part.sparse = False  # a gradient of the same numbers, which can be differentiated again
         if any(base.__module__.startswith("torchmetrics") for base in type(part).__mro__):
             stand_in = Metric(trainer, name, isinstance(part, nn.ModuleDict))
             part.__dict__.update(forward=stand_in, compute=stand_in, update=_nothing)

@@ -105,6 +105,12 @@ class _Taking:
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if hasattr(part, field.name)}
             return {"dataclass": {"class": _class(part), "fields": self._parts(fields, name, before)}}
+        if any(base.__module__.startswith("torch_geometric.") for base in type(part).__mro__):
+            raise RunError(
+                f"A batch holds{_at(name)} a {type(part).__name__} of torch_geometric, whose nodes and edges are no rows of "
+                "its graphs: let the loader's collate_fn return dense tensors with a row a graph (torch_geometric.utils."
+                "to_dense_batch and to_dense_adj), and let the module use layers of torch_geometric.nn.dense."
+            )
         raise RunError(f"A batch holds{_at(name)} a {type(part).__name__}, which cannot be recorded; {REMEDY}.")
 
     def _parts(self, parts: Mapping[str, Any], name: str, before: Mapping[str, Structure]) -> dict[str, Structure]:
