@@ -62,7 +62,8 @@ class DescribesSamples(Protocol):
         """Columns with a value for each training sample, in the order of the data set.
 
         ``image`` (a PNG file as bytes), ``text``, ``label``, ``true_label`` and ``corrupted`` (bool) are shown on the page,
-        in W&B and in the CSV file. Each column, also any other, makes groups: ``--removals group:COLUMN``.
+        in W&B and in the CSV file. Each column, also any other, makes groups: ``--removals group:COLUMN``. Where the batches
+        name their samples (``TrajectoryRecorder(..., sample_id=...)``), a column ``id`` says which sample a row is about.
         """
 
 

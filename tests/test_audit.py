@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.record.record import Steps
+from lightning_acc.record.steps import Steps
 
 WORDS, LENGTH = 60, 12
 

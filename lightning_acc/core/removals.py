@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,28 +11,45 @@ from torch import Tensor
 
 from lightning_acc import arguments
 from lightning_acc.errors import RequestError
+from lightning_acc.record.record import Record
 
 Removal = tuple[int, ...]
 
 
-Wanted = Mapping[str, Iterable[int]] | Iterable[int] | Iterable[Iterable[int]] | None
+Sample = int | str
+"""A sample as users name it: by its number, or, as a text, by the id that it has in the batches."""
+Wanted = Mapping[str, Iterable[Sample]] | Iterable[Sample] | Iterable[Iterable[Sample]] | None
 """Removals as users give them: None means every sample by itself, ids mean singletons, lists mean groups; or by name."""
 
 
-def named(removals: Wanted, n_samples: int) -> tuple[list[Removal], dict[Removal, str]]:
-    """Removals as sorted tuples of ids, and the names of those that have one.
+def named(removals: Wanted, record: Record) -> tuple[list[Removal], dict[Removal, str]]:
+    """Removals as sorted tuples of numbers, and the names of those that have one, such as a sample that its batches name.
 
     Raises:
-        RequestError: an id does not exist.
+        RequestError: a sample does not exist.
     """
-    if not isinstance(removals, Mapping):
-        return parse(removals, n_samples), {}
-    parsed = parse(removals.values(), n_samples)
-    return parsed, {removal: str(name) for removal, name in zip(parsed, removals, strict=True)}
+    groups = removals.values() if isinstance(removals, Mapping) else removals
+    parsed = parse(groups, record.n_samples, number=number_by_name(record))
+    called, names = record.sample_names, dict[Removal, str]()
+    if called is not None:
+        names = {removal: str(called[removal[0]]) for removal in parsed if len(removal) == 1}
+    if isinstance(removals, Mapping):
+        names.update({removal: str(name) for removal, name in zip(parsed, removals, strict=True)})
+    return parsed, names
 
 
-def parse(removals: Iterable[int] | Iterable[Iterable[int]] | None, n_samples: int, name: str = "removals") -> list[Removal]:
-    """Removals as sorted tuples of ids.
+def number_by_name(record: Record) -> Callable[[str], int] | None:
+    """What gives the number of a sample that is named by a text; None where batches do not name samples."""
+    return record.sample_number if "sample_id" in record.manifest else None
+
+
+def parse(
+    removals: Iterable[Sample] | Iterable[Iterable[Sample]] | None,
+    n_samples: int,
+    name: str = "removals",
+    number: Callable[[str], int] | None = None,
+) -> list[Removal]:
+    """Removals as sorted tuples of ids; ``number`` gives that of a sample that is named by a text.
 
     Raises:
         RequestError: an id does not exist; ``name`` is the argument that it is in.
@@ -41,8 +58,8 @@ def parse(removals: Iterable[int] | Iterable[Iterable[int]] | None, n_samples: i
         return [(i,) for i in range(n_samples)]
     parsed: list[Removal] = []
     for removal in arguments.listed(name, removals, "sample ids, or of lists of sample ids"):
-        single = arguments.index(removal)
-        ids = [single] if single is not None else [arguments.index(i) for i in _members(removal)]
+        single = _number(removal, number)
+        ids = [single] if single is not None else [_number(i, number) for i in _members(removal)]
         if None in ids:
             raise RequestError(f"{arguments.shown(removal)} is no removal: give sample ids, or lists of sample ids.")
         parsed.append(tuple(sorted({i for i in ids if i is not None})))
@@ -53,6 +70,10 @@ def parse(removals: Iterable[int] | Iterable[Iterable[int]] | None, n_samples: i
                 f"{n_samples - 1}."
             )
     return parsed
+
+
+def _number(sample: Any, number: Callable[[str], int] | None) -> int | None:
+    return number(sample) if number is not None and isinstance(sample, str) else arguments.index(sample)
 
 
 def _members(removal: Any) -> list[Any]:

@@ -18,8 +18,9 @@ from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
-from lightning_acc.record.record import Record, StepRecord, opened
+from lightning_acc.record.record import Record, opened
 from lightning_acc.record.schema.keys import DTYPES
+from lightning_acc.record.steps import StepRecord
 
 CACHE_BYTES = 2**20
 """Activations that Hessian-vector products work on at once: what a core's second-level cache holds. More is slower."""

@@ -20,14 +20,15 @@ from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
 from lightning_acc.record import batches
 from lightning_acc.record.record import Record
+from lightning_acc.record.samples.names import COLUMN
 from lightning_acc.record.store import Store
 from lightning_acc.scoring.scores import Scores
 
 if TYPE_CHECKING:
     import datasets
 
-SAMPLE = "sample"
-"""The column of sample ids in what is exported."""
+SAMPLE, NAME = "sample", "name"
+"""The columns of sample ids, and of what their batches call them, in what is exported."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _DESCRIBED = ("label", "true_label", "corrupted")
 
@@ -37,9 +38,10 @@ def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str])
 
     The first line, after a ``#``, says whose ranking it is, when its query was read where that is not the end, of how many
     runs it is the mean, and how far it can be trusted. Columns: ``rank``, ``sample`` (the id; the ids of a
-    group with blanks between them), ``name`` (where there are groups that have one), ``score``, ``source`` (``estimate``, or
-    ``loo`` where that is the truth), ``loo`` (the score by leave-one-out retraining, where the run has it stored for the same
-    query; else without this column), ``label``, ``true_label`` and ``corrupted`` of single samples, empty where not known.
+    group with blanks between them), ``name`` (where there are groups that have one, or samples that their batches name),
+    ``score``, ``source`` (``estimate``, or ``loo`` where that is the truth), ``loo`` (the score by leave-one-out retraining,
+    where the run has it stored for the same query; else without this column), ``label``, ``true_label`` and ``corrupted`` of
+    single samples, empty where not known.
 
     Args:
         run: the run the scores belong to.
@@ -147,18 +149,20 @@ def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset 
     Args:
         run: the recorded run.
         drop: ids of the samples to leave out.
-        dataset: the data set the run was trained on, row i being sample i; None takes what the run recorded.
+        dataset: the data set the run was trained on, row i being sample i, or, where its batches named the samples, with a
+            column of these names; None takes what the run recorded.
 
     Returns:
-        The rows of ``dataset`` that are kept, in order. Without it, one row per kept sample: ``sample`` (its id), the leaves
-        of the sample as it was first seen in training (null where it never was) and what the data module described; a leaf
-        whose name is taken is called ``recorded_<name>``, a description ``described_<name>``. An ``image`` that the data
-        module described becomes an Image column.
+        The rows of ``dataset`` that are kept, in order. Without it, one row per kept sample: ``sample`` (its id), ``name``
+        (where its batches named it), the leaves of the sample as it was first seen in training (null where it never was) and
+        what the data module described; a leaf whose name is taken is called ``recorded_<name>``, a description
+        ``described_<name>``. An ``image`` that the data module described becomes an Image column.
 
     Raises:
         RequestError: an id does not exist, nothing is left, or ``dataset`` has another length than the training set.
     """
-    (dropped,) = removals.parse([arguments.listed("drop", drop, "sample ids")], run.n_samples, "drop")
+    listed = arguments.listed("drop", drop, "sample ids")
+    (dropped,) = removals.parse([listed], run.n_samples, "drop", removals.number_by_name(run))
     gone = set(dropped)
     kept = [i for i in range(run.n_samples) if i not in gone]
     if not kept:
@@ -169,6 +173,8 @@ def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset 
                 f"dataset={arguments.shown(dataset)} is no Hugging Face data set: give a datasets.Dataset, or none to take "
                 "what the run recorded."
             )
+        if "sample_id" in run.manifest:
+            return _without_the_named(run, gone, dataset)
         if len(dataset) != run.n_samples:
             raise RequestError(
                 f"The data set has {len(dataset)} rows, but {run.path} was trained on {run.n_samples} samples: "
@@ -182,8 +188,10 @@ def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset 
     rows = None if described is None else described.take(kept)
     names = set() if rows is None else set(rows.column_names)
     columns: dict[str, Any] = {SAMPLE: kept}
+    if (called := run.sample_names) is not None and NAME not in names:
+        columns[NAME] = [called[i] for i in kept]
     for leaf, values in _leaves(run, kept).items():
-        columns[f"recorded_{leaf}" if leaf in names or leaf == SAMPLE else leaf] = values
+        columns[f"recorded_{leaf}" if leaf in names or leaf in (SAMPLE, NAME) else leaf] = values
     result = datasets.Dataset.from_dict(columns)
     if rows is not None:
         for name in rows.column_names:
@@ -191,6 +199,19 @@ def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset 
         if "image" in names and pa.types.is_binary(rows.schema.field("image").type):
             result = result.cast_column("image", datasets.Image())
     return result
+
+
+def _without_the_named(run: Record, gone: set[int], dataset: datasets.Dataset) -> datasets.Dataset:
+    """The rows of a data set that are not of the samples ``gone``, known by the ids that the batches had."""
+    columns = [name for name in (run.manifest["sample_id"], COLUMN) if name in dataset.column_names]
+    if not columns:
+        raise RequestError(
+            f"The samples of {run.path} are known by the ids in its batches, and the data set has no column {COLUMN!r} to find "
+            "its rows by: give one that has it, or none to take what the run recorded."
+        )
+    names = run.sample_names or range(run.n_samples)
+    dropped = {names[i] for i in gone}
+    return dataset.select([row for row, name in enumerate(dataset[columns[0]]) if name not in dropped])
 
 
 def _leaves(run: Record, kept: list[int]) -> dict[str, list[Any]]:

@@ -26,6 +26,8 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 MOST_BYTES, MOST_PIXELS = 2**25, 2**26
 """Larger pictures are left out: a few kilobytes may unpack to gigabytes."""
 LABELS = ("label", "labels", "target", "targets", "y")
+NAME = 80
+"""Characters of a name."""
 NUMBERS = 16
 """Of an example of which nothing else can be shown."""
 
@@ -41,6 +43,7 @@ class SampleView:
         label: its label in training.
         true_label: its label before a known corruption.
         corrupted: whether it is known to be corrupted.
+        name: the id it had in its batches, where that is not its number.
     """
 
     sample: int
@@ -49,6 +52,12 @@ class SampleView:
     label: str | None = None
     true_label: str | None = None
     corrupted: bool | None = None
+    name: str | None = None
+
+    @property
+    def called(self) -> str:
+        """Its number, and its name where it has one."""
+        return f"#{self.sample}" if self.name is None else f"#{self.sample} {self.name}"
 
 
 class SampleViews:
@@ -56,6 +65,7 @@ class SampleViews:
 
     def __init__(self, run: Record) -> None:
         self._run = run
+        self._names = run.sample_names
         table = run.sample_info()
         self._columns: dict[str, list[Any]] = table.to_pydict() if table is not None else {}
 
@@ -66,9 +76,8 @@ class SampleViews:
         return None if column is None or not all(map(_is_flag, column)) else np.array(column, dtype=bool)
 
     def __getitem__(self, sample: int) -> SampleView:
-        if self._columns:
-            return _described(sample, self._columns)
-        return _seen(sample, self._run.content_of(sample) or {})
+        known = _described(sample, self._columns) if self._columns else _seen(sample, self._run.content_of(sample) or {})
+        return known if self._names is None else replace(known, name=_in_a_line(self._names[sample]))
 
 
 class ExampleViews:
@@ -143,6 +152,12 @@ def _numbers(leaves: Leaves) -> str | None:
         return None
     shown = ", ".join(f"{number:.3g}" for number in inputs[:NUMBERS].tolist())
     return f"{shown}, … ({len(inputs):,} numbers)" if len(inputs) > NUMBERS else shown
+
+
+def _in_a_line(name: Any) -> str:
+    """A name as it can be shown: no line breaks, and not endless."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(name))
+    return text if len(text) <= NAME else f"{text[: NAME - 1]}…"
 
 
 def _is_flag(value: Any) -> bool:

@@ -164,7 +164,7 @@ def plan(
     if ray_address not in (None, "local") and workers is None:
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
     run = opened(run)
-    distinct = list(dict.fromkeys(removal_sets.named(removals, run.n_samples)[0]))
+    distinct = list(dict.fromkeys(removal_sets.named(removals, run)[0]))
     query, when = queries.find(run, query), moments.find(run, at)
     n = len(distinct)
     costs: dict[str, Cost] = {}

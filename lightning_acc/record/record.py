@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -20,75 +19,15 @@ from lightning_acc import arguments
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import manifest
 from lightning_acc.record.batches import Leaves, Structure, leaf_names, row
-from lightning_acc.record.contents import Contents
+from lightning_acc.record.samples import names
+from lightning_acc.record.samples.contents import Contents
+from lightning_acc.record.samples.names import Name, SampleNames
 from lightning_acc.record.schema import keys
+from lightning_acc.record.steps import Steps
 from lightning_acc.record.store import Store
 
 Trust = bool | str | Iterable[str]
 """Packages that a record's module may be imported from, besides modules this process has imported already; True: any."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step as it was recorded.
-
-    Attributes:
-        sample_ids: ids of the occurrences the step saw, in order, shape (occurrences,).
-        weights: loss weight of each occurrence, shape (occurrences,), float64.
-        contents: number of each occurrence's content, for ``Record.contents``, shape (occurrences,).
-        groups: hyper-parameters of each parameter group of the optimizer.
-        sizes: occurrences in each of the batches whose gradients the step accumulated; usually one.
-        rng: for each of these batches, the state of torch's CPU random number generator before its forward pass, where
-            that drew from it; else None.
-    """
-
-    sample_ids: Tensor
-    weights: Tensor
-    contents: Tensor
-    groups: list[dict[str, Any]]
-    sizes: list[int]
-    rng: list[Tensor | None]
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """Hyper-parameters by name; a tuple of one value per parameter group where the groups differ."""
-        values = {key: tuple(group[key] for group in self.groups) for key in self.groups[0]}
-        return {key: value[0] if len(set(map(str, value))) == 1 else value for key, value in values.items()}
-
-
-class Steps(Sequence[StepRecord]):
-    """The steps of a run, read file by file when they are asked for."""
-
-    def __init__(self, record: Record) -> None:
-        self._record = record
-
-    def __len__(self) -> int:
-        return self._record.n_steps
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"step {index} of a run with {len(self)} steps")
-        tensors, i, metadata = self._record._locate(index)
-        first, last = tensors["offsets"][i : i + 2].tolist()
-        start, end = tensors["batch_offsets"][i : i + 2].tolist()
-        # Copies: set_rng_state crashes on memory that is not aligned, as inside a file.
-        states = {int(batch): row for row, batch in enumerate(tensors.get("rng_batches", ()))}
-        rng = [tensors["rng"][states[batch]].clone() if batch in states else None for batch in range(start, end)]
-        return StepRecord(
-            sample_ids=tensors["sample_ids"][first:last],
-            weights=tensors["weights"][first:last],
-            contents=tensors["contents"][first:last],
-            groups=metadata["groups"][i],
-            sizes=tensors["batch_sizes"][start:end].tolist(),
-            rng=rng,
-        )
-
-    def __iter__(self) -> Iterator[StepRecord]:
-        return (self[t] for t in range(len(self)))
 
 
 class Record:
@@ -159,8 +98,28 @@ class Record:
 
     @property
     def n_samples(self) -> int:
-        """Size of the training data set; sample ids are 0 to n_samples - 1, visited or not."""
+        """Size of the training data set; sample ids are 0 to n_samples - 1, visited or not.
+
+        Of a run whose batches named their samples (``sample_id=``) the number of samples that were seen.
+        """
         return int(self.manifest["n_samples"])
+
+    @property
+    def sample_names(self) -> list[Any] | None:
+        """What the batches called the samples (``sample_id=``), integers or texts, by number, ``sample_names[number]``.
+
+        The numbers are in the order in which the samples were first seen. None where they are the names themselves: where
+        samples are counted in their data set, or called 0 to n_samples - 1.
+        """
+        return None if self._named is None or self._named.plain else list(self._named.by_number)
+
+    def sample_number(self, name: Name) -> int:
+        """The number, in all tables, of the sample that the batches called ``name``.
+
+        Raises:
+            RequestError: there is no such sample, or they have no names.
+        """
+        return names.number_of(self._named, name, self.n_samples)
 
     @property
     def n_steps(self) -> int:
@@ -241,7 +200,13 @@ class Record:
 
     def sample_info(self) -> pa.Table | None:
         """What the data module told about the samples (``describe_samples``), one row per sample id; None if nothing."""
-        return manifest.description(self.store, self.manifest, "samples/info.parquet", self.n_samples)
+        name, named = "samples/info.parquet", self._named
+        table = manifest.description(self.store, self.manifest, name, None if named else self.n_samples)
+        if table is None or named is None:
+            return table
+        if names.COLUMN not in table.column_names:
+            raise self._fault(name, f"it has no column {names.COLUMN!r}, by which samples are known")
+        return named.rows(table)
 
     def example_info(self, query: str) -> pa.Table | None:
         """What the data module told about the examples of a recorded query (``describe_examples``), in their order."""
@@ -278,6 +243,18 @@ class Record:
         file = bisect.bisect_right(self._firsts, step) - 1
         tensors, metadata = self._load(self._names("steps")[file])
         return tensors, step - self._firsts[file], metadata
+
+    @cached_property
+    def _named(self) -> SampleNames | None:
+        """The names of the samples; None where they are counted in their data set."""
+        files = [name for name in self._names("steps") if "names" in self._file(name)]
+        try:
+            return SampleNames([one for name in files for one in names.unpacked(*self._load(name))]) if files else None
+        except ValueError as error:
+            raise self._fault(files[-1], str(error)) from error
+
+    def _numbers(self, seen: Tensor) -> Tensor:
+        return seen if self._named is None else self._named.numbers(seen)
 
     @cached_property
     def _contents(self) -> Contents:

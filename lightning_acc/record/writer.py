@@ -15,7 +15,7 @@ import math
 import time
 import uuid
 from collections import defaultdict
-from typing import Any, TypedDict
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -26,6 +26,8 @@ from lightning_acc.record import batches
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.background import Background
 from lightning_acc.record.batches import Leaves
+from lightning_acc.record.samples import names
+from lightning_acc.record.steps import SeenStep
 from lightning_acc.record.store import Store, digest
 
 FLUSH_BYTES = 64 * 2**20
@@ -54,21 +56,6 @@ def check_finite(theta: Tensor, step: int) -> None:
         )
 
 
-class SeenStep(TypedDict):
-    """One optimizer step: its occurrences in order, their contents and loss weights, and the hyper-parameters.
-
-    ``sizes`` are those of the batches it accumulated, ``rng`` the states of the random number generator before each of their
-    forward passes, None where it was not used.
-    """
-
-    sample_ids: list[int]
-    contents: list[int]
-    weights: list[float]
-    groups: list[dict[str, Any]]
-    sizes: list[int]
-    rng: list[Tensor | None]
-
-
 class RunWriter:
     """Collects one run and writes it to ``store``; nothing is visible as a run before ``finish``."""
 
@@ -78,6 +65,7 @@ class RunWriter:
         self.files: dict[str, dict[str, Any]] = {}
         self.n_steps = 0
         self.snapshots: list[int] = []
+        self.names = names.Numbers()
         self._contents: dict[bytes, int] = {}
         self._new_contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]] = defaultdict(list)
         self._steps: list[SeenStep] = []
@@ -98,7 +86,9 @@ class RunWriter:
         self._write_manifest()
 
     def _write_manifest(self, **facts: Any) -> None:
-        manifests.write(self.store, {**self.header, "status": "recording", "files": self.files, **facts})
+        named = sum(file.get("names", 0) for file in self.files.values())
+        counted = {"n_samples": named} if named else {}
+        manifests.write(self.store, {**self.header, **counted, "status": "recording", "files": self.files, **facts})
 
     def _check_there(self) -> None:
         if not self.store.exists(manifests.NAME):
@@ -130,6 +120,9 @@ class RunWriter:
                 if self.n_steps + facts["count"] > n_steps:
                     continue
                 self.n_steps += facts["count"]
+                if "names" in facts:
+                    self.names.of(names.unpacked(*manifests.load(self.store, recorded, name)))
+                    self.names.new()  # which are written
             if folder == "parameters":
                 if facts["steps"][-1] > n_steps:
                     continue
@@ -148,7 +141,7 @@ class RunWriter:
         steps = [name for name, facts in self.files.items() if name.startswith(("steps/", "samples/")) and "count" in facts]
         for name in steps:
             del self.files[name]
-        self._contents, self.n_steps = {}, 0
+        self._contents, self.n_steps, self.names = {}, 0, names.Numbers()
 
     def drop_later(self) -> None:
         """Delete what a run that was taken up again has written beyond the step it is taken up at."""
@@ -268,7 +261,11 @@ class RunWriter:
             if random:
                 tensors["rng_batches"] = torch.tensor([i for i, _ in random])
                 tensors["rng"] = torch.stack([state for _, state in random])
-            self._write("steps", tensors, mark, {"groups": json.dumps([step["groups"] for step in records])})
+            metadata, facts = {"groups": json.dumps([step["groups"] for step in records])}, {}
+            if new := [name for step in records for name in step["names"]]:
+                more, kind = names.packed(new)
+                tensors, metadata, facts = {**tensors, **more}, {**metadata, **kind}, {"names": len(new)}
+            self._write("steps", tensors, mark, metadata, **facts)
 
     def _write(
         self, folder: str, tensors: dict[str, Tensor], mark: str, metadata: dict[str, str] | None = None, **facts: Any

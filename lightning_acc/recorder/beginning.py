@@ -150,8 +150,7 @@ def understand(
         except RunError as error:
             failed.append(error)
     else:
-        by_mean = first_step.step(sources[-1], "mean")
-        reason = causes.explain(failed, by_mean, theta, first_step.gradient, everyone[0].random)
+        reason = causes.explain(failed, lambda: first_step.tried(sources[-1]), theta, first_step.gradient, everyone[0].random)
         raise RecordingRefused(reason) from failed[-1]
     header = {
         **description.header(trainer, module, optimizer, theta.dtype),
@@ -203,6 +202,10 @@ class _FirstStep:
     def step(self, source: Source, reduction: Reduction) -> Step:
         """This step, of losses that are taken so."""
         return self.assembly(source, reduction).step(self._groups, self.batches)
+
+    def tried(self, source: Source) -> Step:
+        """This step, of losses from ``source`` in the first way that seemed possible."""
+        return self.step(source, self._possible(source)[0])
 
     def _assembled(self, source: Source, tolerance: float) -> Assembly:
         """What makes steps whose gradient is the training's."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_acc.contract import DescribesExamples, DescribesSamples
 from lightning_acc.core import queries, rebuild, stand_in
 from lightning_acc.errors import InfluenceError, RunError
+from lightning_acc.record.samples.names import COLUMN, Numbers
 from lightning_acc.record.writer import RunWriter
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.rows import transferred
@@ -51,7 +52,8 @@ def data(trainer: Any) -> dict[str, Any]:
     """Identity of the training data: the data module's class and plain hyper-parameters, or the data set's class."""
     module = trainer.datamodule
     if module is None:
-        return {"class": type(trainer.train_dataloader.dataset).__qualname__}
+        loader = trainer.train_dataloader
+        return {"class": type(getattr(loader, "dataset", loader)).__qualname__}
     plain = {}
     for key, value in dict(getattr(module, "hparams", {})).items():
         try:
@@ -79,17 +81,40 @@ def write_frozen(writer: RunWriter, module: nn.Module) -> None:
         writer.write_file("module.safetensors", safetensors.torch.save(values))
 
 
-def write_sample_info(writer: RunWriter, trainer: Any) -> None:
-    """What ``describe_samples()`` of the data module tells: columns with one value per training sample."""
+def write_sample_info(writer: RunWriter, trainer: Any, seen: Numbers) -> None:
+    """What ``describe_samples()`` of the data module tells: columns with one value per training sample.
+
+    ``seen`` are the names of samples of the first batches, where batches name them.
+    """
     if not isinstance(trainer.datamodule, DescribesSamples):
         return
     table, data = _as_parquet(trainer.datamodule.describe_samples())
-    if len(table) != writer.header["n_samples"]:
+    if "sample_id" in writer.header:
+        reason = _why_not_by_name(table, seen)
+        if reason:
+            warnings.warn(f"What describe_samples() tells is not recorded, for {reason}.", UserWarning, stacklevel=2)
+            return
+    elif len(table) != writer.header["n_samples"]:
         raise RunError(
             f"describe_samples() gives {len(table)} rows for {writer.header['n_samples']} training samples: "
             "it must give one row a sample, in the order of the dataset."
         )
     writer.write_file("samples/info.parquet", data)
+
+
+def _why_not_by_name(table: pa.Table, seen: Numbers) -> str | None:
+    """Why the rows of a table cannot be told by the names of samples; None where they can."""
+    if COLUMN not in table.column_names:
+        return (
+            f"the samples are known by their ids in the batches and the table has no column {COLUMN!r}: add one with the id of "
+            "each row"
+        )
+    names = table[COLUMN].to_pylist()
+    if len(set(names)) < len(names):
+        return f"its column {COLUMN!r} has the same id in several rows: give every sample one row"
+    if not any(name in seen for name in names):
+        return f"its column {COLUMN!r} has none of the ids in the first batches: give ids as the batches have them"
+    return None
 
 
 def write_example_info(writer: RunWriter, trainer: Any, query: str) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.writer import SeenStep, check_finite
+from lightning_acc.record.steps import SeenStep
+from lightning_acc.record.writer import check_finite
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.beginning import Assembly, understand
 from lightning_acc.recorder.checkpoints.resume import Place
@@ -61,12 +62,13 @@ class Following:
         if place is not None:
             self.optimizer.with_gradient = place.with_gradient
         self.snapshots = Snapshots(
-            options.parameters, self.optimizer.parameter_bytes, trainer.estimated_stepping_batches, options.budget_gb * 2**30
+            options.parameters, self.optimizer.parameter_bytes, _expected_steps(trainer), options.budget_gb * 2**30
         )
         self._trainer, self._module, self._options = trainer, module, options
         self._tap, self._write, self._place = tap, write, place
         self.loss = LossTap(trainer)
-        self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs else None
+        self._named = options.batch_names  # which tell samples from each other, whatever loader they come from
+        self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs and self._named is None else None
         self._structure: batches.Structure = {}
         self._shared: batches.Leaves | None = None
         self._seen: list[SeenBatch] = []
@@ -89,12 +91,16 @@ class Following:
 
     def batch_starts(self, batch: Any) -> None:
         """Keep what the step will see."""
-        ids = self._tap.next_ids()
-        first = self._tap.take_first()
+        ids = [] if self._named is not None else self._tap.next_ids()
+        first = self._tap.take_first(batch)
         if self.ended:
             return
         try:
-            leaves, structure = batches.flatten(batch, len(ids), self._structure)
+            leaves, structure = batches.flatten(batch, len(ids) if self._named is None else None, self._structure)
+            if self._named is not None:
+                ids = self._write.own.names.of(self._named.names(batch, batches.batch_size(leaves)))
+        except RecordingRefused:
+            raise
         except RunError as error:
             raise RecordingRefused(str(error)) from error
         if self._structure and structure != self._structure:
@@ -168,6 +174,7 @@ class Following:
             "groups": groups,
             "sizes": [len(batch.ids) for batch in self._seen],
             "rng": [batch.rng if batch.random else None for batch in self._seen],
+            "names": self._write.own.names.new(),
         }
         self._within = True
 
@@ -228,9 +235,17 @@ class Following:
         seen = (self._structure, theta, groups, everyone, number, options.batch_norm)
         self._assembly: Assembly
         self._assembly, header = understand(self._trainer, self._module, self.optimizer, *seen)
-        header["n_samples"] = self._tap.n_samples
+        header["n_samples"] = self._tap.n_samples if self._named is None else len(self._write.own.names)
+        if self._named is not None:
+            header["sample_id"] = self._named.words
         if options.mixed_rows == rows.AS_THEY_ARE:
             header["loss"]["mixed_rows"] = options.mixed_rows
         self._write.begin(self._trainer, self._module, header, self._place, options.overwrite)
         self._write.shared(self._shared or {})
         self.begun = True
+
+
+def _expected_steps(trainer: Any) -> float:
+    """Lightning's own estimate; infinity where nobody knows, as of a stream without a length."""
+    steps = float(trainer.estimated_stepping_batches)
+    return steps if steps >= 0 else float("inf")

@@ -32,13 +32,14 @@ class SampleTap:
 
     Args:
         check_rows: look at what the loaders' collate functions do to the samples of a batch.
+        count: tell samples by their place in the data set; else nothing is told of them, and any loader will do.
     """
 
-    def __init__(self, check_rows: bool = True) -> None:
+    def __init__(self, check_rows: bool = True, count: bool = True) -> None:
         self.loaders = 0
         self.n_samples = 0
         self.dataset: Any = None
-        self._check_rows = check_rows
+        self._check_rows, self._count = check_rows, count
         self._looked = False
         self._first: tuple[Leaves, Structure] | None = None
         self._delivered: deque[list[int]] = deque()
@@ -71,17 +72,25 @@ class SampleTap:
             )
         return self._delivered.popleft()
 
-    def take_first(self) -> tuple[Leaves, Structure] | None:
-        """The first rows of the first batch, as it was delivered; once, and only where they are to be looked at."""
+    def take_first(self, batch: Any) -> tuple[Leaves, Structure] | None:
+        """The first rows of the first batch, as it was delivered; once, and only where they are to be looked at.
+
+        Of a loader that is no DataLoader they are those of ``batch``, as it has become since.
+        """
+        if self._check_rows and not self._looked and not self.loaders:
+            self._first, self._looked = first_rows(batch), True
         first, self._first = self._first, None
         return first
 
     def _tap(self, loader: Any) -> Any:
-        refuse_loader(loader)
+        if self._count:
+            refuse_loader(loader)
+            self.n_samples = len(loader.dataset)
+        elif not isinstance(loader, DataLoader):
+            return loader
         self.loaders += 1
-        self.n_samples = len(loader.dataset)
         attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        recording = _RecordingSampler(getattr(loader, attribute), len(loader.dataset))
+        recording = _RecordingSampler(getattr(loader, attribute), self.n_samples) if self._count else None
         collate = CheckedCollate(loader.collate_fn, whole=loader.batch_sampler is None)
         collate.done = collate.done or not self._check_rows
         tap = self
@@ -97,21 +106,23 @@ class SampleTap:
 
         Tapped.__name__ = Tapped.__qualname__ = type(loader).__name__
         tapped = copy.copy(loader)
-        object.__setattr__(tapped, attribute, recording)  # DataLoader forbids the plain assignment
+        if recording is not None:
+            object.__setattr__(tapped, attribute, recording)  # DataLoader forbids the plain assignment
         tapped.collate_fn = collate
         object.__setattr__(tapped, "__class__", Tapped)
         return tapped
 
-    def _deliver(self, batches: Iterator[Any], sampler: _RecordingSampler, delivered: deque[list[int]]) -> Iterator[Any]:
+    def _deliver(self, batches: Iterator[Any], sampler: _RecordingSampler | None, delivered: deque[list[int]]) -> Iterator[Any]:
         pending: deque[list[int]] | None = None
         for batch in _refusals_in_one_sentence(batches):
-            if pending is None:
+            if pending is None and sampler is not None:
                 # Now the sampler has been asked for an iterator, also by a loader whose own __iter__ is a generator.
                 pending = sampler.pending
             if self._check_rows and not self._looked:
                 self._first = first_rows(batch)
                 self._looked = self._first is not None
-            delivered.append(pending.popleft())
+            if pending is not None:
+                delivered.append(pending.popleft())
             yield batch
 
 
@@ -180,15 +191,19 @@ def refuse_loader(loader: Any) -> None:
     """
     if not isinstance(loader, DataLoader):
         raise RecordingRefused(
-            f"The training data comes from a {type(loader).__name__}: use a torch.utils.data.DataLoader, "
-            "whose samples have ids."
+            f"The training data comes from a {type(loader).__name__}, whose samples have no ids: use a "
+            "torch.utils.data.DataLoader, or let the batches hold ids and pass TrajectoryRecorder(..., sample_id=...)."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise RecordingRefused(
             f"The training data is an iterable dataset ({type(loader.dataset).__name__}), whose samples have no ids: "
-            "use a map-style dataset (for Hugging Face datasets: load without streaming)."
+            "let its batches hold ids and pass TrajectoryRecorder(..., sample_id=...), or use a map-style dataset (for Hugging "
+            "Face datasets: load without streaming)."
         )
     if not getattr(loader, "in_order", True):
-        raise RecordingRefused("The training DataLoader has in_order=False, so its batches lose their ids: use in_order=True.")
+        raise RecordingRefused(
+            "The training DataLoader has in_order=False, so its batches lose their ids: use in_order=True, or let the batches "
+            "hold ids and pass TrajectoryRecorder(..., sample_id=...)."
+        )
     if not hasattr(loader.dataset, "__len__"):
         raise RecordingRefused("The training dataset has no length: define __len__, so that its samples can be counted.")

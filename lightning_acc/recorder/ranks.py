@@ -75,16 +75,21 @@ def merge(writer: RunWriter, processes: int, end: int | None = None) -> int:
     runs = [Record(part_of(writer.store, rank).url, partial=True) for rank in range(processes)]
     n_steps = min(run.n_steps for run in runs)
     n_steps = n_steps if end is None else min(end, n_steps)
+    called = [run.sample_names or range(run.n_samples) for run in runs] if "sample_id" in writer.header else None
     for t in range(n_steps):
         records = [run.steps[t] for run in runs]
+        seen = [record.sample_ids.tolist() for record in records]
+        if called is not None:  # every rank has numbers of its own
+            seen = [writer.names.of([names[i] for i in theirs]) for names, theirs in zip(called, seen, strict=True)]
         writer.add_step(
             {
-                "sample_ids": [sample for record in records for sample in record.sample_ids.tolist()],
+                "sample_ids": [sample for theirs in seen for sample in theirs],
                 "contents": [number for run in runs for leaves in run.batches(t) for number in writer.content_ids(leaves)],
                 "weights": [weight for record in records for weight in record.weights.tolist()],
                 "groups": records[0].groups,
                 "sizes": [size for record in records for size in record.sizes],
                 "rng": [state for record in records for state in record.rng],
+                "names": writer.names.new(),
             }
         )
     return n_steps

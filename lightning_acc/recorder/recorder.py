@@ -21,6 +21,7 @@ from lightning_acc.recorder.checkpoints import resume
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checkpoints.written import Checkpoints
 from lightning_acc.recorder.checks import refusals, rows
+from lightning_acc.recorder.checks.names import BatchNames, SampleId
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that_it_ended
@@ -38,8 +39,9 @@ class TrajectoryRecorder(Callback):
 
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
     Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
-    accumulation and clipping, map-style datasets under any sampler, weighted means, dropout, ``bf16-mixed`` precision,
-    resuming from a Lightning checkpoint (``trainer.fit(..., ckpt_path=...)``).
+    accumulation and clipping, map-style datasets under any sampler, streams whose batches hold ids of their samples
+    (``sample_id``), weighted means, dropout, ``bf16-mixed`` precision, resuming from a Lightning checkpoint
+    (``trainer.fit(..., ckpt_path=...)``).
 
     Example::
 
@@ -48,6 +50,8 @@ class TrajectoryRecorder(Callback):
 
     Args:
         directory: where the run directory is written, a local path or an fsspec URL.
+        sample_id: for streams: where a batch has the ids of its samples, integers or texts, one a row: a key, an attribute, a
+            place in a tuple, or a function of the batch. ``run.sample_names`` has them; numbers go by the first sight.
         overwrite: replace a run that is already there; by default it is refused.
         parameters: how often the parameters are written: ``"every-step"``, ``"every-k"`` (as often as the budget allows), or
             ``"auto"``: every step where the whole trajectory is small, else as often as 2 % of the training's time pays for.
@@ -80,19 +84,17 @@ class TrajectoryRecorder(Callback):
         allow_untested: bool = False,
         mixed_rows: Literal["refuse", "as-they-are"] = "refuse",
         on_error: Literal["warn", "stop"] = "warn",
+        sample_id: SampleId | None = None,
     ) -> None:
         arguments.option("parameters", parameters, POLICIES)
         arguments.option("batch_norm", batch_norm, ("refuse", "keep-batch-statistics"))
         arguments.option("mixed_rows", mixed_rows, ("refuse", rows.AS_THEY_ARE))
         arguments.option("on_error", on_error, ("warn", "stop"))
         self.directory = arguments.path("directory", directory)
-        self.overwrite = overwrite
-        self.parameters = parameters
+        self.overwrite, self.parameters, self.on_error = overwrite, parameters, on_error
         self.budget_gb = arguments.positive("budget_gb", budget_gb, "leaves no room for parameters")
-        self.batch_norm = batch_norm
-        self.allow_untested = allow_untested
-        self.mixed_rows = mixed_rows
-        self.on_error = on_error
+        self.batch_norm, self.allow_untested, self.mixed_rows = batch_norm, allow_untested, mixed_rows
+        self.batch_names = None if sample_id is None else BatchNames(sample_id)
         self._tap = SampleTap()
         self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)
         self._writers: Writers | None = None
@@ -110,7 +112,7 @@ class TrajectoryRecorder(Callback):
         self._place: Place | None = None  # where the record goes on, in a training that is resumed
         self._left_open = False  # whether that record is unfinished and nothing has been added to it yet
         self._put_off: Exception | None = None  # what waits until Lightning has written its checkpoint
-        self._tap = SampleTap(check_rows=self.mixed_rows != rows.AS_THEY_ARE)
+        self._tap = SampleTap(check_rows=self.mixed_rows != rows.AS_THEY_ARE, count=self.batch_names is None)
         self._tap.install(trainer)
         self._end_of_training: int | None = None  # steps of a record that was finished with its training
         self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)
@@ -138,7 +140,7 @@ class TrajectoryRecorder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
         refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
-        if self._tap.loaders != 1:
+        if self.batch_names is None and self._tap.loaders != 1:
             refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
         following = Following(trainer, pl_module, self, self._tap, self._write, self._place)
         if self._place is not None and resume.fingerprint(following.optimizer.state()) != self._place.state:
@@ -158,8 +160,7 @@ class TrajectoryRecorder(Callback):
     @costs_no_training
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep what the step will see."""
-        if self._put_off is not None:
-            self._raise_what_was_put_off()
+        self._raise_what_was_put_off()
         self._follow.batch_starts(batch)
 
     @costs_no_training

@@ -139,7 +139,7 @@ class Writers:
         self.main.begin({"run_id": self._lock.run_id, **header} if self._lock else header)
         rebuild.LIVE[self.main.header["run_id"]] = module
         description.write_frozen(self.main, module)
-        description.write_sample_info(self.main, trainer)
+        description.write_sample_info(self.main, trainer, self.own.names)
         description.write_queries(self.main, trainer)
 
     def shared(self, tensors: dict[str, Tensor]) -> None:

@@ -62,7 +62,8 @@ def score(
             their scores, in ids of the first, with its standard error over the runs (see ``lightning_acc.scoring.several``).
         method: ``"loo"`` (the truth), ``"acc-sgd-ie"``, ``"acc-low-rank"``, ``"sgd-ie"`` or ``"tracin"``.
         removals: None for every sample by itself; a list of sample ids; a list of lists of ids, each removed together; or
-            such lists by their names, which then stand in the table.
+            such lists by their names, which then stand in the table. A text in place of an id is what the batches call the
+            sample (``run.sample_names``).
         query: name of a query recorded with the run, or a ``Query``.
         readout: ``"exact"`` evaluates the query at the shifted parameters; ``"linear"`` takes the shift's product with its
             gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
@@ -109,7 +110,7 @@ def score(
     chosen = registry.find(method).configured(directions=directions, followed=followed).settled(run, keep_shifts)
     readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
-    wanted, names = removal_sets.named(removals, run.n_samples)
+    wanted, names = removal_sets.named(removals, run)
     question = Question(queries.find(run, query), moments.find(run, at), readout, keep_shifts, memory)
     job = Job(rebuild.portable(run), chosen, question, dtype)
     replay = Replay(run, dtype, question.moments.last)  # refuses what cannot be replayed before any worker starts

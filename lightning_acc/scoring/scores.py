@@ -184,9 +184,9 @@ class Scores:
 
     @property
     def labels(self) -> list[str]:
-        """The removals for a reader: their name, else their ids; of many samples the number."""
+        """The removals for a reader: their name (of one sample beside its id), else their ids; of many the number."""
         return [
-            name or in_words(removal)
+            (f"{removal[0]} {name}" if len(removal) == 1 else name) if name else in_words(removal)
             for name, removal in zip(self.more.get("name", [None] * len(self)), self.removals, strict=True)
         ]
 

@@ -7,7 +7,7 @@ import random
 import re
 
 from lightning_acc.core.queries.moments import At
-from lightning_acc.core.removals import Removal, parse
+from lightning_acc.core.removals import Removal, number_by_name, parse
 from lightning_acc.errors import RequestError
 from lightning_acc.record.record import Record
 from lightning_acc.scoring import scores
@@ -23,8 +23,8 @@ def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None
     * ``group:label``: one removal for each value of a column that the data module tells of its samples
       (``describe_samples``), such as a label or a source;
     * ``random-groups:100x5%``: 100 groups of 5 % of the samples each, drawn at random, the same ones every time;
-    * anything else is a file with one removal on each line, its sample ids separated by blanks or commas; empty lines and what
-      follows a ``#`` are passed over.
+    * anything else is a file with one removal on each line, its sample ids, or the names that the batches gave the samples,
+      separated by blanks or commas; empty lines and what follows a ``#`` are passed over.
 
     Raises:
         RequestError: the words mean nothing, or there is no such file, method or sample.
@@ -53,7 +53,9 @@ def select(run: Record, words: str) -> list[Removal] | dict[str, Removal] | None
     try:
         with open(words, encoding="utf-8") as file:
             lines = [line.partition("#")[0].replace(",", " ").split() for line in file]
-        return parse([[int(word) for word in line] for line in lines if line], run.n_samples)
+        number = number_by_name(run)
+        removals = [[int(word) if word.isdecimal() or number is None else word for word in line] for line in lines if line]
+        return parse(removals, run.n_samples, number=number)
     except ValueError as error:
         raise RequestError(f"The file {words} names no removals, lines of sample ids: {str(error).rstrip('.')}.") from error
 

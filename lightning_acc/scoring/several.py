@@ -76,7 +76,7 @@ def mean_of_runs(verb: Callable[..., Scores], run: Sequence[Any], **asked: Any) 
         )
     confirm = arguments.whole("confirm", asked["confirm"], "is no number of removals to retrain without")
     first = runs[0]
-    wanted, names = removal_sets.named(asked["removals"], first.n_samples)
+    wanted, names = removal_sets.named(asked["removals"], first)
     distinct = list(dict.fromkeys(wanted))
     _refuse_other_questions(runs, asked["query"])
     at = asked["at"] = asked["at"] if isinstance(asked["at"], str) or not np.iterable(asked["at"]) else list(asked["at"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_acc.arguments import shown
 from lightning_acc.record import batches, seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
+from lightning_acc.record.samples import names
 from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, SHARED, Manifest, numel
 from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, whole
 from lightning_acc.record.store import Store
@@ -29,6 +30,10 @@ STEPS: dict[str, tuple[torch.dtype, Shape]] = {
 RANDOM: dict[str, tuple[torch.dtype, Shape]] = {
     "rng_batches": (torch.int64, ("random batches",)),
     "rng": (torch.uint8, ("random batches", "state")),
+}
+NAMED: dict[str, tuple[torch.dtype, Shape]] = {
+    "names": (torch.uint8, ("bytes of names",)),
+    "name_ends": (torch.int64, ("names",)),
 }
 GROUP: dict[str, Kind] = {
     "step": whole(1, 10**12),
@@ -106,6 +111,12 @@ def _steps_faults(
         if not all(map(_is_random_state, tensors["rng"])):
             yield "its rng holds no states of a random number generator"
     yield from _groups_faults(metadata.get("groups"), facts["count"], manifest)
+    if "names" in facts:
+        yield from _shape_faults(tensors, NAMED, {"names": facts["names"]})
+        try:
+            names.unpacked(tensors, metadata)
+        except ValueError as error:
+            yield str(error)
 
 
 def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]:

@@ -65,6 +65,7 @@ WHERE_GIVEN: dict[str, Kind] = {
     "loss.reduction": TEXT,
     "loss.batch_norm": TEXT.or_none(),
     "loss.mixed_rows": TEXT,
+    "sample_id": TEXT,
     "logger.project": TEXT.or_none(),
     "logger.group": TEXT.or_none(),
     "logger.id": TEXT.or_none(),
@@ -85,6 +86,8 @@ BY_FOLDER: dict[str, dict[str, Kind]] = {
 """What the manifest says of the numbered files of a folder, beside their size and hash."""
 SHARED = "shared.safetensors"
 """The file of those tensors of the batches that belong to no sample."""
+NAMES = {"names": whole(1, MOST_SAMPLES)}
+"""What it says of a file of steps in which samples were seen first that the batches name."""
 NUMBERED = re.compile(r"(steps|parameters|samples)/(\d{6,18})(-\d{1,18})?\.safetensors")
 
 
@@ -107,6 +110,7 @@ def fault_of(manifest: Manifest, part: bool = False) -> str | None:
         if not isinstance(facts, dict):
             return f"it tells no size and hash of {name}"
         fault = first_fault(facts, {**FILE, **(BY_FOLDER[folder[1]] if folder else {})})
+        fault = fault or (first_fault(facts, NAMES, optional=True) if folder and folder[1] == "steps" else None)
         if fault:
             return f"of {name} {fault}"
     return next(_contradictions(manifest, part), None)
@@ -132,6 +136,9 @@ def _contradictions(manifest: Manifest, part: bool) -> Iterator[str]:
     whole_training = complete and not manifest.get("stopped")
     if complete and (recorded < manifest["n_steps"] or (whole_training and recorded != manifest["n_steps"])):
         yield f"its n_steps is {manifest['n_steps']:,}, but its files hold {recorded:,}"
+    named = sum(facts.get("names", 0) for facts in files["steps"].values())
+    if named and manifest.get("n_samples") != named:
+        yield f"its n_samples is {manifest.get('n_samples')}, but its files name {named:,} samples"
     late = [name for name, step in manifest.get("checkpoints", {}).items() if complete and step > manifest["n_steps"]]
     if late:
         yield f"its checkpoint {late[0]} is of step {manifest['checkpoints'][late[0]]:,} of {manifest['n_steps']:,}"

@@ -14,7 +14,18 @@ from lightning_acc.recorder.checks.refusals import refuse_if
 KEY = "lightning_acc"
 """Where a checkpoint keeps the place in the record."""
 
-SAME = ("module", "layout", "dtype", "precision", "n_samples", "loss", "optimizer", "world_size", "batch_structure")
+SAME = (
+    "module",
+    "layout",
+    "dtype",
+    "precision",
+    "n_samples",
+    "loss",
+    "optimizer",
+    "world_size",
+    "batch_structure",
+    "sample_id",
+)
 """What the header of a resumed run must share with that of its beginning."""
 
 
@@ -52,6 +63,8 @@ def fingerprint(state: State) -> str:
 def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What a resumed training has changed that a run cannot change on the way; None where all is as it was."""
     for key in SAME:
+        if key == "n_samples" and "sample_id" in recorded:
+            continue  # those that have been seen by now
         if recorded.get(key) != now.get(key):
             return f"its {key} is {now.get(key)!r}, but was {recorded.get(key)!r}"
     return None

@@ -5,7 +5,8 @@ Only a training that is refused is looked into.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_acc.core.losses.reduced import NotSeparable
 from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
-from lightning_acc.recorder.checks.decomposition import Coupled, GradientsDiffer, relative_difference
+from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE, Coupled, GradientsDiffer, relative_difference
 from lightning_acc.recorder.checks.penalty import HasPenalty
 
 MANY = 512
@@ -23,12 +24,12 @@ ALONG = 0.999
 """Cosine from which a rest of the gradient is that of a penalty."""
 
 
-def explain(failed: Sequence[RunError], step: Step, theta: Tensor, gradient: Tensor, random: bool) -> str:
+def explain(failed: Sequence[RunError], tried: Callable[[], Step], theta: Tensor, gradient: Tensor, random: bool) -> str:
     """The cause in the first clause, and what to do about it.
 
     Args:
         failed: what was found wrong with the losses, for each way to take them.
-        step: the step with losses of one of these ways, as a mean.
+        tried: gives the step, with losses of the last of these ways.
         theta: parameters (p,) before the step.
         gradient: of the training, (p,).
         random: whether the training's forward pass drew random numbers.
@@ -37,8 +38,16 @@ def explain(failed: Sequence[RunError], step: Step, theta: Tensor, gradient: Ten
         found = next((error for error in failed if isinstance(error, kind)), None)
         if found is not None:
             return str(found)
+    closest = min((error.difference for error in failed if isinstance(error, GradientsDiffer)), default=math.inf)
+    if theta.dtype == torch.float64 and closest <= GRADIENT_TOLERANCE[torch.float32]:
+        return (
+            "A part of the loss is computed in float32, though the parameters are float64: the gradients agree to "
+            f"{closest:.1g} only. Compute the loss in float64 (some libraries call .float() on logits), or train in "
+            "precision='32-true'."
+        )
     if not isinstance(failed[-1], GradientsDiffer):
         return str(failed[-1])
+    step = tried()
     defined = step.objective.source == "per_sample_loss"
     mine = step.gradient(theta)
     numbers = f"the gradients differ by {100 * relative_difference(mine, gradient):.2g} %"
@@ -52,10 +61,13 @@ def explain(failed: Sequence[RunError], step: Step, theta: Tensor, gradient: Ten
     if weights is not None:
         shown = ", ".join(f"{weight:.3g}" for weight in weights[:6].tolist()) + (", ..." if len(weights) > 6 else "")
         how = "Return (losses, weights) from per_sample_loss" if defined else LINES
-        return (
-            f"training_step weighs the samples of a batch by {shown}, and not evenly: {numbers} from those of the mean of "
-            f"their losses. {how}: the losses, and what each weighs in their mean, both of shape (B,)."
+        mean = (
+            "the weighted mean that per_sample_loss gives"
+            if step.objective.reduction == "weighted"
+            else "the mean of their losses"
         )
+        both = "the losses, and what each weighs in their mean, both of shape (B,)"
+        return f"training_step weighs the samples of a batch by {shown}: {numbers} from those of {mean}. {how}: {both}."
     if random and defined:
         return (
             f"training_step and per_sample_loss draw different random numbers (dropout, noise): {numbers}. Let both make one "

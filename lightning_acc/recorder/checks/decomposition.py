@@ -31,7 +31,16 @@ COUPLED = (
 
 
 class GradientsDiffer(RecordingRefused):
-    """The gradient of the training is not that of the weighted per-sample losses."""
+    """The gradient of the training is not that of the weighted per-sample losses.
+
+    Args:
+        message: says so.
+        difference: by how much of its norm.
+    """
+
+    def __init__(self, message: str, difference: float) -> None:
+        super().__init__(message)
+        self.difference = difference
 
 
 class Coupled(RecordingRefused):
@@ -86,7 +95,8 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     if not least:
         raise GradientsDiffer(
             f"The training loss is not the weighted sum of per-sample losses: in step {number}, a batch of "
-            f"{len(step.sample_ids)} samples, {numbers}. {remedy(step.objective)}"
+            f"{len(step.sample_ids)} samples, {numbers}. {remedy(step.objective)}",
+            difference,
         )
     raise RecordingRefused(
         f"The training loss has become another than the weighted sum of per-sample losses it was at first: in step {number} "

@@ -106,7 +106,7 @@ def score_matrix(
     chosen = registry.find(method).configured().settled(run, False)
     readout = chosen.default_readout(False) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
-    wanted, _ = removal_sets.named(removals, run.n_samples)
+    wanted, _ = removal_sets.named(removals, run)
     asked = queries.find(run, query)
     columns = _examples(asked, examples)
     question = Question(asked, moments.find(run, at), readout, False, memory, each=True)

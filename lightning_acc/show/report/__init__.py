@@ -248,6 +248,7 @@ def _shown(view: SampleView) -> dict[str, Any]:
     fields = {
         "image": None if view.image is None else _thumbnail(view.image),
         "text": text,
+        "name": view.name,
         "label": view.label,
         "true_label": view.true_label,
         "corrupted": view.corrupted,

@@ -61,12 +61,13 @@ const words = (text, shown) => {
   button.addEventListener("click", () => button.setAttribute("aria-expanded", button.getAttribute("aria-expanded") === "false"));
   return button;
 };
+const called = id => `#${id}` + (data.samples[id].name === undefined ? "" : ` ${data.samples[id].name}`);
 const was = sample => sample.true_label === undefined || sample.true_label === sample.label ? "corrupted" : `was ${sample.true_label}`;
 const card = (id, lines) => {
   const sample = data.samples[id], box = make("div", {class: "sample" + (sample.corrupted ? " corrupted" : "")});
   if (sample.image) box.append(picture(id, sample.image));
   if (sample.text) box.append(words(sample.text, 200));
-  box.append(make("div", {}, (sample.label === undefined ? "" : `${sample.label} · `) + `#${id}`));
+  box.append(make("div", {}, (sample.label === undefined ? "" : `${sample.label} · `) + called(id)));
   if (sample.corrupted) box.append(make("div", {class: "flip"}, was(sample)));
   box.append(...lines.map(line => make("div", {class: "number"}, line)));
   return box;
@@ -215,7 +216,7 @@ const cells = {
     const sample = data.samples[row.id], about = make("div", {}), entry = make("div", {class: "entry"});
     if (sample.image) entry.append(picture(row.id, sample.image));
     if (sample.text) about.append(words(sample.text, 130));
-    about.append(make("span", {class: "number"}, `#${row.id}`));
+    about.append(make("span", {class: "number"}, called(row.id)));
     // On a narrow screen text needs the room, and the label stands here instead of in its column.
     if (sample.text && row.label !== undefined) about.append(make("span", {class: "narrow"}, " · ", ...cells.label(row)));
     entry.append(about);

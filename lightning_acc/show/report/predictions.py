@@ -162,6 +162,8 @@ def _described(examples: Examples, number: int) -> dict[str, Any]:
 def _plain(view: SampleView) -> dict[str, Any]:
     """What is known of a sample beside its picture and its text."""
     fields: dict[str, Any] = {} if view.label is None else {"label": view.label[:LABEL]}
+    if view.name is not None:
+        fields["name"] = view.name
     if view.corrupted:
         fields["corrupted"] = True
         if view.true_label is not None:

@@ -118,7 +118,9 @@ def _log_over_time(tracked: Any, run: Record, tables: dict[str, Scores], count: 
     scores, conditions = found
     order = sorted(scores, key=lambda sample: scores[sample])
     harmful, helpful = order[:count], order[count:][::-1][:count]
-    titles = {**{sample: f"harmful #{sample}" for sample in harmful}, **{sample: f"helpful #{sample}" for sample in helpful}}
+    views = SampleViews(run)
+    titles = {sample: f"harmful {views[sample].called}" for sample in harmful}
+    titles.update({sample: f"helpful {views[sample].called}" for sample in helpful})
     dtype = None if conditions["dtype"] == run.dtype else conditions["dtype"]
     try:
         visits = influence_over_time(run, list(titles), conditions["query"], dtype=dtype)

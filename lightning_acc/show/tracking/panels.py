@@ -67,7 +67,7 @@ def ranking(table: Scores, truth: Scores | None, pictures: Pictures) -> Any:
     for rank, removal, score, source, estimate in rows if len(rows) <= 2 * SHOWN else rows[:SHOWN] + rows[-SHOWN:]:
         seen = pictures.cells(removal[0] if len(removal) == 1 else None)
         true = expected.get(removal, score if source != "estimate" else None)
-        data.append([rank, names.get(removal, _name(removal)), score, true, *seen, source, estimate])
+        data.append([rank, names.get(removal, _name(removal, pictures.views)), score, true, *seen, source, estimate])
     return wandb.Table(columns=columns, data=data)
 
 
@@ -87,7 +87,7 @@ def gallery(table: Scores, views: SampleViews) -> list[Any]:
         view = views[sample]
         if view.image is not None:
             was = f" (was {view.true_label})" if view.corrupted and view.true_label is not None else ""
-            found.append(image(view.image, f"#{sample}: {view.label}{was}, {scores[sample]:+.2e}"))
+            found.append(image(view.image, f"{view.called}: {view.label}{was}, {scores[sample]:+.2e}"))
     return [picture for picture in found if picture is not None]
 
 
@@ -100,7 +100,7 @@ def scatter(name: str, table: Scores, truth: Scores, views: SampleViews) -> Any:
     for removal in found:
         if removal in expected:
             view = views[removal[0]] if len(removal) == 1 else SampleView(-1)
-            data.append([expected[removal], found[removal], _name(removal), view.label, view.corrupted])
+            data.append([expected[removal], found[removal], _name(removal, views), view.label, view.corrupted])
     points = wandb.Table(columns=["loo", name, "sample id", "label", "corrupted"], data=data)
     return wandb.plot.scatter(points, "loo", name, title=f"{name} against leave-one-out retraining")
 
@@ -220,5 +220,7 @@ def _thinned(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(POINTS, count)).round().astype(int))
 
 
-def _name(removal: tuple[int, ...]) -> str:
-    return " ".join(map(str, removal))
+def _name(removal: tuple[int, ...], views: SampleViews) -> str:
+    """Its ids, and of a single sample that its batches name the name."""
+    name = views[removal[0]].name if len(removal) == 1 else None
+    return " ".join([*map(str, removal), *([name] if name else [])])

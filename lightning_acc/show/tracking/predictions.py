@@ -81,7 +81,7 @@ def _name(removal: Removal, pictures: Pictures) -> str:
         )
     view = pictures.views[removal[0]]
     was = f", was {view.true_label}" if view.corrupted and view.true_label is not None else ""
-    return f"#{view.sample}" + ("" if view.label is None else f" {view.label}{was}")
+    return view.called + ("" if view.label is None else f" {view.label}{was}")
 
 
 def _cut(view: SampleView) -> str | None:

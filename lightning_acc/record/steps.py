@@ -1,0 +1,93 @@
+"""The steps of a record: as they are seen, and as they are read, file by file when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from torch import Tensor
+
+from lightning_acc.record.samples.names import Name
+
+if TYPE_CHECKING:
+    from lightning_acc.record.record import Record
+
+
+class SeenStep(TypedDict):
+    """One optimizer step: its occurrences in order, their contents and loss weights, and the hyper-parameters.
+
+    ``sizes`` are those of the batches it accumulated, ``rng`` the states of the random number generator before each of their
+    forward passes, None where it was not used. ``names`` are those of the samples that are new, where batches name them.
+    """
+
+    sample_ids: list[int]
+    contents: list[int]
+    weights: list[float]
+    groups: list[dict[str, Any]]
+    sizes: list[int]
+    rng: list[Tensor | None]
+    names: list[Name]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step as it was recorded.
+
+    Attributes:
+        sample_ids: ids of the occurrences the step saw, in order, shape (occurrences,).
+        weights: loss weight of each occurrence, shape (occurrences,), float64.
+        contents: number of each occurrence's content, for ``Record.contents``, shape (occurrences,).
+        groups: hyper-parameters of each parameter group of the optimizer.
+        sizes: occurrences in each of the batches whose gradients the step accumulated; usually one.
+        rng: for each of these batches, the state of torch's CPU random number generator before its forward pass, where
+            that drew from it; else None.
+    """
+
+    sample_ids: Tensor
+    weights: Tensor
+    contents: Tensor
+    groups: list[dict[str, Any]]
+    sizes: list[int]
+    rng: list[Tensor | None]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Hyper-parameters by name; a tuple of one value per parameter group where the groups differ."""
+        values = {key: tuple(group[key] for group in self.groups) for key in self.groups[0]}
+        return {key: value[0] if len(set(map(str, value))) == 1 else value for key, value in values.items()}
+
+
+class Steps(Sequence[StepRecord]):
+    """The steps of a run, read file by file when they are asked for."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def __len__(self) -> int:
+        return self._record.n_steps
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"step {index} of a run with {len(self)} steps")
+        tensors, i, metadata = self._record._locate(index)
+        first, last = tensors["offsets"][i : i + 2].tolist()
+        start, end = tensors["batch_offsets"][i : i + 2].tolist()
+        # Copies: set_rng_state crashes on memory that is not aligned, as inside a file.
+        states = {int(batch): row for row, batch in enumerate(tensors.get("rng_batches", ()))}
+        rng = [tensors["rng"][states[batch]].clone() if batch in states else None for batch in range(start, end)]
+        return StepRecord(
+            sample_ids=self._record._numbers(tensors["sample_ids"][first:last]),
+            weights=tensors["weights"][first:last],
+            contents=tensors["contents"][first:last],
+            groups=metadata["groups"][i],
+            sizes=tensors["batch_sizes"][start:end].tolist(),
+            rng=rng,
+        )
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return (self[t] for t in range(len(self)))
