@@ -1,9 +1,14 @@
-"""What recording costs: time of a training step with and without the callback, in pairs within one run, and bytes on disk.
+"""What recording costs: training steps with and without the callback, in pairs, and the checks of the first steps apart.
 
     python scripts/bench_recorder.py
 
-Batches of 128 samples of 784 features; networks of about 10^4, 10^6 and 10^7 parameters. To reach: at most 3 % added where a
-step takes 20 ms or more.
+Batches of 128 samples of 784 features; networks whose steps take about 2 ms and 20 ms on one quiet core; SGD with momentum and
+AdamW, with ``per_sample_loss`` and without. To reach: at most 15 % added where a step takes 2 ms, 3 % where it takes 20 ms.
+
+``wall`` is time that passes, where the writing thread may have a core of its own and a busy machine makes everything longer;
+``thread`` is processor time of the thread that trains; ``process`` is that and what the writing thread took, on average over
+all steps. Steps are told by their medians. ``first`` is what the first steps take beyond those of the plain training, in steps
+of it.
 """
 
 from __future__ import annotations
@@ -13,41 +18,98 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acc import TrajectoryRecorder
-from lightning_acc.studies.models import Classifier
 
-HIDDEN: dict[str, tuple[int, ...]] = {"10^4": (12,), "10^6": (800, 400), "10^7": (3000, 2400)}
-STEPS = {"10^4": 300, "10^6": 120, "10^7": 24}
-BATCH, FEATURES, PAIRS = 128, 784, 5
+HIDDEN: dict[str, tuple[int, ...]] = {"2 ms": (12,), "20 ms": (1600, 800)}
+STEPS = {"2 ms": 1500, "20 ms": 240}
+BATCH, FEATURES, BATCHES, PAIRS = 128, 784, 40, 3
+FIRST = 6
+"""Steps in which the recorder compares itself with the training, and those around them."""
+
+
+class Network(pl.LightningModule):
+    """A ReLU network whose ``training_step`` is the mean cross-entropy."""
+
+    def __init__(self, hidden: tuple[int, ...], optimizer: str) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        widths = [FEATURES, *hidden, 10]
+        layers = [part for i in range(len(widths) - 1) for part in (nn.Linear(widths[i], widths[i + 1]), nn.ReLU())]
+        self.net = nn.Sequential(*layers[:-1])
+        self.optimizer = optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The one that was asked for."""
+        if self.optimizer == "AdamW":
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class WithLosses(Network):
+    """The same, which says what the loss of a sample is."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        """(B,)."""
+        return functional.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+
+
+class Seconds:
+    """What trainings took: of the first steps, their sums; of the later ones, each; and of all threads, means."""
+
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.wall: list[float] = []
+        self.thread: list[float] = []
+        self.writing: list[float] = []
 
 
 class Clock(pl.Callback):
-    """Time from the end of one batch to the end of the next, the first ones left out."""
+    """Takes the times at the ends of batches."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times = [self.now()]
+
+    @staticmethod
+    def now() -> tuple[float, float, float]:
+        """Wall, thread, process."""
+        return time.perf_counter(), time.thread_time(), time.process_time()
+
+    def on_train_start(self, *_: Any) -> None:
+        """The first step begins."""
+        self.times = [self.now()]
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Note the time."""
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
-    @property
-    def step(self) -> float:
-        """Mean seconds of a step after the first six, in which the recorder compares itself with the training."""
-        return (self.times[-1] - self.times[6]) / (len(self.times) - 7)
+    def add_to(self, seconds: Seconds) -> None:
+        """Add what this training took."""
+        wall, thread, process = (list(times) for times in zip(*self.times, strict=True))
+        seconds.first.append(thread[FIRST] - thread[0])
+        for found, times in ((seconds.wall, wall), (seconds.thread, thread)):
+            found += [after - before for before, after in zip(times[FIRST:], times[FIRST + 1 :], strict=False)]
+        other = (process[-1] - process[0]) - (thread[-1] - thread[0])
+        seconds.writing.append(other / (len(self.times) - 1))
 
 
-def step_seconds(hidden: tuple[int, ...], steps: int, *callbacks: pl.Callback) -> float:
-    """Mean seconds of one step of a training."""
+def train(network: Network, steps: int, seconds: Seconds, *callbacks: pl.Callback) -> None:
+    """Train once, and add what it took to ``seconds``."""
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(10 * BATCH, FEATURES), torch.randint(0, 10, (10 * BATCH,)))
+    data = TensorDataset(torch.randn(BATCHES * BATCH, FEATURES), torch.randint(0, 10, (BATCHES * BATCH,)))
     clock = Clock()
     trainer = pl.Trainer(
         max_steps=steps,
@@ -56,34 +118,46 @@ def step_seconds(hidden: tuple[int, ...], steps: int, *callbacks: pl.Callback) -
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        val_check_interval=10**6,
-        check_val_every_n_epoch=None,
         callbacks=[*callbacks, clock],
     )
-    model = Classifier(FEATURES, 10, hidden, "relu", lr=0.01, momentum=0.9)
-    trainer.fit(model, DataLoader(data, BATCH, shuffle=True), DataLoader(data, BATCH))
-    return clock.step
+    trainer.fit(network, DataLoader(data, BATCH, shuffle=True))
+    clock.add_to(seconds)
+
+
+def rows() -> Iterator[str]:
+    """The lines of the table."""
+    for name, hidden in HIDDEN.items():
+        for optimizer in ("SGD", "AdamW"):
+            for network in (WithLosses, Network):
+                plain, recorded, size = Seconds(), Seconds(), 0
+                for _ in range(PAIRS):
+                    train(network(hidden, optimizer), STEPS[name], plain)
+                    with tempfile.TemporaryDirectory() as directory:
+                        run = Path(directory) / "run"
+                        train(network(hidden, optimizer), STEPS[name], recorded, TrajectoryRecorder(run))
+                        size = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+                step = statistics.median(plain.thread)
+                wall = statistics.median(recorded.wall) / statistics.median(plain.wall) - 1
+                thread = statistics.median(recorded.thread) / step - 1
+                process = thread + (statistics.mean(recorded.writing) - statistics.mean(plain.writing)) / step
+                first = (statistics.median(recorded.first) - statistics.median(plain.first)) / step
+                losses = "per_sample_loss" if network is WithLosses else "training_step"
+                times = " ".join(f"{1e3 * seconds:7.2f} ms" for seconds in (statistics.median(plain.wall), step))
+                added = " ".join(f"{100 * share:7.1f} %" for share in (wall, thread, process))
+                yield f"{name:>6s} {optimizer:>6s} {losses:>16s} {times} {added} {first:8.1f} {size / STEPS[name]:12,.0f}"
 
 
 def main() -> None:
     """Print the table."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    print(f"batch {BATCH}, torch {torch.__version__}, {torch.get_num_threads()} threads, {PAIRS} pairs")
-    print(f"{'parameters':>10s} {'step':>10s} {'recorded':>10s} {'added':>8s} {'bytes/step':>12s}")
-    for name, hidden in HIDDEN.items():
-        plain, recorded, sizes = [], [], []
-        for _ in range(PAIRS):
-            plain.append(step_seconds(hidden, STEPS[name]))
-            with tempfile.TemporaryDirectory() as directory:
-                recorded.append(step_seconds(hidden, STEPS[name], TrajectoryRecorder(Path(directory) / "run")))
-                files = (path for folder in ("steps", "parameters") for path in (Path(directory) / "run" / folder).iterdir())
-                sizes.append(sum(path.stat().st_size for path in files) / STEPS[name])
-        added = statistics.median(b / a - 1 for a, b in zip(plain, recorded, strict=True))
-        a, b = statistics.median(plain), statistics.median(recorded)
-        print(f"{name:>10s} {1e3 * a:7.2f} ms {1e3 * b:7.2f} ms {100 * added:6.1f} % {statistics.median(sizes):12,.0f}")
+    print(f"batch {BATCH}, torch {torch.__version__}, {torch.get_num_threads()} threads, {PAIRS} pairs: a step, and added")
+    print(
+        f"{'':>6s} {'':>6s} {'losses by':>16s} {'wall':>10s} {'thread':>10s} {'wall':>9s} {'thread':>9s} {'process':>9s} "
+        f"{'first':>8s} {'bytes/step':>12s}"
+    )
+    for row in rows():
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

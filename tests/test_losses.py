@@ -373,7 +373,10 @@ class WrongShape(Squared):
 
 REFUSED = {
     DroppedLoop: r"draws random numbers \(dropout, noise\) for a whole batch.*is not seen.*return losses, weights",
-    TwicePair: r"weighs the samples of a batch by 0\.\d+.*: .*from those of the mean of their losses.*Return \(losses, weights\) from per_sample_loss",
+    TwicePair: (
+        r"weighs the samples of a batch by 0\.\d+.*: .*from those of the mean of their losses.*"
+        r"Return \(losses, weights\) from per_sample_loss"
+    ),
     Decayed: r"adds a squared penalty on the weights.*Use the optimizer's weight_decay",
     TwiceDropped: r"draw different random numbers.*the same layers in the same order",
     Contrasted: r"samples of a batch are coupled: .*mean over samples",

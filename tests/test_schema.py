@@ -245,6 +245,8 @@ def test_groups_that_make_no_sense_are_refused(path: Path, text: str) -> None:
         ({"lr": None}, "cannot be used"),
         ({"lr": "fast"}, "cannot be used"),
         ({"momentum": 0.9}, "need 1 slots, but the record has 0"),
+        ({"dtypes": {"lr": "int8"}}, "its dtypes is"),
+        ({"dtypes": {"speed": "float32"}}, "cannot be used"),
         ({"step": 0}, "its step is 0"),
         ({"gradient_clip_algorithm": "none"}, "its gradient_clip_algorithm is 'none'"),
         ({"gradient_clip_val": float("nan")}, "its gradient_clip_val is nan"),
@@ -372,7 +374,7 @@ def test_an_error_of_the_users_own_function_stays_one(path: Path) -> None:
 
 
 def test_the_schema_knows_what_the_replay_knows() -> None:
-    from lightning_acc.core import objective
+    from lightning_acc.core.modules.precision import PRECISIONS
     from lightning_acc.record.schema import keys
 
-    assert set(keys.PRECISIONS) == set(objective.AUTOCAST)
+    assert set(keys.PRECISIONS) == set(PRECISIONS)

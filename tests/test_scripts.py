@@ -42,8 +42,10 @@ def test_bench_methods_measures_memory(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
-    load("bench_recorder", HIDDEN={"10^2": (2,)}, STEPS={"10^2": 12}, PAIRS=1, FEATURES=20, BATCH=16).main()
-    assert re.search(r"10\^2 +[\d.]+ ms +[\d.]+ ms +-?[\d.]+ % +[\d,]+", capsys.readouterr().out)
+    load("bench_recorder", HIDDEN={"tiny": (2,)}, STEPS={"tiny": 12}, PAIRS=1, FEATURES=20, BATCH=16, BATCHES=4).main()
+    row = r"tiny +(SGD|AdamW) +(\w+) +[\d.]+ ms +[\d.]+ ms +(?:-?[\d.]+ % +){3}-?[\d.]+ +([\d,]+)"
+    printed = capsys.readouterr().out
+    assert len({found[:2] for found in re.findall(row, printed) if int(found[2].replace(",", "")) > 0}) == 4, printed
 
 
 def script(name: str, *arguments: str) -> str:

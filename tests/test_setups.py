@@ -182,8 +182,8 @@ def test_tangents_are_finite_where_adams_second_moment_is_zero(tmp_path: Path) -
             assert bool(torch.isfinite(torch.tensor(values)).all())
 
 
-class Lion(torch.optim.Optimizer):
-    """A foreign optimizer: the sign of an average."""
+class Softsign(torch.optim.Optimizer):
+    """A foreign optimizer: nearly the sign of an average."""
 
     def __init__(self, parameters: Any, lr: float = 0.01, beta: float = 0.9) -> None:
         super().__init__(parameters, {"lr": lr, "beta": beta})
@@ -200,12 +200,12 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
-class WithLion(Net):
+class WithSoftsign(Net):
     def configure_optimizers(self) -> Any:
-        return Lion(self.parameters())
+        return Softsign(self.parameters())
 
 
-def lion(state: tuple[Tensor, ...], gradient: Tensor, h: dict[str, Any]) -> tuple[Tensor, ...]:
+def softsign(state: tuple[Tensor, ...], gradient: Tensor, h: dict[str, Any]) -> tuple[Tensor, ...]:
     theta, mean = state
     mean = mean.lerp(gradient, 1 - h["beta"])
     return theta.add(mean.tanh(), alpha=-h["lr"]), mean
@@ -215,19 +215,19 @@ def test_an_optimizer_can_be_registered_and_a_wrong_rule_is_found_out(tmp_path: 
     from lightning_acc.core import optimizers
     from lightning_acc.recorder import RecordingRefused
 
-    with pytest.raises(RecordingRefused, match="Lion is not known"):
-        record(tmp_path / "unknown", WithLion(hidden=4).double())
+    with pytest.raises(RecordingRefused, match="Softsign is not known"):
+        record(tmp_path / "unknown", WithSoftsign(hidden=4).double())
     try:
-        la.register_optimizer(Lion, la.OptimizerRule(lion, lambda h: ("mean",), ("lr", "beta")))
-        run = record(tmp_path / "run", WithLion(hidden=4).double())
+        la.register_optimizer(Softsign, la.OptimizerRule(softsign, lambda h: ("mean",), ("lr", "beta")))
+        run = record(tmp_path / "run", WithSoftsign(hidden=4).double())
         assert run.audit().max_abs_error == 0
         assert la.score(run, "acc-sgd-ie", [1, 2], ray_address=None, check=0).values.all()
         wrong = la.OptimizerRule(lambda s, g, h: (s[0] - h["lr"] * g, s[1]), lambda h: ("mean",), ("lr", "beta"))
-        la.register_optimizer(Lion, wrong)
+        la.register_optimizer(Softsign, wrong)
         with pytest.raises(RecordingRefused, match="Step 0 moved the parameters otherwise"):
-            record(tmp_path / "wrong", WithLion(hidden=4).double())
+            record(tmp_path / "wrong", WithSoftsign(hidden=4).double())
     finally:
-        optimizers.RULES.pop("Lion", None)
+        optimizers.RULES.pop("Softsign", None)
 
 
 class UsedAtFirst(Net):

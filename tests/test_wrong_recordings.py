@@ -158,7 +158,7 @@ def test_a_loss_without_a_penalty_is_recorded(tmp_path: Path, kind: Any) -> None
     torch.manual_seed(0)
     run = record(tmp_path / "run", kind().double(), DataLoader(words(), 6), validation=False)
     assert run.audit().ok
-    assert run.manifest["loss"]["source"] == "training_step"
+    assert run.manifest["loss"]["source"] == "reductions"
 
 
 # ---- another data set on the way

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.optimizers import State
-from lightning_acc.core.process import threads
+from lightning_acc.core.process import as_recorded
 from lightning_acc.core.replay import Replay, explained
 from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
@@ -24,6 +24,8 @@ IN_GRADIENT = 16
 """Round-off in a number of the gradient, in units of the last place of its largest number: what cancels is as large."""
 IN_PARAMETER = 4
 """Round-off a step leaves in a parameter by itself, in units of its last place."""
+IN_NARROW = {torch.bfloat16: 0.25, torch.float16: 0.25}
+"""The part of both that is left in a narrow dtype: sums are taken in float32 and rounded once, at their end."""
 SURE = 6.0
 """Standard deviations from which what all errors have in common is no chance."""
 OF_A_STEP = 1e-4
@@ -73,13 +75,13 @@ def audit(run: Record) -> AuditReport:
     The optimizer's slots are carried along by the replay. An error therefore points at the step that made it, or, where the
     parameters were not written at every step, at the one before the snapshot that shows it.
     """
-    replay = Replay(run)
+    replay = Replay(run, as_trained=True)
     state = replay.initial
-    roundoff, common = RoundOff(replay.initial), _Common(replay.dtype)
+    roundoff, common = RoundOff(replay.initial, replay.rounded_to), _Common(replay.dtype)
     snapshots = set(run.snapshots)
     worst = tolerance = 0.0
     bad: int | None = None
-    with threads(run.manifest["threads"]):
+    with as_recorded(run.manifest):
         before = state[0]
         for t in range(len(replay)):
             step = replay.step(t)
@@ -106,27 +108,28 @@ def audit(run: Record) -> AuditReport:
 
 
 class RoundOff:
-    """Tells for every parameter of a replay from ``state`` on which error round-off explains.
+    """Tells for every parameter of a replay from ``state`` on which error round-off explains, in gradients of ``dtype``.
 
     That follows from the same updates on gradients that are moved by their round-off, up and down: Adam answers a gradient
     near 0, such as that of a key's bias in attention, which is 0 but for round-off, with a step of the size of lr.
     """
 
-    def __init__(self, state: State) -> None:
-        self._eps = torch.finfo(state[0].dtype).eps
+    def __init__(self, state: State, dtype: torch.dtype) -> None:
+        of_parameter, of_gradient = (torch.finfo(kind).eps * IN_NARROW.get(kind, 1) for kind in (state[0].dtype, dtype))
+        self._in_parameter, self._in_gradient = IN_PARAMETER * of_parameter, IN_GRADIENT * of_gradient
         self._states = (state, state)
         self._response = torch.zeros_like(state[0])
         self._rounded = torch.zeros_like(state[0])
 
     def advance(self, step: Step, state: State, gradient: Tensor) -> None:
         """Take a step beside the replay, which is at ``state`` and has this gradient (p,)."""
-        moved = IN_GRADIENT * self._eps * gradient.abs().max()
+        moved = self._in_gradient * gradient.abs().max()
         after = step.update(state, gradient)[0]
         up, down = (step.update(s, gradient + m) for s, m in zip(self._states, (moved, -moved), strict=True))
         self._states = up, down
         self._response = torch.maximum((up[0] - after).abs(), (down[0] - after).abs())
         # A parameter that comes near 0 keeps the round-off of what it was.
-        self._rounded = self._rounded + IN_PARAMETER * self._eps * torch.maximum(state[0].abs(), after.abs())
+        self._rounded = self._rounded + self._in_parameter * torch.maximum(state[0].abs(), after.abs())
 
     @property
     def allowed(self) -> Tensor:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_acc.core.checkpointing import kept_activations
 from lightning_acc.core.losses.per_sample import Losses, Reduction, Source, losses_of
 from lightning_acc.core.losses.tracing import traceable
+from lightning_acc.core.modules.checkpointing import kept_activations
+from lightning_acc.core.modules.compiled import eagerly
+from lightning_acc.core.modules.precision import PRECISIONS, default_dtype
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.stand_in import Attributes, silent_copy, trainer_of
 from lightning_acc.record import batches
@@ -23,10 +25,6 @@ from lightning_acc.record.batches import Leaves, Structure, TakenApart
 
 Parameters = Tensor | Mapping[str, Tensor]
 """The trained parameters as a flat vector (p,), or by name."""
-
-
-AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}
-"""For each of Lightning's precisions that can be replayed, what its forward passes are cast to."""
 
 
 class ParameterLayout:
@@ -75,8 +73,8 @@ class Objective:
         independent_rows: whether the loss of a sample alone equals its loss within a batch, so that single samples may
             be taken out of a batch to save time.
         vectorised: whether many parameter vectors may be evaluated at once; one by one is slower.
-        autocast: the narrower dtype training's forward passes compute in (mixed precision), or None. It acts on float32
-            alone: in float64 everything is computed in full, as are queries.
+        precision: Lightning's name for how training computes. What it casts to a narrower dtype (mixed precision) is cast
+            from float32 alone: in float64 everything is computed in full, as are queries.
         trainer: what is known of the training's trainer; see ``stand_in``.
     """
 
@@ -93,7 +91,7 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         independent_rows: bool = False,
         vectorised: bool = True,
-        autocast: torch.dtype | None = None,
+        precision: str = "32-true",
         trainer: Mapping[str, Any] | None = None,
     ) -> None:
         self.layout = layout
@@ -110,11 +108,14 @@ class Objective:
         for part in module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
                 part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                part.sparse = False  # a sparse gradient is the same, but has no derivative
         self._call = _Call(module.requires_grad_(False))
         self.attributes = Attributes(module)
         self.trainer = trainer_of(module)
         self._vmap = vectorised
-        self._autocast = autocast
+        self._default = PRECISIONS[precision].default
+        self._autocast = PRECISIONS[precision].autocast
 
     def call(self, theta: Parameters, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names.
@@ -129,7 +130,7 @@ class Objective:
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
         narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
-        with narrower, kept_activations(), batches.put_together(batch) as whole:
+        with narrower, default_dtype(self._default), kept_activations(), eagerly(), batches.put_together(batch) as whole:
             return torch.func.functional_call(self._call, named, (function, whole))
 
     def taken(self, source: Source, reduction: Reduction) -> Objective:

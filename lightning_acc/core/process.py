@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,6 +21,18 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def as_recorded(manifest: Mapping[str, Any]) -> Iterator[None]:
+    """In here torch computes as where the record of this manifest was made: on as many threads, multiplying as precisely."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(manifest.get("matmul_precision", before))
+    try:
+        with threads(manifest["threads"]):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

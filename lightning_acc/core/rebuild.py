@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lightning_acc import arguments
+from lightning_acc.core.modules.compiled import is_compiled, plain_copy, plain_name
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.record.record import Record, Trust
@@ -117,7 +118,7 @@ def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
             "anew from whoever recorded it, or open it as Run(path, module=...)."
         )
     try:
-        return found(**description["hyper_parameters"])  # type: ignore[no-any-return]
+        module: torch.nn.Module = found(**description["hyper_parameters"])
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -125,6 +126,7 @@ def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
             f"The run's module {shown} cannot be rebuilt from its saved hyper-parameters "
             f"{sorted(description['hyper_parameters'])} ({_words(error)}): {REMEDY}."
         ) from error
+    return plain_copy(module) if is_compiled(module) else module
 
 
 def module_of(record: Record) -> torch.nn.Module:
@@ -140,6 +142,8 @@ def module_of(record: Record) -> torch.nn.Module:
             record.given_module = LIVE.get(record.manifest["run_id"])
             if record.given_module is None:
                 raise
+    if is_compiled(record.given_module):
+        record.given_module = plain_copy(record.given_module)
     return record.given_module
 
 
@@ -203,7 +207,7 @@ def why_not_rebuildable(module: torch.nn.Module) -> str | None:
             twin = build(describe(module))
         except RunError as error:
             return str(error)
-    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    shapes = {plain_name(name): tuple(value.shape) for name, value in module.state_dict().items()}
     if {name: tuple(value.shape) for name, value in twin.state_dict().items()} != shapes:
         return f"The module {describe(module)['class']} rebuilt from its hyper-parameters has other tensors: {REMEDY}."
     return None

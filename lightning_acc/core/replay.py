@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_acc import arguments
-from lightning_acc.core.objective import AUTOCAST, Objective, ParameterLayout
+from lightning_acc.core.modules.precision import PRECISIONS, rounded_to
+from lightning_acc.core.objective import Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
-from lightning_acc.core.process import is_out_of_memory, threads
+from lightning_acc.core.process import as_recorded, is_out_of_memory
 from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
 from lightning_acc.record.record import Record, opened
-from lightning_acc.record.schema.keys import DTYPES
+from lightning_acc.record.schema.keys import DTYPES, SCORED
 from lightning_acc.record.steps import StepRecord
 
 CACHE_BYTES = 2**20
@@ -27,19 +28,27 @@ CACHE_BYTES = 2**20
 
 
 class Replay:
-    """The steps of ``run`` as functions, in ``dtype`` (None: as recorded); the first ``until`` of them, where that is given.
+    """The steps of ``run`` as functions.
+
+    Args:
+        run: the record.
+        dtype: what they are computed in; None as trained, or in float32 where that was narrower (``Record.scored_in``).
+        until: the first so many of them; None: all.
+        as_trained: in the training's own dtype and precision, however narrow, instead: what the record is held against.
 
     Raises:
         RequestError: the dtype is not known.
         RunError: the module cannot be rebuilt here.
     """
 
-    def __init__(self, run: Record, dtype: str | None = None, until: int | None = None) -> None:
+    def __init__(self, run: Record, dtype: str | None = None, until: int | None = None, *, as_trained: bool = False) -> None:
         self.run = run
         self._until = run.n_steps if until is None else min(until, run.n_steps)
-        name = arguments.choice("dtype", run.dtype if dtype is None else dtype, DTYPES, " to replay in")
-        self.dtype = DTYPES[name]
+        name = arguments.choice("dtype", run.scored_in if dtype is None else dtype, SCORED, " to replay in")
+        self.dtype = DTYPES[run.dtype if as_trained else name]
         manifest = run.manifest
+        precision = manifest.get("precision", "32-true")
+        self.rounded_to = rounded_to(precision, self.dtype, manifest.get("compiled", False))
         self.layout = ParameterLayout(manifest["layout"])
         module = module_of(run)
         _refuse_misfit(run, module, self.layout)
@@ -56,7 +65,7 @@ class Replay:
                 dtype=self.dtype,
                 independent_rows=manifest["loss"]["independent_rows"],
                 vectorised=manifest["loss"]["vectorised"],
-                autocast=AUTOCAST[manifest.get("precision", "32-true")],
+                precision=precision if as_trained else PRECISIONS[precision].scored_as or precision,
                 trainer=manifest.get("trainer"),
             )
         except (RuntimeError, AttributeError) as error:  # tensors of other shapes, submodules that are not there
@@ -159,7 +168,7 @@ def explained(verb: Verb) -> Verb:
 
 
 def _refuse_unusable(run: Record) -> None:
-    replay = Replay(run)
+    replay = Replay(run, as_trained=True)
     theta = replay.initial[0].detach().requires_grad_()
 
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -188,9 +197,9 @@ def parameters_at(run: Record, t: int) -> Tensor:
         raise RunError(f"There are no parameters at step {t}: this run has the steps 0 to {run.n_steps}.")
     if t in run.snapshots:
         return run.snapshot(t)
-    replay = Replay(run)
+    replay = Replay(run, as_trained=True)
     state = replay.initial
-    with threads(run.manifest["threads"]):
+    with as_recorded(run.manifest):
         for earlier in range(t):
             state = replay.step(earlier)(state)
     return state[0]
@@ -235,23 +244,25 @@ class Tape:
     """The states of a replay, kept so that its steps can be visited from the last to the first.
 
     Where the T states do not fit into ``memory`` bytes, about sqrt(T) of them are kept, evenly spaced, and the others are
-    computed again, a segment at a time.
+    computed again, a segment at a time. ``seen`` is told the parameters (p,) after each number of steps, from 0, on the way.
 
     Attributes:
         final: the state after the last step.
         checked: the parameters (p,) at the step ``replay.checked_at``.
     """
 
-    def __init__(self, replay: Replay, memory: int) -> None:
+    def __init__(self, replay: Replay, memory: int, seen: Callable[[int, Tensor], object] = lambda t, theta: None) -> None:
         self._replay = replay
         self._segment = segment(replay, memory)
         self._kept: list[State] = []
         self.final = replay.initial
         self.checked = self.final[0]
+        seen(0, self.final[0])
         for t in range(len(replay)):
             if t % self._segment == 0:
                 self._kept.append(self.final)
             self.final = replay.step(t)(self.final)
+            seen(t + 1, self.final[0])
             if t + 1 == replay.checked_at:
                 self.checked = self.final[0]
 

@@ -76,6 +76,8 @@ class Step:
         self.sample_ids = sample_ids
         self.weights = weights.to(objective.dtype)
         self.groups = groups
+        # Under 16-mixed the loss was scaled on its way back, so that small gradients are numbers of float16.
+        self.scale = float(groups[0].get("loss_scale", 1.0))
         self.rows_at_once = rows_at_once
         self._own_rows = own_rows
         self._update = update
@@ -92,7 +94,7 @@ class Step:
     def gradient(self, theta: Tensor) -> Tensor:
         """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
         theta = theta.detach().requires_grad_()
-        return torch.autograd.grad((self.weights * self.losses(theta)).sum(), theta)[0]
+        return torch.autograd.grad((self.scale * self.weights * self.losses(theta)).sum(), theta)[0] * (1 / self.scale)
 
     def at(self, state: State) -> Point:
         """The step linearised at the state ``s_t`` of the recorded run."""
@@ -101,7 +103,7 @@ class Step:
     def gradients(self, thetas: Tensor, weights: Tensor) -> Tensor:
         """G_t at n parameter vectors (n, p), each with its own loss weights (n, B); returns (n, p)."""
         thetas = thetas.detach().requires_grad_()
-        return torch.autograd.grad((weights * self.losses_each(thetas)).sum(), thetas)[0]
+        return torch.autograd.grad((self.scale * weights * self.losses_each(thetas)).sum(), thetas)[0] * (1 / self.scale)
 
     def response(self) -> tuple[Tensor, Tensor]:
         """What the update makes of a change of one number, where it is affine: see ``Update.response``."""

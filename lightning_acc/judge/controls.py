@@ -89,7 +89,7 @@ def stored_values(run: Record, method: str, at: str = END) -> np.ndarray | None:
     table = stored_scores(run).get(method if at == END else f"{method}.{file_part(at)}")
     if table is None or "val" not in run.query_names():
         return None
-    usual = {"method": method, "readout": METHODS[method].readout, "dtype": run.dtype, "query": "val"}
+    usual = {"method": method, "readout": METHODS[method].readout, "dtype": run.scored_in, "query": "val"}
     usual["at"] = at
     usual["query_fingerprint"] = queries.find(run, "val").fingerprint
     single = {removal[0]: value for removal, value in table.by_removal().items() if len(removal) == 1}

@@ -46,8 +46,9 @@ class Answer:
 
     Attributes:
         scores: (n,); (n, examples) where each example was asked about.
-        shifts: at the steps that were asked about, (steps, n, p), where they were to be kept.
-        thetas: the run's own parameters there, (steps, p).
+        shifts: where the query was read, at the steps asked about or at their average, (readings, n, p), where they were to be
+            kept.
+        thetas: the run's own parameters there, (readings, p).
         details: how it was done, by the names in the method's ``details``.
         more: further columns of the table, (n,) each.
     """
@@ -108,6 +109,14 @@ class Method(ABC):
     def default_readout(self, keep_shifts: bool) -> str:
         """The readout where none is asked for."""
         return "exact" if keep_shifts else self.readout
+
+    @abstractmethod
+    def check(self, replay: Replay) -> None:
+        """Refuse a run that the method does not describe.
+
+        Raises:
+            RequestError: it does not.
+        """
 
     @abstractmethod
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:

@@ -5,9 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.memory import query_rows
 from lightning_acc.methods.method import Question
+
+
+class Gathered:
+    """Makes of what is seen at each of the steps asked about what a query is read at: that itself, or its average."""
+
+    def __init__(self, moments: Moments) -> None:
+        self._moments = moments
+        self._sums: list[Tensor] = []
+
+    def __call__(self, t: int, *seen: Tensor) -> tuple[Tensor, ...] | None:
+        """What to read after ``t`` steps, one of those asked about, having ``seen`` this; None where there is more to come."""
+        if self._moments.average is None:
+            return seen
+        weight = self._moments.weights[t]
+        self._sums = self._sums or [torch.zeros_like(part) for part in seen]
+        for total, part in zip(self._sums, seen, strict=True):
+            total.add_(part, alpha=weight)
+        return tuple(self._sums) if t == self._moments.last else None
 
 
 class Reading:
@@ -19,6 +38,7 @@ class Reading:
 
     def __init__(self, replay: Replay, question: Question) -> None:
         self._replay, self._question = replay, question
+        self._gathered = Gathered(question.moments)
         self._rows: int | None = None
         self._shifts: list[Tensor] = []
         self._thetas: list[Tensor] = []
@@ -27,6 +47,10 @@ class Reading:
     def __call__(self, t: int, theta: Tensor, shifts: Tensor) -> None:
         """See the parameters (p,) of the run after ``t`` steps, a step asked about, and the shifts (n, p) there."""
         objective, q = self._replay.objective, self._question
+        gathered = self._gathered(t, theta, shifts)
+        if gathered is None:
+            return
+        theta, shifts = gathered
         if q.readout == "linear":
             slope = gradient(self._replay, q, theta)
             read = shifts @ (slope.T if q.each else slope)
@@ -34,7 +58,7 @@ class Reading:
             if self._rows is None:
                 self._rows = query_rows(self._replay, q.query, q.memory)
             read = q.query.changes(objective, theta, shifts, self._rows, q.each)
-            read = read if len(q.moments.steps) == 1 else q.moments.share * read
+            read = read if q.moments.readings == 1 else q.moments.share * read
         self.scores = read if self.scores is None else self.scores + read
         if q.keep_shifts:
             self._shifts.append(shifts)
@@ -42,17 +66,45 @@ class Reading:
 
     @property
     def shifts(self) -> Tensor | None:
-        """(steps, n, p), where they were kept."""
+        """(readings, n, p), where they were kept."""
         return torch.stack(self._shifts) if self._shifts else None
 
     @property
     def thetas(self) -> Tensor | None:
-        """(steps, p), beside the shifts."""
+        """(readings, p), beside the shifts."""
         return torch.stack(self._thetas) if self._thetas else None
 
 
+class Slopes:
+    """What an adjoint gets at each of the steps asked about, the last of them first.
+
+    That is the query's gradient there, with its share in the mean: (p,), or (examples, p). Of an average it is the gradient *at
+    the average*, times the weight of the step, so that a pass forward has to ``see`` all of its steps before.
+    """
+
+    def __init__(self, replay: Replay, question: Question) -> None:
+        self._replay, self._question = replay, question
+        self._gathered = Gathered(question.moments)
+        self._at_average: Tensor | None = None
+
+    def see(self, t: int, theta: Tensor) -> None:
+        """The parameters (p,) of the run after ``t`` steps."""
+        moments = self._question.moments
+        if moments.average is None or t not in moments.weights:
+            return
+        gathered = self._gathered(t, theta)
+        if gathered is not None:
+            self._at_average = gradient(self._replay, self._question, gathered[0])
+
+    def __call__(self, t: int, theta: Tensor) -> Tensor:
+        """Of the step ``t``, after which the parameters are ``theta`` (p,)."""
+        if self._at_average is None:
+            return gradient(self._replay, self._question, theta)
+        return self._question.moments.weights[t] * self._at_average
+
+
 def gradient(replay: Replay, question: Question, theta: Tensor) -> Tensor:
-    """The gradient of what is asked at one of its steps, with its share in the mean: (p,), or (examples, p)."""
+    """The gradient of what is asked where it is read once, with its share in the mean: (p,), or (examples, p)."""
     query, objective = question.query, replay.objective
     found = query.gradients(objective, theta) if question.each else query.gradient(objective, theta)
-    return found if len(question.moments.steps) == 1 else question.moments.share * found
+    return found if question.moments.readings == 1 else question.moments.share * found

@@ -160,6 +160,8 @@ class TracIn(LinearisedRule):
 def _update_tangent(point: Point, shifts: State, change: Tensor) -> State:
     """The tangent of U at the run's state and gradient, for n directions; all tensors (n, p)."""
     k = len(shifts)
+    if not len(change):
+        return shifts
 
     def update(*arguments: Tensor) -> State:
         return point.step.update(arguments[:k], arguments[k])

@@ -12,7 +12,7 @@ from lightning_acc.core.audit import confirm
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay, Tape
 from lightning_acc.methods.method import Question
-from lightning_acc.methods.reading import gradient
+from lightning_acc.methods.reading import Slopes
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
 
 Progress = Callable[[float], None]
@@ -66,6 +66,8 @@ def forward(
 
     carry = rule.init(replay.initial, chunk)
     checked = replay.initial[0]
+    if 0 in steps:  # of an average
+        reading(0, *shifted(carry))
     for t in range(1, len(replay) + 1):
         carry = rule.advance(replay.step(t - 1), carry, chunk)
         if t == replay.checked_at:
@@ -89,14 +91,15 @@ def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Pr
     Where each example of the query is asked about, (examples, n_samples), from their adjoints side by side.
     """
     # The adjoints of many examples have the other half.
-    tape = Tape(replay, question.memory // 2 if question.each else question.memory)
+    slopes = Slopes(replay, question)
+    tape = Tape(replay, question.memory // 2 if question.each else question.memory, slopes.see)
     confirm(replay, tape.checked)
     progress(0.25)
-    carry = rule.init(gradient(replay, question, tape.final[0]), tape.final, replay.run.n_samples)
+    carry = rule.init(slopes(len(replay), tape.final[0]), tape.final, replay.run.n_samples)
     for done, (step, state) in enumerate(tape.backwards(), start=1):
         carry = rule.advance(step.at(state), carry)
-        if len(replay) - done in question.moments.steps:
-            carry = rule.read_again(carry, gradient(replay, question, state[0]))
+        if len(replay) - done in question.moments.weights:
+            carry = rule.read_again(carry, slopes(len(replay) - done, state[0]))
         progress(0.25 + 0.75 * done / len(replay))
     return carry[1]
 

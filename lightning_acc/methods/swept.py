@@ -9,6 +9,7 @@ import torch
 
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
+from lightning_acc.errors import RequestError
 from lightning_acc.methods import memory, sweeps
 from lightning_acc.methods.memory import Copies
 from lightning_acc.methods.method import Answer, Method, Question
@@ -17,6 +18,19 @@ from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule
 
 FURTHEST = 1.0
 """A shift that changes the gradient by more than its own size has left the region where a line can be true."""
+
+
+def refuse_without_derivative(replay: Replay, what: str) -> None:
+    """Refuse ``what``, which takes the derivative of the optimizer's update, where that says nothing.
+
+    Raises:
+        RequestError: it says nothing.
+    """
+    if replay.update.rule.no_derivative is not None:
+        raise RequestError(
+            f"{what} follows the derivative of the update, which is 0 for {replay.run.manifest['optimizer']['name']} because "
+            f"{replay.update.rule.no_derivative}: use acc-sgd-ie or loo, which take the update itself."
+        )
 
 
 class Swept(Method):
@@ -29,6 +43,7 @@ class Swept(Method):
         reverse: carries the adjoint of a query; answers for all samples at once, with the linear readout, which then is
             the usual one. None where the rule is not linear in the removal.
         is_truth, is_baseline: see ``Method``.
+        differentiates: whether it needs the derivative of the optimizer's update.
     """
 
     def __init__(
@@ -39,16 +54,27 @@ class Swept(Method):
         reverse: type[AdjointSgdIe] | None = None,
         is_truth: bool = False,
         is_baseline: bool = False,
+        differentiates: bool = False,
     ) -> None:
         self.name, self.forward, self.copies, self.reverse = name, forward, copies, reverse
-        self.is_truth, self.is_baseline = is_truth, is_baseline
+        self.is_truth, self.is_baseline, self.differentiates = is_truth, is_baseline, differentiates
         self.readout = "exact" if reverse is None else "linear"
+
+    def check(self, replay: Replay) -> None:
+        """Refuse an optimizer without a derivative, where the method needs one.
+
+        Raises:
+            RequestError: it has none.
+        """
+        if self.differentiates:
+            refuse_without_derivative(replay, self.name)
 
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
         """All at once where one sweep back answers for them, else chunks that fit into memory."""
+        self.check(replay)
         if self._back(question) is not None:
             return [list(removals)]
-        kept = len(question.moments.steps) if question.keep_shifts else 0
+        kept = question.moments.readings if question.keep_shifts or question.moments.average else 0
         size = memory.chunk_size(replay, self.name, self.copies, question.memory, kept) if removals else 1
         return memory.chunks(removals, size)
 
@@ -56,6 +82,7 @@ class Swept(Method):
         self, replay: Replay, removals: Sequence[Removal], examples: Sequence[int], question: Question
     ) -> list[tuple[list[Removal], list[int]]]:
         """All removals at once, with as many examples as go back together within memory; else the pieces of removals."""
+        self.check(replay)
         if self._back(question) is None:
             return super().blocks(replay, removals, examples, question)
         size = memory.adjoints_at_once(replay, self.name, question.memory)
@@ -71,7 +98,7 @@ class Swept(Method):
             return Answer(torch.stack([per_sample[..., list(removal)].sum(-1) for removal in removals]))
         reading = Reading(replay, question)
         _, _, bend = sweeps.forward(
-            replay, self.forward(), removals, lambda done: progress(0.95 * done), reading, question.moments.steps
+            replay, self.forward(), removals, lambda done: progress(0.95 * done), reading, question.moments.weights
         )
         scores = reading.scores
         assert scores is not None

@@ -78,7 +78,7 @@ class Calibration:
         moments: Moments | None = None,
     ) -> None:
         self.query, self.memory = query, memory
-        self.readings, until = (1, None) if moments is None else (len(moments.steps), moments.last)
+        self.readings, until = (1, None) if moments is None else (moments.readings, moments.last)
         self.cpu = self.wall = 0.0
         Replay(run, dtype)  # imports what the module needs, once and for all
         self.load = self.seconds(lambda: Replay(copy.copy(run), dtype, until).activation_bytes)  # a copy has read nothing yet

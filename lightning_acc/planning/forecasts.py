@@ -116,7 +116,6 @@ class LowRankPass(Forecast):
     def cost(self) -> Cost:
         """Seconds, measured."""
         c, replay = self.c, self.replay
-        low_rank.check(replay)
         n, ahead, theta = len(c.visited), self.taken_once(), replay.initial[0]
         if not n:
             return Cost(c.load, ahead + c.scan, 0.0, None)

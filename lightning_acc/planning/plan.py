@@ -175,6 +175,7 @@ def plan(
         for i, method in enumerate(METHODS.values()):
             bar.update(i, 1.0)
             try:
+                method.check(calibration.replay)
                 expected = forecast(method, calibration)
                 cost = expected.cost()
                 peaks[method.name] = expected.bytes(max(cost.chunks(n), default=0))

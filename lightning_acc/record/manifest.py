@@ -32,11 +32,11 @@ CONVENTION = "fixed-denominator"
 _OF_A_RUN = re.compile(
     r"(manifest\.json|lock|module\.safetensors|evaluation\.json|cleaning\.parquet"
     r"|(ranks/\d+/)?(manifest\.json|(steps|parameters|samples)/\d{6,}(-\d+)?\.safetensors)"
-    r"|samples/info\.parquet|queries/[^/]+\.(safetensors|json|info\.parquet)|(scores|shards)/[^/]+\.(parquet|json)"
+    r"|samples/info\.parquet|averages/[^/]+\.safetensors|queries/[^/]+\.(safetensors|json|info\.parquet)|(scores|shards)/[^/]+\.(parquet|json)"
     r"|(matrices|bank)/[^/]+\.(safetensors|parquet|json)|report/index\.html)(\.[0-9a-f-]+\.(part|old))?"
 )
 """Names of all that lightning_acc itself writes into a run directory."""
-_FOLDERS = ("ranks", "steps", "parameters", "samples", "queries", "scores", "shards", "matrices", "bank", "report")
+_FOLDERS = ("ranks", "steps", "parameters", "samples", "averages", "queries", "scores", "shards", "matrices", "bank", "report")
 REFUSED = "refused"
 """Status of a record that turned out to be another training's than the one that was seen."""
 NOT_OF_THE_HEADER = ("status", "n_steps", "files", "stopped", "reason", "hash", "format", "schema", "convention")

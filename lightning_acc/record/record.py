@@ -137,6 +137,11 @@ class Record:
         return str(self.manifest["dtype"])
 
     @property
+    def scored_in(self) -> str:
+        """Name of the dtype scores are computed in: as trained, or float32 where that is narrower (see ``keys.SCORED``)."""
+        return self.dtype if self.dtype in keys.SCORED else "float32"
+
+    @property
     def steps(self) -> Steps:
         """The steps, ``run.steps[t]``."""
         return Steps(self)
@@ -149,6 +154,13 @@ class Record:
         of several the first; ``"last"`` the one written last. Empty where none was written, or none was looked for.
         """
         return manifest.checkpoints_within(self.manifest.get("checkpoints", {}), self.n_steps)
+
+    @property
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """Of each average of the parameters that a callback kept (``"ema"``, ``"swa"``) its ``steps`` (k,), ``weights`` (k,) of
+        these and ``theta`` (p,), what it came to: the sum over its steps of ``weight * run.parameters(step)``.
+        """
+        return {name.partition("/")[2].rpartition(".")[0]: self._load(name)[0] for name in self._names("averages")}
 
     def snapshot(self, t: int) -> Tensor:
         """A copy of the flat trained parameters (p,) before step ``t``, one of ``snapshots``."""

@@ -4,8 +4,8 @@ Steps, parameters and samples are collected in memory and written as numbered fi
 manifest lists is there: a training that is killed loses a few seconds. The manifest says ``recording`` until ``finish``. A run
 in the making can be taken up again where ``checkpoint`` has listed what was there.
 
-What has been collected is written when it is much, and for good; and, every few seconds, what has been collected since then is
-written too, for the time being, in place of what was written so before.
+What has been collected is written when it is much, and for good; and, every few seconds, what is new is written beside it, for
+the time being, until all that was written so is written again for good, together.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from torch import Tensor
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record import manifest as manifests
-from lightning_acc.record.background import Background
 from lightning_acc.record.batches import Leaves
+from lightning_acc.record.collecting.background import Background
+from lightning_acc.record.collecting.collected import Collected
+from lightning_acc.record.collecting.numbering import Numbering
 from lightning_acc.record.samples import names
 from lightning_acc.record.steps import SeenStep
 from lightning_acc.record.store import Store, digest
@@ -34,8 +36,10 @@ FLUSH_BYTES = 64 * 2**20
 FLUSH_STEPS = 1000
 SECONDS, SECONDS_AT_FIRST = 2.0, 0.5
 """After so long what has been collected is written for the time being; a training that has just begun is killed most often."""
-SHARE = 0.05
-"""Of the training's time, at most, that such writing takes: where the storage is slow, more is at risk."""
+SHARE = 0.02
+"""Of the training's time, at most, that such writing computes; and a tenth of the share that it waits for the storage."""
+MOST_DRAFTS = 30
+"""Files written for the time being, from which on all that was written so is written anew."""
 
 
 class NotFinite(RunError):
@@ -48,6 +52,8 @@ def check_finite(theta: Tensor, step: int) -> None:
     Raises:
         NotFinite: some are not.
     """
+    if math.isfinite(theta.sum()):  # then all are, at a tenth of the price; a sum may also overflow
+        return
     if not torch.isfinite(theta).all():
         raise NotFinite(
             f"The training has diverged: after step {step - 1} the parameters are not finite "
@@ -66,13 +72,16 @@ class RunWriter:
         self.n_steps = 0
         self.snapshots: list[int] = []
         self.names = names.Numbers()
-        self._contents: dict[bytes, int] = {}
-        self._new_contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]] = defaultdict(list)
-        self._steps: list[SeenStep] = []
-        self._states: list[Tensor] = []
-        """The newest ones of ``snapshots``, not written yet."""
-        self._pending_bytes = 0
+        self._numbering = Numbering()
+        self._new = Collected()
+        """What is written nowhere yet."""
+        self._drafted = Collected()
+        """What is written for the time being."""
+        self._pending_bytes = self._pending_steps = 0
+        """Of both."""
         self._counters: dict[str, int] = defaultdict(int)
+        self._settled: dict[str, int] = {}
+        """The counters after what is written for good."""
         self._drafts: list[str] = []
         """Files written for the time being, in the manifest until others take their place."""
         self._n_drafts = 0
@@ -131,37 +140,39 @@ class RunWriter:
                 tensors, _ = manifests.load(self.store, recorded, name)
                 leaves = batches.unpacked(tensors)
                 numbers = leaves.pop("#").tolist()
-                self._contents.update(zip(batches.digests(leaves), numbers, strict=True))
+                self._numbering.known(leaves, numbers)
+            if folder == "averages":
+                continue  # of the end that the run had before
             self.files[name] = facts
             if "count" in facts:
-                self._counters[folder] = int(name.partition("/")[2][:6]) + 1
+                self._counters[folder] = self._settled[folder] = int(name.partition("/")[2][:6]) + 1
 
     def forget_steps(self) -> None:
         """Leave the steps and their samples out of the run, but not its parameters, as if none had been written."""
         steps = [name for name, facts in self.files.items() if name.startswith(("steps/", "samples/")) and "count" in facts]
         for name in steps:
             del self.files[name]
-        self._contents, self.n_steps, self.names = {}, 0, names.Numbers()
+        self._numbering, self.n_steps, self.names = Numbering(), 0, names.Numbers()
 
     def drop_later(self) -> None:
         """Delete what a run that was taken up again has written beyond the step it is taken up at."""
         self._write_manifest()
         written, _ = manifests.own_files(self.store)
-        later = [n for n in written if n.startswith(("steps/", "parameters/", "samples/")) and n not in self.files]
+        later = [n for n in written if n.startswith(("steps/", "parameters/", "samples/", "averages/")) and n not in self.files]
         if later:
             self.store.remove(*later)
 
-    def content_ids(self, leaves: Leaves) -> list[int]:
-        """Numbers of the samples of a batch, by content: equal contents get the same number and are stored once."""
+    def content_ids(self, leaves: Leaves, sample_ids: list[int] | None = None) -> list[int]:
+        """Numbers of the samples of a batch, by content: equal contents get the same number and are stored once.
+
+        Whose contents they are, where that is told, makes it quicker.
+        """
         flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items() if batches.has_rows(name)}
-        numbers = []
-        for row, key in enumerate(batches.digests(flat)):
-            if key not in self._contents:
-                self._contents[key] = len(self._contents)
-                content = {name: leaf.clone() for name, leaf in batches.row(flat, row).items()}
-                self._new_contents[batches.signature(flat)].append((self._contents[key], content))
-                self._pending_bytes += sum(leaf.nbytes for leaf in content.values())
-            numbers.append(self._contents[key])
+        numbers, new, contents = self._numbering(flat, sample_ids)
+        if new:
+            stored = batches.packed(contents)
+            self._new.contents[batches.packed_signature(stored)].append((new, stored))
+            self._pending_bytes += sum(leaf.nbytes for leaf in stored.values())
         return numbers
 
     def add_state(self, step: int, theta: Tensor) -> None:
@@ -171,83 +182,77 @@ class RunWriter:
             NotFinite: some are not finite.
         """
         check_finite(theta, step)
-        self._states.append(theta)
+        self._new.states.append(theta)
+        self._new.snapshots.append(step)
         self.snapshots.append(step)
         self._pending_bytes += theta.nbytes
         self._flush_if_due()
 
     def add_step(self, step: SeenStep) -> None:
         """One optimizer step."""
-        self._steps.append(step)
+        self._new.steps.append(step)
+        self._pending_steps += 1
         self.n_steps += 1
         self._flush_if_due()
 
     def _flush_if_due(self) -> None:
         if not self._background.busy:
             self._background.wait()  # what failed is told at once, not when there is more to write
-        if self._pending_bytes >= FLUSH_BYTES or len(self._steps) >= FLUSH_STEPS:
+        full = max(self._pending_bytes / FLUSH_BYTES, self._pending_steps / FLUSH_STEPS)
+        if full >= 1:
             self.flush()
         elif time.monotonic() >= self._next_draft and not self._background.busy:
-            self.flush(for_good=False)
+            self.flush(for_good=full >= 0.5)  # what would soon be written again is written once
 
     def flush(self, for_good: bool = True) -> None:
         """Have what has been collected so far written, after what was collected before; with the manifest that lists it.
 
-        Otherwise than ``for_good`` it stays collected, and the next flush writes it again.
+        Otherwise than ``for_good`` it stays collected, and is written again later.
         """
-        contents = {signature: list(collected) for signature, collected in self._new_contents.items()}
-        states, records = list(self._states), list(self._steps)
-        snapshots = self.snapshots[len(self.snapshots) - len(states) :]
+        self._background.wait()
+        again = for_good or len(self._drafts) >= MOST_DRAFTS
+        new, self._new = self._new, Collected()
+        everything = self._drafted.and_then(new)
+        self._drafted = everything
         if for_good:
-            self._new_contents, self._states, self._steps = defaultdict(list), [], []
-            self._pending_bytes = 0
+            self._drafted = Collected()
+            self._pending_bytes = self._pending_steps = 0
         self._next_draft = float("inf")  # until this is written
-        self._background.run(lambda: self._write_and_list(contents, states, snapshots, records, for_good))
+        self._background.run(lambda: self._write_and_list(everything if again else new, again, for_good))
 
-    def _write_and_list(
-        self,
-        contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]],
-        states: list[Tensor],
-        snapshots: list[int],
-        records: list[SeenStep],
-        for_good: bool,
-    ) -> None:
-        started = time.monotonic()
+    def _write_and_list(self, collected: Collected, again: bool, for_good: bool) -> None:
+        """Write this beside the files written for the time being, or ``again``, what is in these too, in their place."""
+        started, computed = time.monotonic(), time.thread_time()
         self._check_there()
-        before, counters, older = dict(self.files), dict(self._counters), self._drafts
+        before, older = dict(self.files), self._drafts if again else []
         self.files = {name: facts for name, facts in before.items() if name not in older}
+        if again:
+            self._counters = defaultdict(int, self._settled)
         try:
-            self._write_collected(contents, states, snapshots, records, "" if for_good else f"-{self._n_drafts}")
+            self._write_collected(collected, "" if for_good else f"-{self._n_drafts}")
             self._write_manifest()
         except BaseException:
             self.files = before  # what is listed is there, and nothing that was half written is in it
             raise
-        self._drafts = [] if for_good else [name for name in self.files if name not in before]
-        if not for_good:
-            self._counters = defaultdict(int, counters)
-            self._n_drafts += 1
+        self._drafts = [] if for_good else [name for name in self.files if name in self._drafts or name not in before]
+        self._n_drafts += not for_good
+        if for_good:
+            self._settled = dict(self._counters)
         if older:
             self.store.remove(*older)
-        seconds = time.monotonic() - started
+        seconds = max(time.thread_time() - computed, (time.monotonic() - started) / 10)
         self._pause = min(SECONDS, 2 * self._pause)
         self._next_draft = time.monotonic() + max(self._pause, seconds / SHARE)
 
-    def _write_collected(
-        self,
-        contents: dict[tuple[Any, ...], list[tuple[int, Leaves]]],
-        states: list[Tensor],
-        snapshots: list[int],
-        records: list[SeenStep],
-        mark: str,
-    ) -> None:
-        for signature in sorted(contents, key=repr):
-            collected = contents[signature]
-            tensors = batches.packed_rows([content for _, content in collected])
-            tensors["#"] = torch.tensor([number for number, _ in collected])
+    def _write_collected(self, collected: Collected, mark: str) -> None:
+        for key in sorted(collected.contents, key=repr):
+            parts = collected.contents[key]
+            tensors = {name: torch.cat([leaves[name] for _, leaves in parts]) for name in parts[0][1]}
+            tensors["#"] = torch.tensor([number for numbers, _ in parts for number in numbers])
             self._write("samples", tensors, mark)
-        if states:
-            self._write("parameters", {"theta": torch.stack(states)}, mark, steps=snapshots)
-        if records:
+        if collected.states:
+            self._write("parameters", {"theta": torch.stack(collected.states)}, mark, steps=collected.snapshots)
+        if records := collected.steps:
             tensors = {
                 "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in records]).cumsum(0),
                 "sample_ids": torch.tensor([i for step in records for i in step["sample_ids"]], dtype=torch.int64),

@@ -19,7 +19,8 @@ from lightning_acc.core.losses.per_sample import (
     sources_of,
     weights_of,
 )
-from lightning_acc.core.objective import AUTOCAST, Objective
+from lightning_acc.core.modules.compiled import plain_name
+from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
@@ -124,7 +125,7 @@ def understand(
         RecordingRefused: the loss is no weighted sum of per-sample losses, or cannot be taken apart.
     """
     refuse_if(refusals.module_refusal(module, batch_norm))
-    evaluation_modules = [name for name, part in module.named_modules() if name and not part.training]
+    evaluation_modules = [plain_name(name) for name, part in module.named_modules() if name and not part.training]
     sources = sources_of(module)
     objective = Objective(
         module,
@@ -134,7 +135,7 @@ def understand(
         reduction="mean",
         evaluation_modules=evaluation_modules,
         dtype=theta.dtype,
-        autocast=AUTOCAST[str(trainer.precision)],
+        precision=str(trainer.precision),
         trainer=stand_in.facts(trainer),
     )
     first_step = _FirstStep(trainer, objective, optimizer, groups, everyone, theta, optimizer.gradient(number), number)
@@ -150,6 +151,7 @@ def understand(
         except RunError as error:
             failed.append(error)
     else:
+        refuse_if(refusals.compiled_refusal(module, any(batch.random for batch in everyone)))
         reason = causes.explain(failed, lambda: first_step.tried(sources[-1]), theta, first_step.gradient, everyone[0].random)
         raise RecordingRefused(reason) from failed[-1]
     header = {
@@ -185,7 +187,7 @@ class _FirstStep:
         Raises:
             RunError: they are not the samples', or do not make the loss.
         """
-        tolerance = decomposition.GRADIENT_TOLERANCE[self.theta.dtype]
+        tolerance = decomposition.GRADIENT_TOLERANCE[self._optimizer.rounded_to]
         assembly = self._assembled(source, tolerance)
         step, objective, first = assembly.step(self._groups, self.batches), assembly.objective, self.batches[0]
         vectorised = decomposition.can_be_vectorised(step, self.theta)

@@ -7,17 +7,18 @@ import io
 import json
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_acc.contract import DescribesExamples, DescribesSamples
 from lightning_acc.core import queries, rebuild, stand_in
+from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record.samples.names import COLUMN, Numbers
 from lightning_acc.record.writer import RunWriter
@@ -42,6 +43,8 @@ def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.
         "data": data(trainer),
         "logger": logger(trainer),
         "precision": str(trainer.precision),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        **({"compiled": True} if is_compiled(module) else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": [[name, list(shape)] for name, shape in optimizer.layout.shapes],
         "optimizer": {"name": optimizer.name, "group_of": optimizer.group_of, "slots": optimizer.update.slots},
@@ -72,10 +75,10 @@ def logger(trainer: Any) -> dict[str, Any] | None:
     return None
 
 
-def write_frozen(writer: RunWriter, module: nn.Module) -> None:
-    """Buffers and untrained parameters, which the losses depend on too."""
+def write_frozen(writer: RunWriter, state: Mapping[str, Any]) -> None:
+    """Of the state of the module buffers and untrained parameters, which the losses depend on too."""
     trained = {name for name, _ in writer.header["layout"]}
-    frozen = {name: value for name, value in module.state_dict().items() if name not in trained}
+    frozen = {name: value for full, value in state.items() if (name := plain_name(full)) not in trained}
     values = {name: value.detach().cpu().contiguous().clone() for name, value in frozen.items() if isinstance(value, Tensor)}
     if values:
         writer.write_file("module.safetensors", safetensors.torch.save(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +13,24 @@ from torch import Tensor
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.steps import SeenStep
-from lightning_acc.record.writer import check_finite
+from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.beginning import Assembly, understand
+from lightning_acc.recorder.checkpoints import resume
+from lightning_acc.recorder.checkpoints.averages import Averages
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks import refusals, rows
+from lightning_acc.recorder.checks.carried import Shared
 from lightning_acc.recorder.checks.identity import Identity
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.steps import Checks
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.loss import LossTap
-from lightning_acc.recorder.optimizer import TrainedOptimizer
+from lightning_acc.recorder.optimizer import Clipping, TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.snapshots import Snapshots
-from lightning_acc.recorder.writers import Writers
+from lightning_acc.recorder.writers import Final, Writers
 
 if TYPE_CHECKING:
     from lightning_acc.recorder.recorder import TrajectoryRecorder
@@ -59,6 +63,10 @@ class Following:
     ) -> None:
         self.begun = self.ended = False
         self.optimizer = TrainedOptimizer(trainer, module)
+        self._clipping = Clipping(trainer, bool(refusals.overridden(module, ["configure_gradient_clipping"])))
+        self.averages = Averages(trainer, () if place is None else place.averages)
+        self._kept: tuple[int, Tensor, dict[str, Any]] | None = None
+        """After so many steps the parameters and the module's state; where an average may replace them."""
         if place is not None:
             self.optimizer.with_gradient = place.with_gradient
         self.snapshots = Snapshots(
@@ -70,7 +78,7 @@ class Following:
         self._named = options.batch_names  # which tell samples from each other, whatever loader they come from
         self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs and self._named is None else None
         self._structure: batches.Structure = {}
-        self._shared: batches.Leaves | None = None
+        self._shared = Shared()
         self._seen: list[SeenBatch] = []
         self._step: SeenStep | None = None
         self._within = False
@@ -85,8 +93,14 @@ class Following:
         return self._within
 
     @property
-    def steps_taken(self) -> int:
-        """How many steps the parameters have taken: within a step, with it once the optimizer has stepped."""
+    def steps_taken(self) -> int | None:
+        """How many steps the parameters have taken: within a step, with it once the optimizer has stepped.
+
+        None where an average has taken their place.
+        """
+        kept = self._kept
+        if kept is not None and kept[0] == self._write.own.n_steps and not torch.equal(kept[1], self.optimizer.parameters()):
+            return None
         return self._write.own.n_steps + (self._within and self._trainer.global_step > self._before)
 
     def batch_starts(self, batch: Any) -> None:
@@ -95,6 +109,7 @@ class Following:
         first = self._tap.take_first(batch)
         if self.ended:
             return
+        self.averages.see(self._write.own.n_steps)
         try:
             leaves, structure = batches.flatten(batch, len(ids) if self._named is None else None, self._structure)
             if self._named is not None:
@@ -110,9 +125,9 @@ class Following:
             )
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
-        self._keep_shared(batches.shared(leaves))
+        self._shared.see(batches.shared(leaves), self._write.own.n_steps)
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
-        contents = self._write.own.content_ids(leaves)
+        contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
             self._identity.check(self._tap.dataset, ids, contents)
         if not self.begun:
@@ -120,21 +135,9 @@ class Following:
         self.loss.observe(len(ids) if self.begun and self._assembly.observable else None)
         self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
 
-    def _keep_shared(self, shared: batches.Leaves) -> None:
-        """Keep the tensors that belong to no sample, which are recorded once.
-
-        Raises:
-            RecordingRefused: they are others than in the first batch.
-        """
-        if self._shared is None:
-            self._shared = {name: tensor.detach().cpu().clone() for name, tensor in shared.items()}
-        for name, tensor in shared.items():
-            if not torch.equal(tensor.cpu(), self._shared[name]):
-                raise RecordingRefused(
-                    f"The tensor {name.rpartition('#')[0]!r} has no row a sample (its shape is {tuple(tensor.shape)}) and is "
-                    f"another one in step {self._write.own.n_steps}, so that it cannot be told which sample is in it: give it "
-                    "a row a sample in the collate_fn; what is said of the whole batch may be a single number."
-                )
+    def gradient_zeroed(self) -> None:
+        """What has been accumulated and did not come to a step is forgotten."""
+        self._seen = [batch for batch in self._seen if not batch.counts]
 
     def has_gradient(self) -> None:
         """The batch has a gradient now; see whether its forward pass drew random numbers."""
@@ -155,6 +158,10 @@ class Following:
         if not self.optimizer.has_gradient():
             self._seen = []  # training_step returned None: torch.optim leaves everything as it is
             return
+        if self.optimizer.is_skipped():
+            self._seen = []
+            self._write.note_skipped()
+            return
         self._before = self._trainer.global_step
         if self.ended:
             self._within = True
@@ -166,7 +173,11 @@ class Following:
         self._seen = [batch for batch in self._seen if batch.counts]
         number = self._write.own.n_steps
         groups = self.optimizer.hyperparameters(number)
-        self._look(number, groups)
+        self._clipping.begin(groups)
+        try:
+            self._look(number, groups)
+        except RecordingRefused as refusal:
+            raise refusals.with_suspects(refusal, self._module) from refusal
         self._step = {
             "sample_ids": [sample for batch in self._seen for sample in batch.ids],
             "contents": [number for batch in self._seen for number in batch.contents],
@@ -182,11 +193,50 @@ class Following:
         """The step is done."""
         if not self._within:
             return
+        self._clipping.end()
         step, self._step, self._within = self._step, None, False
         self._seen = []
         self._number += 1
         if step is not None:
             self._write.own.add_step(step)
+
+    def epoch_ends(self) -> None:
+        """Keep what an averaging callback may be about to replace."""
+        number = self._write.own.n_steps
+        if self.averages and not self.ended and (self._kept is None or self._kept[0] != number):
+            state = {name: copy.deepcopy(value) for name, value in self._module.state_dict().items()}
+            self._kept = number, self.optimizer.parameters(), state
+
+    def place(self, run_id: str) -> Place:
+        """Where in the record ``run_id`` the training is, after a whole step."""
+        self.averages.see(self._write.own.n_steps)
+        state, seen = resume.fingerprint(self.optimizer.state()), self.optimizer.with_gradient
+        return Place(run_id, self._write.own.n_steps, state, seen, self.averages.updates)
+
+    def final(self) -> Final:
+        """What is known now, at the end of the training or where it is interrupted."""
+        number, going_on = self._write.own.n_steps, self.begun and not self.ended
+        # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
+        known = going_on and not self._within
+        if not self.averages:
+            return Final(self._module.state_dict(), self._finite(self.optimizer.parameters()) if known else None)
+        if known:
+            self.averages.see(number)
+        after, theta, state = self._kept or (None, None, {})
+        theta = self._finite(theta) if known and after == number and theta is not None else None
+        # While it validates, a callback has the parameters in the place of their average.
+        return Final(state, theta, self.averages if going_on and self._trainer.training else None)
+
+    def _finite(self, theta: Tensor) -> Tensor | None:
+        """The final parameters, where they are finite; where not, the records of several processes end, to be merged."""
+        try:
+            check_finite(theta, self._write.own.n_steps)
+        except NotFinite as error:
+            if self._write.processes == 1:
+                raise
+            self._options.end(error, within_step=False)  # in all of them
+            return None
+        return theta
 
     def end(self, within_step: bool) -> None:
         """Record no more; in the middle of a step, or after one."""
@@ -203,7 +253,9 @@ class Following:
         """Keep and check what is due in step ``number``; the first one begins the record."""
         main = self._write.main
         if not self.begun:
-            self._checks = Checks(self._module, self._write.processes, number, self.optimizer.state())
+            self._checks = Checks(
+                self._module, self._write.processes, number, self.optimizer.state(), self.optimizer.rounded_to
+            )
         compare = self._due(number, sum(len(batch.ids) for batch in self._seen))
         taken = main is not None and number in main.snapshots  # by what this training resumes
         keep = not taken and (not self.begun or self.snapshots.due(number))
@@ -211,7 +263,7 @@ class Following:
             return
         started = time.perf_counter()
         theta = self.optimizer.parameters()
-        if not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
+        if compare and not self._checks.early(number):  # a training that comes to nothing in its first steps is refused
             check_finite(theta, number)
         self._checks.parameters(number, theta, self._module)
         if compare:
@@ -241,7 +293,7 @@ class Following:
         if options.mixed_rows == rows.AS_THEY_ARE:
             header["loss"]["mixed_rows"] = options.mixed_rows
         self._write.begin(self._trainer, self._module, header, self._place, options.overwrite)
-        self._write.shared(self._shared or {})
+        self._write.shared(self._shared.tensors)
         self.begun = True
 
 

@@ -26,9 +26,8 @@ class SampleTap:
     """Taps the training loaders Lightning processes; ``next_ids`` gives the samples of the next batch it delivers.
 
     Attributes:
-        loaders: how many loaders have been tapped since the last ``reset``.
-        n_samples: size of the data set of the newest.
-        dataset: that of the loader whose batches are being delivered.
+        n_samples: size of the data set of the loader whose batches are being delivered.
+        dataset: the data set itself.
 
     Args:
         check_rows: look at what the loaders' collate functions do to the samples of a batch.
@@ -36,7 +35,6 @@ class SampleTap:
     """
 
     def __init__(self, check_rows: bool = True, count: bool = True) -> None:
-        self.loaders = 0
         self.n_samples = 0
         self.dataset: Any = None
         self._check_rows, self._count = check_rows, count
@@ -44,6 +42,7 @@ class SampleTap:
         self._first: tuple[Leaves, Structure] | None = None
         self._delivered: deque[list[int]] = deque()
         self._strategy: Any = None
+        self._trainer: Any = None
 
     def install(self, trainer: Any) -> None:
         """Tap every training loader ``trainer`` processes from now on."""
@@ -55,7 +54,12 @@ class SampleTap:
             return self._tap(loader) if trainer.training else loader
 
         strategy.process_dataloader = process_and_tap
-        self._strategy = strategy
+        self._strategy, self._trainer = strategy, trainer
+
+    @property
+    def loaders(self) -> list[Any]:
+        """Those the trainer takes training batches from now; a callback that tries batch sizes has others processed, too."""
+        return list(self._trainer.fit_loop._combined_loader.flattened)
 
     def remove(self) -> None:
         """Undo ``install``."""
@@ -77,7 +81,7 @@ class SampleTap:
 
         Of a loader that is no DataLoader they are those of ``batch``, as it has become since.
         """
-        if self._check_rows and not self._looked and not self.loaders:
+        if self._check_rows and not self._looked and not any(isinstance(loader, DataLoader) for loader in self.loaders):
             self._first, self._looked = first_rows(batch), True
         first, self._first = self._first, None
         return first
@@ -85,12 +89,10 @@ class SampleTap:
     def _tap(self, loader: Any) -> Any:
         if self._count:
             refuse_loader(loader)
-            self.n_samples = len(loader.dataset)
         elif not isinstance(loader, DataLoader):
             return loader
-        self.loaders += 1
         attribute = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        recording = _RecordingSampler(getattr(loader, attribute), self.n_samples) if self._count else None
+        recording = _RecordingSampler(getattr(loader, attribute), len(loader.dataset)) if self._count else None
         collate = CheckedCollate(loader.collate_fn, whole=loader.batch_sampler is None)
         collate.done = collate.done or not self._check_rows
         tap = self
@@ -98,10 +100,13 @@ class SampleTap:
         class Tapped(type(loader)):  # type: ignore[misc]
             def __iter__(self) -> Iterator[Any]:
                 # At once, not in a generator: the loader draws its random seed here, and must do so when it always did.
-                batches = super().__iter__()
+                batches: Iterator[Any] = super().__iter__()
+                if not any(self is loader for loader in tap.loaders):
+                    collate.done = True
+                    return batches
                 collate.done = collate.done or self.num_workers > 0  # of this loader's workers, the later ones need not look
                 tap._delivered = deque()
-                tap.dataset = self.dataset
+                tap.dataset, tap.n_samples = self.dataset, len(self.dataset) if tap._count else 0
                 return tap._deliver(batches, recording, tap._delivered)
 
         Tapped.__name__ = Tapped.__qualname__ = type(loader).__name__
@@ -153,9 +158,10 @@ class _RecordingSampler:
 
     def _note(self, samples: Iterator[Any], pending: deque[list[int]]) -> Iterator[Any]:
         for index in samples:
-            pending.append(_ids(index))
-            for i in pending[-1]:
-                if not 0 <= i < self._n_samples:
+            ids = _ids(index)
+            pending.append(ids)
+            for i in (min(ids, default=0), max(ids, default=0)):
+                if not 0 <= i < max(self._n_samples, 1):
                     raise RecordingRefused(
                         f"The sampler yields the index {i}, but the training data set says that it has {self._n_samples} "
                         "samples: let its __len__ count all of them, and the sampler yield indices from 0."
@@ -175,7 +181,7 @@ def _ids(index: Any) -> list[int]:
     if isinstance(index, torch.Tensor):
         index = index.tolist()
     try:
-        return [int(i) for i in index] if hasattr(index, "__iter__") else [int(index)]
+        return list(map(int, index)) if hasattr(index, "__iter__") else [int(index)]
     except (TypeError, ValueError):
         raise RecordingRefused(
             f"The sampler yields {index!r}, but samples are recorded by their integer index in the dataset: "

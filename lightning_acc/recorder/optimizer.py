@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core.modules.compiled import is_compiled, plain_name
+from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.objective import ParameterLayout
-from lightning_acc.core.optimizers import RULES, State, Update
+from lightning_acc.core.optimizers import RULES, Numbers, State, Update
 from lightning_acc.errors import RunError
+from lightning_acc.record.schema.keys import DTYPES
 from lightning_acc.record.writer import NotFinite
 from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE
-from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if, sharded
 
 
 class TrainedOptimizer:
@@ -23,6 +26,7 @@ class TrainedOptimizer:
         layout: the trained parameters and their order in flat vectors.
         group_of: the index of the parameter group of each.
         update: U of this optimizer.
+        rounded_to: the dtype by whose rounding the training's gradient may differ from F's.
 
     Raises:
         RecordingRefused: the parameters are not of one dtype.
@@ -34,16 +38,23 @@ class TrainedOptimizer:
         self.name = type(self._optimizer).__name__
         groups = self._optimizer.param_groups
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
+        trained = [(plain_name(name), p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
+        if any(hasattr(p, "full_tensor") for _, p in trained):  # a part of a DTensor, under a strategy of the user's own
+            refuse_if(sharded(type(trainer.strategy).__name__))
         dtypes = {p.dtype for _, p in trained}
         if len(dtypes) != 1 or not dtypes <= GRADIENT_TOLERANCE.keys():
-            refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use all float32 or all float64")
+            usable = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_TOLERANCE)
+            refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use one of {usable} for all")
         self._names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
         self.layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
         self.group_of = [group_of[id(p)] for p in self._parameters]
         self._rule = RULES[self.name]
-        self.update = Update(self.name, self.layout, self.group_of, max(len(self._rule.slots(group)) for group in groups))
+        placed = zip(self.group_of, self._parameters, strict=True)
+        self._slots = [self._rule.slots({**groups[group], "shape": tuple(p.shape)}) for group, p in placed]
+        self._n_groups = len(groups)
+        self.update = Update(self.name, self.layout, self.group_of, max(map(len, self._slots)))
+        self.rounded_to = rounded_to(str(trainer.precision), self._parameters[0].dtype, is_compiled(module))
         self.with_gradient: list[bool] | None = None
         """Whether each parameter had a gradient in the newest step."""
 
@@ -63,10 +74,9 @@ class TrainedOptimizer:
         )
 
     def _slot(self, i: int, slot: int) -> Tensor:
-        parameter = self._parameters[i]
-        names = self._rule.slots(self._optimizer.param_groups[self.group_of[i]])
+        parameter, names = self._parameters[i], self._slots[i]
         value = self._optimizer.state.get(parameter, {}).get(names[slot]) if slot < len(names) else None
-        return torch.zeros_like(parameter).reshape(-1) if value is None else _dense(value).reshape(-1)
+        return torch.zeros_like(parameter).reshape(-1) if value is None else _dense(value).expand_as(parameter).reshape(-1)
 
     def gradient(self, step: int) -> Tensor:
         """The flat gradient (p,) of step number ``step``, before clipping.
@@ -76,12 +86,26 @@ class TrainedOptimizer:
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         gradient = torch.cat([_dense(part).reshape(-1) for part in parts]).cpu()
+        if getattr(self._optimizer, "_step_supports_amp_scaling", False):  # a fused one divides by the scale itself
+            gradient = gradient / (self.loss_scale or 1.0)
         if not torch.isfinite(gradient).all():
             raise NotFinite(
                 f"The loss or its gradient is not finite in step {step} of the training, so there is nothing to attribute: "
                 "look for NaN or infinite values in the data, or lower the learning rate."
             )
         return gradient
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss of this step was multiplied with on its way back (16-mixed); None where it was not."""
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+
+    def is_skipped(self) -> bool:
+        """Whether the loss scaler is going to leave this step out, as the gradient is beyond the range of float16."""
+        if self.loss_scale is None:
+            return False
+        return not all(bool(torch.isfinite(p.grad).all()) for p in self._parameters if p.grad is not None)
 
     def has_gradient(self) -> bool:
         """Whether any parameter has one; else ``training_step`` returned None and the optimizer does nothing."""
@@ -94,16 +118,27 @@ class TrainedOptimizer:
             RecordingRefused: a parameter without a gradient would be treated otherwise than F does.
             RunError: one is no finite number, from which no parameters come.
         """
+        if len(self._optimizer.param_groups) != self._n_groups:
+            now = len(self._optimizer.param_groups)
+            raise RunError(
+                f"The optimizer has {now} parameter groups in step {step} and had {self._n_groups} at first, but a record is "
+                "of the same parameters throughout: give it all of them from the start."
+            )
         algorithm = self._trainer.gradient_clip_algorithm
         for_all = {
             "step": step + 1,
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),
         }
-        groups = [
-            {**{key: _plain(group[key]) for key in self._rule.hyperparameters}, **for_all}
-            for group in self._optimizer.param_groups
-        ]
+        used = [{key: group[key] for key in self._rule.hyperparameters} for group in self._optimizer.param_groups]
+        groups = [{**{key: _plain(value) for key, value in h.items()}, **for_all} for h in used]
+        dtypes = [{key: dtype for key, value in h.items() if (dtype := _dtype(value)) is not None} for h in used]
+        for h, own, group in zip(groups, dtypes, self._optimizer.param_groups, strict=True):
+            if any(dtypes):  # arithmetic with a tensor rounds as its dtype does
+                h["dtypes"] = own
+            if self._rule.numbers is not None:
+                h.update(self._numbers(self._rule.numbers, group["params"], h))
         self._refuse_missing_gradients(groups, step)
         for key, value in ((key, value) for group in groups for key, value in group.items() if key not in for_all):
             if isinstance(value, float) and not math.isfinite(value):
@@ -112,25 +147,75 @@ class TrainedOptimizer:
                 )
         return groups
 
+    def _numbers(self, numbers: Numbers, parameters: list[Tensor], h: dict[str, Any]) -> dict[str, Any]:
+        # A parameter that never had a gradient is one the optimizer keeps nothing of; the others of a group are in step.
+        kept = next((p for p in parameters if self._optimizer.state.get(p)), None)
+        if kept is not None:
+            return numbers(kept, self._optimizer.state[kept], h)
+        return numbers(next(iter(parameters), self._parameters[0]), {}, h)
+
     def _refuse_missing_gradients(self, groups: list[dict[str, Any]], step: int) -> None:
         # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the parameter
         # would still move, by weight decay or by what its slots have gathered.
         present = [p.grad is not None for p in self._parameters]
         before = self.with_gradient or present
         self.with_gradient = present
-        for name, group, now, then in zip(self._names, self.group_of, present, before, strict=True):
-            if (not now and groups[group].get("weight_decay")) or (now != then and self._rule.slots(groups[group])):
+        if all(present) and all(before):
+            return
+        for i, (name, group, now, then) in enumerate(zip(self._names, self.group_of, present, before, strict=True)):
+            if (not now and self.update.moves_unused(i, groups[group])) or (now != then and self._slots[i]):
                 raise RecordingRefused(
                     f"The parameter {name!r} gets no gradient in step {step - (now and 1)}, but its optimizer has weight "
                     "decay or a memory: freeze it with requires_grad_(False), or use it always."
                 )
 
 
+def _dense(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.to_dense() if value.is_sparse else value
+
+
+class Clipping:
+    """Sees how a module clips the gradients of a step, where that is not left to the trainer.
+
+    Args:
+        trainer: the Lightning trainer.
+        by_module: whether the module decides, with ``configure_gradient_clipping``.
+    """
+
+    def __init__(self, trainer: Any, by_module: bool) -> None:
+        self._plugin, self._by_module = trainer.precision_plugin, by_module
+
+    def begin(self, groups: list[dict[str, Any]]) -> None:
+        """Put into the hyper-parameters ``groups`` how the step that begins is clipped, once it is: as yet it is not."""
+        if not self._by_module:
+            return
+        for group in groups:
+            group["gradient_clip_val"] = None
+        clip = type(self._plugin).clip_gradients.__get__(self._plugin)
+
+        def clip_and_note(optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
+            if clip_val > 0 and groups[0]["gradient_clip_val"] is not None:
+                refuse_if("configure_gradient_clipping clips the gradients of a step twice: clip them once")
+            for group in groups if clip_val > 0 else ():
+                group["gradient_clip_val"] = float(clip_val)
+                group["gradient_clip_algorithm"] = str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm))
+            clip(optimizer, clip_val, gradient_clip_algorithm)
+
+        self._plugin.clip_gradients = clip_and_note
+
+    def end(self) -> None:
+        """Leave the trainer as it was."""
+        vars(self._plugin).pop("clip_gradients", None)
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """A tensor with all its numbers: gradients of ``nn.Embedding(sparse=True)`` hold only those of the rows that were used."""
-    tensor = tensor.detach()
-    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+def _dtype(value: Any) -> str | None:
+    """Of a tensor, or several, the dtype."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return str(first.dtype).removeprefix("torch.") if isinstance(first, Tensor) and first.dtype in DTYPES.values() else None

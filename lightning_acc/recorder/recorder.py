@@ -7,8 +7,6 @@ import os
 import warnings
 from typing import Any, Literal
 
-from torch import Tensor
-
 try:
     from pytorch_lightning import Callback
 except ModuleNotFoundError:  # the same library under its other name; its Callback has the same hooks
@@ -16,7 +14,6 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
 
 from lightning_acc import arguments
 from lightning_acc.core import rebuild
-from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder.checkpoints import resume
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checkpoints.written import Checkpoints
@@ -28,7 +25,7 @@ from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that
 from lightning_acc.recorder.following import Following
 from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.snapshots import POLICIES
-from lightning_acc.recorder.writers import Writers
+from lightning_acc.recorder.writers import Final, Writers
 
 
 class TrajectoryRecorder(Callback):
@@ -37,11 +34,13 @@ class TrajectoryRecorder(Callback):
     Training itself is not changed: the final weights are bitwise those of a run without the callback. What cannot be
     recorded exactly is refused before training starts.
 
-    Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, ``torch.optim`` SGD,
-    Adam and AdamW with parameter groups (others by ``register_optimizer``) under any learning-rate scheduler, gradient
-    accumulation and clipping, map-style datasets under any sampler, streams whose batches hold ids of their samples
-    (``sample_id``), weighted means, dropout, ``bf16-mixed`` precision, resuming from a Lightning checkpoint
-    (``trainer.fit(..., ckpt_path=...)``).
+    Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, every optimizer of
+    ``torch.optim`` but LBFGS and SparseAdam, and Lion, with parameter groups (others by ``register_optimizer``) under any
+    learning-rate scheduler, gradient accumulation and clipping, map-style datasets under any sampler, streams whose
+    batches hold ids of their samples (``sample_id``), weighted means, dropout, every precision of torch's own (a step that
+    a loss scaler leaves out is none), ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``), weight averaging
+    (the trained weights are recorded, ``at="ema"`` reads the averaged ones), callbacks that look for a learning rate or a
+    batch size, and callbacks and module hooks that leave gradients and weights alone, which is checked.
 
     Example::
 
@@ -126,9 +125,8 @@ class TrajectoryRecorder(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the directory; decide what becomes of a run that is already there."""
         self._left_open = self._write.claim(trainer, self._place, self.overwrite)
-        if self._place is not None and self._write.main is not None:
-            before = self._write.main.header.get("checkpoints", {})
-            self._checkpoints.resume(before, trainer.ckpt_path, self._place.n_steps)
+        if self._place and self._write.main is not None:
+            self._checkpoints.resume(self._write.main.header.get("checkpoints", {}), trainer.ckpt_path, self._place.n_steps)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own methods back, and the directory free."""
@@ -140,8 +138,8 @@ class TrajectoryRecorder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
         refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
-        if self.batch_names is None and self._tap.loaders != 1:
-            refuse_if(f"there are {self._tap.loaders} training loaders: train from exactly one DataLoader")
+        if self.batch_names is None and len(self._tap.loaders) != 1:
+            refuse_if(f"there are {len(self._tap.loaders)} training loaders: train from exactly one DataLoader")
         following = Following(trainer, pl_module, self, self._tap, self._write, self._place)
         if self._place is not None and resume.fingerprint(following.optimizer.state()) != self._place.state:
             refuse_if(
@@ -164,6 +162,11 @@ class TrajectoryRecorder(Callback):
         self._follow.batch_starts(batch)
 
     @costs_no_training
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Gradients that came to no step are dropped."""
+        self._follow.gradient_zeroed()
+
+    @costs_no_training
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """The batch has a gradient now."""
         self._follow.has_gradient()
@@ -178,6 +181,11 @@ class TrajectoryRecorder(Callback):
         """The step is done."""
         self._follow.step_ends()
 
+    @costs_no_training
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """The parameters are the training's; after the last epoch a callback may put an average in their place."""
+        self._follow.epoch_ends()
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write what is recorded so far, and into the checkpoint where that is."""
         number, following = self._write.own.n_steps, self._following
@@ -190,16 +198,14 @@ class TrajectoryRecorder(Callback):
                 self._put_off = error
                 return
         if self._write.main is not None:
-            state = resume.fingerprint(following.optimizer.state())
-            Place(self._write.main.header["run_id"], number, state, following.optimizer.with_gradient).save(checkpoint)
+            following.place(self._write.main.header["run_id"]).save(checkpoint)
 
     # ---- after training
 
     @costs_no_training
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the final parameters and the manifest."""
-        if self._put_off is not None:
-            self._raise_what_was_put_off()
+        self._raise_what_was_put_off()
         if not self._follow.begun and not self._left_open:
             warnings.warn("No optimizer step was taken, so no run was recorded.", UserWarning, stacklevel=2)
             return
@@ -290,21 +296,11 @@ class TrajectoryRecorder(Callback):
             self._write.list_checkpoints(self._checkpoints.listed(check))
 
     def _finish(self, trainer: Any, pl_module: Any, stopped: str | None, reason: str | None = None) -> None:
-        theta: Tensor | None = None
-        if self.recording:
-            theta = self._follow.optimizer.parameters()
-            try:
-                check_finite(theta, self._write.own.n_steps)
-            except NotFinite as error:
-                if self._write.processes == 1:
-                    raise
-                self.end(error, within_step=False)  # in all of them, whose parts are still to be merged
-                theta = None
-            # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
-            theta = None if self._follow.within_step else theta
+        final = Final(pl_module.state_dict()) if self._following is None else self._following.final()
         self._left_open = False
         self._list_checkpoints(check=True)
-        self._end_of_training = self._write.own.n_steps if stopped is None and self._steps_taken() is not None else None
-        self._write.finish(trainer, pl_module, theta, stopped, reason)
+        if stopped is None and self._steps_taken() is not None and final.averages is None:
+            self._end_of_training = self._write.own.n_steps
+        self._write.finish(trainer, final, stopped, reason)
         if self._following is not None:
             self._following.end(within_step=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
@@ -21,9 +22,25 @@ from lightning_acc.record.store import Store
 from lightning_acc.record.writer import NotFinite, RunWriter
 from lightning_acc.recorder import description, ranks
 from lightning_acc.recorder.checkpoints import resume
+from lightning_acc.recorder.checkpoints.averages import Averages
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.ending import in_words
+
+
+@dataclass(frozen=True)
+class Final:
+    """What is known of a training only at its end.
+
+    Attributes:
+        state: of the module; empty where it is not the training's any more.
+        theta: the parameters (p,) after the last recorded step; None where they are not known, and left to be replayed.
+        averages: of the parameters, that callbacks kept.
+    """
+
+    state: Mapping[str, Any]
+    theta: Tensor | None = None
+    averages: Averages | None = None
 
 
 class Writers:
@@ -45,6 +62,8 @@ class Writers:
         alone = self.main if self.processes == 1 else None
         self.own = alone or RunWriter(ranks.part_of(self.store, trainer.global_rank))
         self._lock: Lock | None = None
+        self._skipped: list[int] = []
+        """Before which steps of the record one was left out by the loss scaler: that is no step of it."""
         self._end: int | None = None
         """Steps of a record that has ended before its training."""
         self._reason: str | None = None
@@ -82,7 +101,10 @@ class Writers:
             if place is not None:
                 refuse_if(f"the checkpoint continues the record {place.run_id}, which is not in {self.store}")
         elif place is not None:
-            return resume.take_up(self.store, place, self.main, self.own, self.processes)
+            left_open = resume.take_up(self.store, place, self.main, self.own, self.processes)
+            before = self.main.header.get("skipped", []) if self.main is not None else []
+            self._skipped = [number for number in before if number <= place.n_steps]
+            return left_open
         elif not overwrite:
             raise RecordingRefused(
                 f"{self.store} already holds a run: choose another directory, delete it, pass overwrite=True, or resume it "
@@ -125,6 +147,8 @@ class Writers:
         Raises:
             RecordingRefused: the resumed training differs in what a run cannot change on the way.
         """
+        if self._skipped:
+            header["skipped"] = self._skipped
         if place is not None:
             resume.go_on(self.main, self.own, header)
             rebuild.LIVE[place.run_id] = module
@@ -138,7 +162,7 @@ class Writers:
             manifests.remove_run(self.main.store)
         self.main.begin({"run_id": self._lock.run_id, **header} if self._lock else header)
         rebuild.LIVE[self.main.header["run_id"]] = module
-        description.write_frozen(self.main, module)
+        description.write_frozen(self.main, module.state_dict())
         description.write_sample_info(self.main, trainer, self.own.names)
         description.write_queries(self.main, trainer)
 
@@ -146,6 +170,12 @@ class Writers:
         """Write the tensors of the batches that belong to no sample."""
         if self.main is not None and tensors and manifests.SHARED not in self.main.files:
             self.main.write_file(manifests.SHARED, safetensors.torch.save(tensors))
+
+    def note_skipped(self) -> None:
+        """The loss scaler leaves a step out, which changes neither the parameters nor the optimizer's state."""
+        self._skipped.append(self.own.n_steps)
+        if self.main is not None and self.main.header:
+            self.main.header["skipped"] = self._skipped
 
     def list_checkpoints(self, steps: dict[str, int]) -> None:
         """Have the manifest list these checkpoints from when it is written next."""
@@ -168,13 +198,12 @@ class Writers:
         if self.main is not None and self.main is not self.own:
             self.main.checkpoint()
 
-    def finish(self, trainer: Any, module: Any, theta: Tensor | None, stopped: str | None, reason: str | None = None) -> None:
+    def finish(self, trainer: Any, final: Final, stopped: str | None, reason: str | None = None) -> None:
         """Write the rest, and let the record be a run.
 
         Args:
             trainer: the Lightning trainer.
-            module: the LightningModule.
-            theta: the final parameters (p,), where they are known.
+            final: what is known only now.
             stopped: why the training ended before its time.
             reason: the same in words.
 
@@ -188,26 +217,28 @@ class Writers:
                 _attempt(failed, self.own.finish)
             trainer.strategy.barrier("recorded")
         if self.main is not None:
-            _attempt(failed, lambda: self._finish_main(module, theta, facts))
+            _attempt(failed, lambda: self._finish_main(final, facts))
         if self.own is not self.main:
             trainer.strategy.barrier("merged")
         if failed:
             raise failed[0]
 
-    def _finish_main(self, module: Any, theta: Tensor | None, facts: dict[str, Any]) -> None:
+    def _finish_main(self, final: Final, facts: dict[str, Any]) -> None:
         assert self.main is not None
-        if theta is not None and self.own.n_steps not in self.main.snapshots:
-            self.main.add_state(self.own.n_steps, theta)
+        if final.theta is not None and self.own.n_steps not in self.main.snapshots:
+            self.main.add_state(self.own.n_steps, final.theta)
         self.main.wait()
-        description.write_frozen(self.main, module)  # again, for running statistics have moved
-        if self.own is self.main:
-            self.main.finish(**facts)
-        else:
+        description.write_frozen(self.main, final.state)  # again, for running statistics have moved
+        n_steps = self.own.n_steps
+        if self.own is not self.main:
             n_steps = ranks.merge(self.main, self.processes, self._end)
             if n_steps < self.own.n_steps:
                 reason = self._reason or "the recording of another process ended before"
                 facts = {"stopped": "error", "reason": reason, **{key: value for key, value in facts.items() if value}}
-            self.main.finish(n_steps, **facts)
+        if final.averages is not None and n_steps == self.own.n_steps:
+            final.averages.write(self.main)
+        self.main.finish(n_steps, **facts)
+        if self.own is not self.main:
             ranks.remove_parts(self.store)
 
     def end(self, error: Exception) -> int:

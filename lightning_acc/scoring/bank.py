@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_acc import arguments
 from lightning_acc.core.process import as_scored
+from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
@@ -79,9 +80,14 @@ class Bank:
         about = {**self._same, "steps": list(steps), "removals": list(removals), "bytes": size}
         self._run.store.write(f"{name}.json", seal.to_json(about, f"{name}.json"))
 
-    def fits(self, replay: Replay, steps: int, removals: int) -> bool:
-        """Whether there is room for the shifts of so many removals at so many steps: all of them are kept, or none."""
-        return bool(removals) and steps * (removals + 1) * replay.initial[0].nbytes <= self._room()
+    def fits(self, replay: Replay, moments: Moments, removals: int) -> bool:
+        """Whether there is room for the shifts of so many removals at all these steps: all of them are kept, or none.
+
+        Those of an average are not kept, as they are the shifts of no step.
+        """
+        if moments.average is not None:
+            return False
+        return bool(removals) and len(moments.steps) * (removals + 1) * replay.initial[0].nbytes <= self._room()
 
     def _room(self) -> int:
         if self._left is None:

@@ -20,6 +20,7 @@ from lightning_acc.core.removals import parse
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods import sweeps
 from lightning_acc.methods.method import Question
+from lightning_acc.methods.swept import refuse_without_derivative
 from lightning_acc.methods.visits import AdjointVisits
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.work import twice_differentiable
@@ -48,11 +49,13 @@ def influence_over_time(
         is one visit. Samples that no step saw have no row.
 
     Raises:
-        RequestError: there is no such sample, query or dtype, or the loss cannot be differentiated twice.
+        RequestError: there is no such sample, query or dtype, or the loss cannot be differentiated twice, or the optimizer's
+            update not once.
     """
     wanted = sorted({i for (i,) in parse([[int(sample)] for sample in samples], run.n_samples)})
     query = queries.find(run, query)
     replay = Replay(run, dtype)
+    refuse_without_derivative(replay, "Influence over time")
     question = Question(query, moments.find(run, moments.END), "linear", False, int(memory_gb * 2**30))
     rule = AdjointVisits(torch.tensor(wanted, dtype=torch.int64), run.n_samples, len(replay))
     with as_scored(), twice_differentiable("Influence over time"):

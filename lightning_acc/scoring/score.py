@@ -78,14 +78,15 @@ def score(
             more are corrected by what these tell, the rest keep SGD-IE's scores.
         at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over every twentieth step, and 20
             at least, spread evenly over the run: what the samples did to the learning curve, which the last steps' noise weighs
-            less in (``"along:K"``: over K); a step, or a list of steps: their mean; or a name in ``run.checkpoints``, such as
-            ``"best"``.
+            less in (``"along:K"``: over K); a step, or a list of steps: their mean; a name in ``run.checkpoints``, such as
+            ``"best"``; or one in ``run.averages`` (``"ema"``, ``"swa"``): the average of the parameters that a callback kept.
         check: how many removals to retrain without (``loo``), so that the scores can say how far they are to be trusted: two
             thirds of them at random, for the verdict, one third the most extreme. Their true scores stand in the table.
             ``"auto"`` is 48, or 18, as the time of the scoring itself or a minute allows; 0 leaves the scores unchecked.
             Groups too large for an estimate (2 % of the samples or more) are all retrained without, unless it is 0.
         confirm: so many of the most harmful removals are also retrained without. Estimates screen, the truth confirms.
-        keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``.
+        keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``; of an
+            average, its own.
         memory_gb: budget of each process for what it computes with, beyond the run's data itself.
         bank_gb: how much the run directory may hold of what retraining ended with (``bank/``): from this, removals that were
             retrained without answer another query at no training, of ``score`` or of ``score_matrix``.
@@ -117,10 +118,10 @@ def score(
     distinct = list(dict.fromkeys(wanted))
     started = time.perf_counter()
     conditions = job.conditions(distinct)
-    name = table_name(conditions, run.dtype)
+    name = table_name(conditions, run.scored_in)
     # What was retrained is kept, for questions that are still to come.
     kept = Bank(run, conditions, bank_bytes) if chosen.is_truth and save and not keep_shifts else None
-    if kept is not None and kept.fits(replay, len(question.moments.steps), len(distinct)):
+    if kept is not None and kept.fits(replay, question.moments, len(distinct)):
         job = replace(job, question=replace(question, keep_shifts=True))
     parts_of_work = chosen.pieces(replay, distinct, job.question)
     if check and not chosen.is_truth:

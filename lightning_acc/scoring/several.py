@@ -103,7 +103,7 @@ def mean_of_runs(verb: Callable[..., Scores], run: Sequence[Any], **asked: Any) 
         scores = _mean(distinct, tables, truths, {**conditions, "verdict": verdict.to_json()})
     scores = scores.named(names)
     if asked["save"] and wanted:
-        shards.gather(first, conditions, table_name(conditions, first.dtype), scores)
+        shards.gather(first, conditions, table_name(conditions, first.scored_in), scores)
     return scores.picked(wanted, scores.conditions)
 
 

@@ -23,6 +23,7 @@ from lightning_acc.methods import registry
 from lightning_acc.methods.method import Method, Question
 from lightning_acc.record.manifest import CONVENTION
 from lightning_acc.record.record import Record
+from lightning_acc.record.schema.keys import SCORED
 from lightning_acc.record.store import digest
 
 READOUTS = ("exact", "linear")
@@ -51,7 +52,9 @@ class Job:
             "label": self.method.label,
             # Some scores depend on what else was asked: they are never mixed with those of other removals.
             **({"among": digest(json.dumps(distinct).encode())[:16]} if self.method.is_relative else {}),
-            "dtype": self.dtype or self.run.dtype,
+            "dtype": self.dtype or self.run.scored_in,
+            # Of a narrow training the scores are those of the same training without rounding: see ``keys.SCORED``.
+            **({} if self.run.dtype in SCORED else {"trained_in": self.run.dtype}),
             "convention": CONVENTION,
             "manifest_hash": self.run.hash,
             "version": importlib.metadata.version("lightning-acc"),

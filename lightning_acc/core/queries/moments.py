@@ -1,8 +1,11 @@
-"""When a query is read: at the end of the run, along it, at single steps, at a checkpoint.
+"""When a query is read: at the end of the run, along it, at single steps, at a checkpoint, at an average of the parameters.
 
 ``score(R)`` is the mean over these steps of ``query(parameters without R) - query(parameters with R)``. The end is the papers'
 question. It is also a noisy place: nothing has trained over what the last steps saw. Read along the run, a score is what the
 sample did to the learning curve.
+
+What is deployed is often an average that a callback kept (EMA, SWA), ``sum_t c_t theta_t``. It is linear in the trajectory: a
+removal shifts it by ``sum_t c_t D_t``, and an adjoint gets ``c_t`` times the query's gradient *at the average* at each step t.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightning_acc import arguments
@@ -18,7 +22,8 @@ from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 
 At = str | int | Iterable[int]
-"""As users say it: ``"end"``, ``"along"``, ``"along:K"``, a step, a list of steps, or a name in ``run.checkpoints``."""
+"""As users say it: ``"end"``, ``"along"``, ``"along:K"``, a step, a list of steps, or a name in ``run.checkpoints`` or
+``run.averages``."""
 END, ALONG = "end", "along"
 PLACES = 20
 """``along`` reads at every so manieth step, and at so many at least, unless asked for another number.
@@ -34,10 +39,13 @@ class Moments:
     Attributes:
         steps: numbers t, in order, each once: the parameters after t steps.
         name: what tables call them.
+        average: the weights c_t of these steps, where the query is read once, at the average ``sum_t c_t theta_t``; None where
+            it is read at each of them.
     """
 
     steps: tuple[int, ...]
     name: str
+    average: tuple[float, ...] | None = None
 
     @property
     def last(self) -> int:
@@ -45,9 +53,19 @@ class Moments:
         return self.steps[-1]
 
     @property
+    def readings(self) -> int:
+        """How many times the query is read."""
+        return len(self.steps) if self.average is None else 1
+
+    @property
     def share(self) -> float:
-        """What each counts for in the mean."""
-        return 1 / len(self.steps)
+        """What each reading counts for in the mean."""
+        return 1 / self.readings
+
+    @cached_property
+    def weights(self) -> dict[int, float]:
+        """By step, what it counts for: in the mean of the readings, or in the average that is read."""
+        return dict(zip(self.steps, self.average or (self.share,) * len(self.steps), strict=True))
 
 
 def in_words(name: str) -> str:
@@ -59,7 +77,9 @@ def file_part(name: str) -> str:
     """What names of files say of steps that are called ``name``: short, and different for different ones."""
     if name.partition(":")[0] in (END, ALONG):
         return name.replace(":", "-")
-    return f"steps-{digest(name.encode())[:8]}" if "," in name else f"step-{name}"
+    if "," in name:
+        return f"steps-{digest(name.encode())[:8]}"
+    return f"step-{name}" if name.isdecimal() else name  # of an average
 
 
 def find(record: Record, at: At) -> Moments:
@@ -79,10 +99,14 @@ def find(record: Record, at: At) -> Moments:
             return _named(_spread(total, count), total)
         known = record.checkpoints
         if at not in known:
+            averages = record.averages
+            if at in averages:
+                return Moments(tuple(averages[at]["steps"].tolist()), at, tuple(averages[at]["weights"].tolist()))
             has = f"this run has the checkpoints {', '.join(known)}" if known else "this run has no checkpoints"
+            has += f", and the averages {', '.join(averages)}" if averages else ""
             raise RequestError(
                 f"at={arguments.shown(at)} is no moment of a run: give {END!r}, {ALONG!r}, a step from 1 to {total}, a list of "
-                f"steps, or the name of a checkpoint; {has}."
+                f"steps, or the name of a checkpoint or of an average of the parameters; {has}."
             )
         return _named((_step(known[at], total),), total)
     if not isinstance(at, Iterable):

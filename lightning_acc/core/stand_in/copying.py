@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_acc.core.modules.compiled import plain_copy
 from lightning_acc.core.stand_in.attributes import CONTAINERS, MOST, OF_EVERY_MODULE
 from lightning_acc.core.stand_in.trainer import Metric, Optimizer, Silent, Trainer
 
@@ -30,8 +31,6 @@ def silent_copy(module: nn.Module, known: Mapping[str, Any] | None = None) -> nn
             one, schedulers = Optimizer(trainer), Optimizer(trainer)
             mute = {"optimizers": lambda *_, one=one, **__: one, "lr_schedulers": lambda *_, one=schedulers, **__: one}
             part.__dict__.update(mute, log=_nothing, log_dict=_nothing, print=_nothing)
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            part.sparse = False  # a gradient of the same numbers, which can be differentiated again
         if any(base.__module__.startswith("torchmetrics") for base in type(part).__mro__):
             stand_in = Metric(trainer, name, isinstance(part, nn.ModuleDict))
             part.__dict__.update(forward=stand_in, compute=stand_in, update=_nothing)
@@ -58,7 +57,7 @@ def _copied(module: nn.Module, trainer: Trainer) -> nn.Module:
         if isinstance(value, Tensor) and value.grad_fn is not None:  # of the graph of the step in the making
             memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(module, dict(memo))
+        return plain_copy(module, memo)
     except Exception:  # something in it cannot be copied, such as a lock or an open file
         for value in _values(module):
             if not isinstance(value, (Tensor, nn.Module)) and id(value) not in memo:
@@ -66,7 +65,7 @@ def _copied(module: nn.Module, trainer: Trainer) -> nn.Module:
                     copy.deepcopy(value, dict(memo))
                 except Exception:
                     memo[id(value)] = Silent()
-    return copy.deepcopy(module, memo)
+    return plain_copy(module, memo)
 
 
 def _values(module: nn.Module) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from lightning_acc.core.step import Point, Step
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.method import Question
-from lightning_acc.methods.reading import gradient
+from lightning_acc.methods.reading import Slopes
 from lightning_acc.methods.rules import AdjointSgdIe
 
 
@@ -31,7 +31,7 @@ class Back:
         gammas: ``gamma_t = (dU/dG)^T lambda_{t+1}`` of every step, (T, p); in a temporary file.
         first: SGD-IE's score of each sample of the run, (n_samples,).
         final: parameters of the run after its last step, (p,).
-        gradients: of the query at the steps asked about, each with its share in the mean, (p,).
+        gradients: what the adjoint got at the steps asked about, see ``Slopes``, (p,).
         places: some steps, evenly spread over the run, and the states before them.
     """
 
@@ -86,11 +86,12 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
     with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
         array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
         gammas = torch.from_numpy(array)
-        tape = Tape(replay, question.memory)
+        slopes = Slopes(replay, question)
+        tape = Tape(replay, question.memory, slopes.see)
         progress(0.25)
         final = tape.final
         confirm(replay, tape.checked)
-        gradients = {total: gradient(replay, question, final[0])}
+        gradients = {total: slopes(total, final[0])}
         rule = AdjointGammas(gammas)
         carry = rule.init(gradients[total], final, replay.run.n_samples)
         wanted, places = set(bases.spread(total)), []
@@ -98,8 +99,8 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
             if total - back in wanted:
                 places.append((step, before))
             carry = rule.advance(step.at(before), carry)
-            if total - back in question.moments.steps:
-                gradients[total - back] = gradient(replay, question, before[0])
+            if total - back in question.moments.weights:
+                gradients[total - back] = slopes(total - back, before[0])
                 carry = rule.read_again(carry, gradients[total - back])
             progress(0.25 + 0.75 * back / total)
         del tape

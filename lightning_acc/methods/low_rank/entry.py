@@ -108,9 +108,24 @@ class LowRank(Method):
             return f"{self.name}.{self.followed}-followed"
         return self.name if self.directions is None else f"{self.name}.{self.directions}-directions"
 
+    def check(self, replay: Replay) -> None:
+        """Refuse what acc-low-rank does not describe.
+
+        Raises:
+            RequestError: the run's update is not affine, or not the same for all parameters.
+        """
+        for t in (0, len(replay) - 1):
+            obstacle = replay.update.not_uniform(replay.run.steps[t].groups)
+            if obstacle is not None:
+                other = "" if replay.update.rule.no_derivative else ", or sgd-ie for many samples"
+                raise RequestError(
+                    f"{self.name} follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
+                    f"acc-sgd-ie{other}."
+                )
+
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
         """As many as can be tracked at once; screened, all."""
-        check(replay)
+        self.check(replay)
         if self.form == SCREENED:
             return even_pieces(removals, max(1, len(removals)))
         return even_pieces(removals, removals_at_once(replay, question.memory))
@@ -147,7 +162,7 @@ class LowRank(Method):
         uncertainty.
         """
         n, most = len(removals), most_directions(replay.run)
-        exactly = read_exactly(replay.run, n, question.query, len(question.moments.steps)) if question.readout == "exact" else 0
+        exactly = read_exactly(replay.run, n, question.query, question.moments.readings) if question.readout == "exact" else 0
         passed = tracked(replay, removals, question, self.directions, most, exactly, lambda done: progress(0.9 * done))
         details: dict[str, Any] = {
             "directions_used": passed.basis.directions,
@@ -193,21 +208,6 @@ class LowRank(Method):
             f"In {failed[0]['directions_used']} directions the shifts that {self.name} takes gradients at are too rough "
             f"(relative error {error:.2f}): {instead}"
         ]
-
-
-def check(replay: Replay) -> None:
-    """Refuse what acc-low-rank does not describe.
-
-    Raises:
-        RequestError: the run's update is not affine, or not the same for all parameters.
-    """
-    for t in (0, len(replay) - 1):
-        obstacle = replay.update.not_uniform(replay.run.steps[t].groups)
-        if obstacle is not None:
-            raise RequestError(
-                f"acc-low-rank follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
-                "acc-sgd-ie, or sgd-ie for many samples."
-            )
 
 
 def read_exactly(run: Record, n: int, query: Query, times: int = 1) -> int:

@@ -33,6 +33,7 @@ from lightning_acc.methods.low_rank.back import sweep_back
 from lightning_acc.methods.low_rank.tracked import updated
 from lightning_acc.methods.memory import query_rows
 from lightning_acc.methods.method import Question
+from lightning_acc.methods.reading import Gathered
 from lightning_acc.methods.rules import without_the_removed
 
 DIRECTIONS, PLACES = 30, 16
@@ -84,12 +85,14 @@ def screened(
     """
     total, objective, moments = len(replay), replay.objective, question.moments
     rows = query_rows(replay, question.query, question.memory) if question.readout == "exact" else None
+    gathered = Gathered(moments)
 
     def curvature(t: int, theta: Tensor, of: Tensor) -> Tensor:
-        """What the query's curvature at step t adds along shifts, with the step's share."""
+        """What the query's curvature adds along shifts at step t, with the step's share; of an average, at its last step."""
         if rows is None:
             return of.new_zeros(len(of))
-        return moments.share * question.query.changes(objective, theta, of, rows) - of @ back.gradients[t]
+        linear, read = of @ back.gradients[t], gathered(t, theta, of)
+        return (0.0 if read is None else moments.share * question.query.changes(objective, read[0], read[1], rows)) - linear
 
     with sweep_back(replay, question, lambda done: progress(0.15 * done)) as back:
         first = torch.stack([back.first[list(removal)].sum() for removal in removals])
@@ -102,11 +105,13 @@ def screened(
         progress(0.2)
         shifts = Shifts(Removals([removals[i] for i in chosen]), followed, last[chosen], basis, replay)
         state, curved = replay.initial, first.new_zeros(followed)
+        if 0 in moments.weights:  # of an average
+            curved += curvature(0, state[0], shifts.exact[0])
         for t in range(total):
             point = replay.step(t).at(state)
             shifts.advance(t, point, back.gammas[t])
             state = point.next()
-            if t + 1 in moments.steps:
+            if t + 1 in moments.weights:
                 curved += curvature(t + 1, state[0], shifts.exact[0])
             progress(0.2 + 0.7 * (t + 1) / total)
 
@@ -114,7 +119,7 @@ def screened(
     corrections, sizes, error = truly, shifts.second.abs() + curved.abs(), None
     if shifts.modelling:
         figures = shifts.rough_second[:, None]
-        if len(moments.steps) == 1:  # the fresh shifts are those of the end alone
+        if moments.steps == (total,) and moments.average is None:  # the fresh shifts are those of the end alone
             figures = torch.cat([figures, curvature(total, state[0], shifts.latest)[:, None]], 1)
         coefficients, error = _regressed(figures[:followed], truly)
         parts = coefficients * figures[followed:]

@@ -31,6 +31,7 @@ from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank.back import Back, sweep_back
 from lightning_acc.methods.memory import query_rows
 from lightning_acc.methods.method import Question
+from lightning_acc.methods.reading import Gathered
 
 LEFT_TO_CONTRACT = 0.0002
 """Directions that the whole training contracts by less than this exponent are left out of the basis."""
@@ -98,11 +99,13 @@ def tracked(
         shifts = Shifts(Removals(removals), basis.vectors, len(replay.initial), total)
         look = _Look(replay, question, shifts, back, _strongest(back, removals, exactly))
         current = replay.initial
+        if 0 in question.moments.weights:  # of an average
+            look(0, current[0])
         for t in range(total):
             step = replay.step(t)
             shifts.advance(t, step, current, back.gammas[t])
             current = step(current)
-            if t + 1 in question.moments.steps:
+            if t + 1 in question.moments.weights:
                 look(t + 1, current[0])
             progress(0.25 + 0.75 * (t + 1) / total)
     scores = shifts.first + shifts.second
@@ -127,6 +130,8 @@ class _Look:
         self._said = shifts.first.new_zeros(len(self._some))
         self._rows = query_rows(replay, question.query, question.memory) if len(read) else 1
         self.linear, self.curvature = (shifts.first.new_zeros(len(read)) for _ in range(2))
+        self._parts = [(part, Gathered(question.moments)) for part in torch.arange(len(read)).split(self._rows)]
+        self._whole = Gathered(question.moments)
         self._kept: list[Tensor] = []
         self._thetas: list[Tensor] = []
 
@@ -134,15 +139,17 @@ class _Look:
         gradient, question = self._gradients[t], self._question
         if self._n:
             self._said += torch.cat([self._of(part) @ gradient for part in self._some.split(16)])
-        for places in torch.arange(len(self.read)).split(self._rows):
+        for places, gathered in self._parts:
             shifts = self._of(self.read[places])
             linear = shifts @ gradient
-            changes = question.query.changes(self._objective, theta, shifts, len(places))
             self.linear[places] += linear
-            self.curvature[places] += question.moments.share * changes - linear
-        if question.keep_shifts:
-            self._kept.append(self._of(torch.arange(self._n)))
-            self._thetas.append(theta)
+            self.curvature[places] -= linear
+            if read := gathered(t, theta, shifts):
+                changes = question.query.changes(self._objective, read[0], read[1], len(places))
+                self.curvature[places] += question.moments.share * changes
+        if question.keep_shifts and (read := self._whole(t, theta, self._of(torch.arange(self._n)))):
+            self._thetas.append(read[0])
+            self._kept.append(read[1])
 
     def error(self, scores: Tensor) -> float:
         """By how much what some shifts say to first order is off, relative to ``scores`` (n,)."""

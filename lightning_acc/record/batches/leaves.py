@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_acc.errors import RunError
@@ -143,17 +144,19 @@ def said_of_batch(sample: Mapping[str, Tensor]) -> dict[str, bytes]:
     return {name: leaf.contiguous().numpy().tobytes() for name, leaf in sample.items() if name.endswith(OF_BATCHES)}
 
 
+def row_bytes(leaf: Tensor) -> NDArray[np.uint8]:
+    """The bytes of each row of a contiguous leaf, (B, bytes), without a copy."""
+    return np.asarray(leaf.reshape(len(leaf), -1).view(torch.uint8).numpy())
+
+
 def digests(leaves: Leaves) -> list[bytes]:
     """A hash of the content of each row of contiguous leaves."""
-    prefix = repr(signature(leaves)).encode()
-    ordered = [(name, leaves[name]) for name in sorted(leaves) if not name.endswith(SHARED)]
-    n = len(ordered[0][1])
-    buffers: list[tuple[Any, list[int] | None]] = [
-        (leaf.reshape(n, -1).view(torch.uint8).numpy(), _ends(name, leaves)) for name, leaf in ordered if leaf.numel()
-    ]
+    start = hashlib.sha256(repr(signature(leaves)).encode())
+    names = [name for name in sorted(leaves) if has_rows(name) and leaves[name].numel()]
+    buffers: list[tuple[Any, list[int] | None]] = [(row_bytes(leaves[name]), _ends(name, leaves)) for name in names]
     found = []
-    for number in range(n):
-        hasher = hashlib.blake2b(prefix, digest_size=16)
+    for number in range(batch_size(leaves)):
+        hasher = start.copy()
         for buffer, ends in buffers:
             hasher.update(buffer[number] if ends is None else buffer[number, : ends[number]])
         found.append(hasher.digest())

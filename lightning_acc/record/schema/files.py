@@ -14,8 +14,19 @@ from lightning_acc.arguments import shown
 from lightning_acc.record import batches, seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.samples import names
-from lightning_acc.record.schema.keys import DTYPES, MOST_SAMPLES, NUMBERED, SHARED, Manifest, numel
-from lightning_acc.record.schema.kinds import LIMIT, PLAIN, STRUCTURE, Kind, among, first_fault, several, whole
+from lightning_acc.record.schema.keys import AVERAGE, DTYPES, MOST_SAMPLES, NUMBERED, SHARED, Manifest, numel
+from lightning_acc.record.schema.kinds import (
+    LIMIT,
+    PLAIN,
+    POSITIVE,
+    STRUCTURE,
+    Kind,
+    among,
+    first_fault,
+    named,
+    several,
+    whole,
+)
 from lightning_acc.record.store import Store
 
 Shape = tuple[str, ...]
@@ -41,6 +52,8 @@ GROUP: dict[str, Kind] = {
     "gradient_clip_algorithm": among("norm", "value"),
 }
 """What stands in the hyper-parameters of every parameter group; those of the optimizer are beside it."""
+GROUP_WHERE_GIVEN: dict[str, Kind] = {"dtypes": named(among(*DTYPES)), "loss_scale": POSITIVE}
+"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by."""
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,6 +94,8 @@ def fault_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
     """The first thing wrong with what a file of the record holds, in words that go on after its name; None where nothing is."""
     if name == SHARED:
         return next(_shared_faults(tensors, manifest), None)
+    if AVERAGE.fullmatch(name):
+        return next(_average_faults(tensors, manifest), None)
     found = NUMBERED.fullmatch(name)
     if found is None:
         return None
@@ -129,7 +144,7 @@ def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]
             if not isinstance(group, dict) or group.keys() != step[0].keys() or len(step) < least:
                 yield f"its groups are {shown(step)} and not hyper-parameters of {least} parameter groups"
                 return
-            fault = first_fault(group, GROUP)
+            fault = first_fault(group, GROUP) or first_fault(group, GROUP_WHERE_GIVEN, optional=True)
             if fault:
                 yield f"of its groups {fault}"
             for key, value in group.items():
@@ -144,6 +159,21 @@ def _parameters_faults(
     yield from _shape_faults(tensors, {"theta": (DTYPES[manifest["dtype"]], ("snapshots", "parameters"))}, shape)
     if not torch.isfinite(tensors["theta"]).all():
         yield "its theta is not all finite"
+
+
+def _average_faults(tensors: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:
+    kinds: dict[str, tuple[torch.dtype, Shape]] = {
+        "steps": (torch.int64, ("steps",)),
+        "weights": (torch.float64, ("steps",)),
+        "theta": (DTYPES[manifest["dtype"]], ("parameters",)),
+    }
+    yield from _shape_faults(tensors, kinds, {"parameters": numel(manifest)})
+    steps = tensors["steps"]
+    if not len(steps) or bool((steps.diff() <= 0).any()):
+        yield "its steps do not increase"
+    yield from _range_faults("steps", steps, manifest.get("n_steps", 10**12) + 1)
+    if not (torch.isfinite(tensors["weights"]).all() and torch.isfinite(tensors["theta"]).all()):
+        yield "its weights and its theta are not all finite"
 
 
 def _samples_faults(

@@ -26,8 +26,12 @@ from lightning_acc.record.schema.kinds import (
 )
 
 MOST_SAMPLES = 10**9
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+SCORED = {"float32": torch.float32, "float64": torch.float64}
+"""What scores are computed in. Narrower parameters are rounded by more than one sample moves them in many a step: without
+the sample the same training would differ by it and by chance."""
+DTYPES = {**SCORED, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What parameters may be of."""
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 Manifest = Mapping[str, Any]
 
@@ -61,6 +65,7 @@ WHERE_GIVEN: dict[str, Kind] = {
     "world_size": whole(1, 10**6),
     "trainer": named(PLAIN),
     "precision": among(*PRECISIONS),
+    "matmul_precision": among("highest", "high", "medium"),
     "loss.source": TEXT,
     "loss.reduction": TEXT,
     "loss.batch_norm": TEXT.or_none(),
@@ -71,6 +76,8 @@ WHERE_GIVEN: dict[str, Kind] = {
     "logger.id": TEXT.or_none(),
     "resumed_at": several(whole(0, 10**12)),
     "checkpoints": named(whole(0, 10**12)),
+    "compiled": FLAG,
+    "skipped": several(whole(0, 10**12)),
     "stopped": TEXT.or_none(),
     "reason": TEXT,
 }
@@ -86,6 +93,9 @@ BY_FOLDER: dict[str, dict[str, Kind]] = {
 """What the manifest says of the numbered files of a folder, beside their size and hash."""
 SHARED = "shared.safetensors"
 """The file of those tensors of the batches that belong to no sample."""
+AVERAGE = re.compile(r"averages/[a-z0-9-]{1,40}\.safetensors")
+AVERAGED: dict[str, Kind] = {"callback": TEXT}
+"""The same of an average of the parameters that a callback kept."""
 NAMES = {"names": whole(1, MOST_SAMPLES)}
 """What it says of a file of steps in which samples were seen first that the batches name."""
 NUMBERED = re.compile(r"(steps|parameters|samples)/(\d{6,18})(-\d{1,18})?\.safetensors")
@@ -104,12 +114,14 @@ def fault_of(manifest: Manifest, part: bool = False) -> str | None:
         return fault
     for name, facts in manifest["files"].items():
         folder = NUMBERED.fullmatch(name)
-        loose = folder is None and name.partition("/")[0] in BY_FOLDER and name.endswith(".safetensors")
+        average = AVERAGE.fullmatch(name)
+        of_folder = name.partition("/")[0] in (*BY_FOLDER, "averages") and name.endswith(".safetensors")
+        loose = of_folder and folder is None and average is None
         if loose:
             return f"its file {name!r} has no place in a run"
         if not isinstance(facts, dict):
             return f"it tells no size and hash of {name}"
-        fault = first_fault(facts, {**FILE, **(BY_FOLDER[folder[1]] if folder else {})})
+        fault = first_fault(facts, {**FILE, **(BY_FOLDER[folder[1]] if folder else AVERAGED if average else {})})
         fault = fault or (first_fault(facts, NAMES, optional=True) if folder and folder[1] == "steps" else None)
         if fault:
             return f"of {name} {fault}"

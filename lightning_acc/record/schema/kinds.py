@@ -92,6 +92,7 @@ def _is_plain(value: Any) -> bool:
 TEXT = Kind("a text of one line", _is_text)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 LIMIT = Kind("a number", lambda value: _is_number(value) or value == float("inf"))
+POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0)
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 SHAPE = Kind("a name and a list of sizes", _is_shape)
 STRUCTURE = Kind("the structure of a batch", _is_structure)

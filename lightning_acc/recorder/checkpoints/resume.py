@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from lightning_acc.core.optimizers import State
 from lightning_acc.record import manifest as manifests
@@ -38,12 +40,14 @@ class Place:
         n_steps: its optimizer steps by then.
         state: hash of the parameters and the optimizer's slots.
         with_gradient: for each parameter, whether it had a gradient in the last step.
+        averages: for each average that a callback keeps, the step after which each of its updates came.
     """
 
     run_id: str
     n_steps: int
     state: str
     with_gradient: list[bool] | None
+    averages: list[list[int]] = field(default_factory=list)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the place into a checkpoint."""
@@ -57,7 +61,7 @@ class Place:
 
 def fingerprint(state: State) -> str:
     """Hash of a state, bit for bit."""
-    return digest(b"".join(part.numpy().tobytes() for part in state))
+    return digest(b"".join(part.view(torch.uint8).numpy().tobytes() for part in state))
 
 
 def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
 from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -124,3 +125,29 @@ def refuse_unknown(step: Step, theta: Tensor, found: Tensor, number: int) -> Non
             "first. Keep the loss the same from the first step to the last; a weight that is annealed can be put into the "
             "batch by the data set or the collate_fn."
         )
+
+
+class Shared:
+    """The tensors of the batches that have no row a sample, and so must be the same in all of them.
+
+    Attributes:
+        tensors: these, by the names of their leaves.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Leaves = {}
+
+    def see(self, shared: Leaves, number: int) -> None:
+        """Keep those of the first batch; compare those of the one of step ``number`` with them.
+
+        Raises:
+            RecordingRefused: they are others.
+        """
+        for name, tensor in shared.items():
+            first = self.tensors.setdefault(name, tensor.detach().cpu().clone())
+            if not torch.equal(tensor.cpu(), first):
+                raise RecordingRefused(
+                    f"The tensor {name.rpartition('#')[0]!r} has no row a sample (its shape is {tuple(tensor.shape)}) and is "
+                    f"another one in step {number}, so that it cannot be told which sample is in it: give it a row a sample in "
+                    "the collate_fn; what is said of the whole batch may be a single number."
+                )

@@ -19,7 +19,7 @@ from lightning_acc.record import batches
 from lightning_acc.recorder.checks.carried import refuse_read, refuse_unknown
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest relative difference, in norm, that counts as round-off."""
 
 ROWS = 4

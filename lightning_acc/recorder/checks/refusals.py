@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ try:
 except ModuleNotFoundError:  # the same library under its other name
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
 
-from lightning_acc.core.objective import AUTOCAST
-from lightning_acc.core.optimizers import RULES
+from lightning_acc.core.modules.compiled import is_compiled
+from lightning_acc.core.modules.precision import PRECISIONS
+from lightning_acc.core.optimizers import NO_FUNCTION, RULES
 from lightning_acc.errors import RunError
 
 
@@ -34,28 +37,31 @@ def refuse_if(reason: str | None) -> None:
 
 
 ALTERING_CALLBACKS = {
-    "StochasticWeightAveraging",
-    "WeightAveraging",
-    "EMAWeightAveraging",
-    "BaseFinetuning",
-    "BackboneFinetuning",
-    "ModelPruning",
-    "LambdaCallback",
+    "BaseFinetuning": "gives the optimizer more parameters on the way, while a record is of the same ones throughout: train "
+    "them from the start, with a smaller learning rate for their parameter group, or record the training without the callback",
+    "ModelPruning": "sets parameters to 0 outside the optimizer's step: record the training before it or after it",
 }
-"""Lightning callbacks that change the parameters, or how they are trained, outside the optimizer's step."""
+"""Lightning callbacks that change what is trained, or how, unseen, and what to do; with those derived from them.
 
-ALTERING_HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "on_after_backward", "optimizer_zero_grad")
-"""LightningModule methods that, overridden, may change gradients or parameters unseen."""
+Of others nothing is known by their names: the first steps, some later ones and the audit show whether they alter anything.
+"""
+
+HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "on_after_backward", "optimizer_zero_grad")
+"""LightningModule methods that, overridden, may change gradients or parameters; most log, or set a learning rate."""
 
 
 KEEP_BATCH_STATISTICS = "keep-batch-statistics"
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 """What is tested: one device; ``ddp``, ``ddp_fork``, ``ddp_spawn``."""
+SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+"""Strategies under which no process holds all parameters."""
 
 
 def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> str | None:
     """Why this trainer and module cannot be recorded; None where they can."""
     strategy = type(trainer.strategy).__name__
+    if SHARDING & {base.__name__ for base in type(trainer.strategy).__mro__}:
+        return sharded(strategy)
     if strategy not in STRATEGIES and not allow_untested:
         return (
             f"the strategy {strategy} is untested: use one device or strategy='ddp', or pass "
@@ -65,38 +71,50 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
         return "a DDP communication hook changes the gradients between the processes unseen: leave it out"
     if not module.automatic_optimization:
         return "automatic_optimization=False hides the optimizer's steps: use automatic optimisation"
-    if str(trainer.precision) not in AUTOCAST:
+    if str(trainer.precision) not in PRECISIONS:
         return (
-            f"precision={trainer.precision!r} is not repeated exactly by a replay (the loss is scaled, steps are left out, or "
-            f"the parameters themselves are rounded): use one of {', '.join(AUTOCAST)}"
-        )
-    compiled = _compiled(module)
-    if compiled:
-        return (
-            f"{compiled} is compiled by torch.compile, whose rounding F does not repeat and which cannot be differentiated "
-            "twice: record the training of the plain module"
+            f"precision={trainer.precision!r} puts layers with number formats of their own in place of the module's, which no "
+            f"replay can do without their library and its device: use one of {', '.join(PRECISIONS)}"
         )
     names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
-    altering = sorted(names & ALTERING_CALLBACKS)
-    if altering:
-        return f"the callback {altering[0]} changes the parameters outside the optimizer's step: leave it out"
+    altering = sorted(names & ALTERING_CALLBACKS.keys())
+    return f"the callback {altering[0]} {ALTERING_CALLBACKS[altering[0]]}" if altering else None
+
+
+def overridden(module: Any, hooks: Sequence[str] = HOOKS) -> list[str]:
+    """Which of these methods the module's class defines by itself."""
     base = next(kind for kind in type(module).__mro__ if kind.__name__ == "LightningModule")
-    overridden = [name for name in ALTERING_HOOKS if getattr(type(module), name) is not getattr(base, name)]
-    if overridden:
-        return (
-            f"{type(module).__name__} overrides {overridden[0]}, which may change gradients or parameters unseen: "
-            "leave it to Lightning"
-        )
-    return None
+    return [name for name in hooks if getattr(type(module), name) is not getattr(base, name)]
 
 
-def _compiled(module: Any) -> str | None:
-    if getattr(module, "_compiler_ctx", None) is not None or module._compiled_call_impl is not None:
-        return "the module"
-    for name, part in module.named_modules():
-        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
-            return f"the layer {name!r}"
-    return None
+def with_suspects(refusal: RecordingRefused, module: Any) -> RecordingRefused:
+    """What was found to be wrong with a step, and which of the module's own methods may have done it."""
+    names = [*overridden(module), *overridden(module, ("on_before_optimizer_step",))]
+    if not names:
+        return refusal
+    remedy = "let it leave gradients and parameters as they are, or leave it to Lightning"
+    return RecordingRefused(
+        f"{refusal} {type(module).__name__} overrides {' and '.join(names)}, where this may come from: {remedy}."
+    )
+
+
+def sharded(strategy: str) -> str:
+    """That no process holds all parameters."""
+    return (
+        f"the strategy {strategy} shares the parameters out among the processes, and none holds those a record is made of: "
+        "use strategy='ddp', or one device with gradient accumulation in place of the other processes"
+    )
+
+
+def compiled_refusal(module: nn.Module, random_numbers: bool) -> str | None:
+    """Why a module's gradient may be another than its losses' because it is compiled; None where that is no reason."""
+    inductor = sys.modules.get("torch._inductor.config")
+    if not random_numbers or inductor is None or inductor.fallback_random or not is_compiled(module):
+        return None
+    return (
+        f"{type(module).__name__} draws random numbers (dropout) in code that torch.compile makes, which draws others: "
+        "set torch._inductor.config.fallback_random = True before training, or compile with another backend"
+    )
 
 
 def optimizer_refusal(trainer: Any, resumed: bool = False) -> str | None:
@@ -107,18 +125,32 @@ def optimizer_refusal(trainer: Any, resumed: bool = False) -> str | None:
     if len(trainer.optimizers) != 1:
         return f"there are {len(trainer.optimizers)} optimizers: configure exactly one"
     optimizer = trainer.optimizers[0]
-    name = type(optimizer).__name__
-    if name not in RULES or not type(optimizer).__module__.startswith(RULES[name].package):
+    name, package = type(optimizer).__name__, type(optimizer).__module__
+    if name in NO_FUNCTION and package.startswith("torch.optim"):
+        return f"the optimizer {name} {NO_FUNCTION[name]}"
+    if not _is_known(optimizer):
         return (
-            f"the optimizer {type(optimizer).__module__}.{name} is not known: use one of {', '.join(sorted(RULES))}, or teach "
+            f"the optimizer {package}.{name} is not known: use one of torch.optim ({', '.join(sorted(RULES))}), or teach "
             "it with lightning_acc.register_optimizer"
         )
-    if (optimizer.state or trainer.global_step) and not resumed:
+    if (_has_stepped(optimizer) or trainer.global_step) and not resumed:
         return (
             f"training goes on from an earlier state (global_step={trainer.global_step}), whose record is not here: record "
             "from the start with a fresh optimizer, or resume from a checkpoint that was written while it was recorded"
         )
     return None
+
+
+def _is_known(optimizer: torch.optim.Optimizer) -> bool:
+    rule = RULES.get(type(optimizer).__name__)
+    if rule is None or not type(optimizer).__module__.startswith(rule.package):
+        return False
+    return all(key in group for group in optimizer.param_groups for key in rule.hyperparameters)
+
+
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has a state of former steps; Adagrad has one before the first."""
+    return any(float(kept.get("step", 1)) > 0 for kept in optimizer.state.values() if kept)
 
 
 def module_refusal(module: nn.Module, batch_norm: str) -> str | None:

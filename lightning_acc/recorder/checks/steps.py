@@ -38,9 +38,10 @@ class Checks:
         processes: number of processes that train together.
         start: the first step that is followed; not 0 where a training is resumed.
         state: the state before it.
+        rounded_to: the dtype by whose rounding a gradient may differ from F's.
     """
 
-    def __init__(self, module: Any, processes: int, start: int, state: State) -> None:
+    def __init__(self, module: Any, processes: int, start: int, state: State, rounded_to: torch.dtype) -> None:
         self._buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
         self._alone = processes == 1
         self._sizes: set[int] = set()
@@ -53,8 +54,10 @@ class Checks:
         self.followed: int | None = None
         """The step whose effect is to be compared, once it is there."""
         self._before = state[0]
+        self._pending: tuple[Step, Tensor]
         self._replayed = state
-        self._roundoff = RoundOff(state)
+        self._rounded_to = rounded_to
+        self._roundoff = RoundOff(state, rounded_to)
 
     def due(self, number: int, size: int, epoch: int, last: bool) -> bool:
         """Whether the gradient of step ``number``, on ``size`` samples of this process, is to be compared.
@@ -90,6 +93,9 @@ class Checks:
                     f"The buffer {name!r} changes while training, and it is not known how: keep it fixed, or set the layer "
                     "it belongs to into evaluation mode."
                 )
+        step, gradient = self._pending
+        self._roundoff.advance(step, self._replayed, gradient)
+        self._replayed = step.update(self._replayed, gradient)
         moved = theta - self._before
         error = (self._replayed[0] - theta).abs() - self._roundoff.allowed
         difference = float(error.clamp_min(0).norm() / moved.norm().clamp_min(torch.finfo(theta.dtype).tiny))
@@ -104,8 +110,8 @@ class Checks:
                 )
             raise RecordingRefused(
                 f"Step {number - 1} moved the parameters otherwise than its record says: the recorded step gives a change "
-                f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer changes parameters "
-                "or gradients (a hook, another callback): leave it out."
+                f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer's known rule changes "
+                "parameters or gradients (a hook, another callback, an option of a foreign optimizer): leave it out."
             )
         self._replayed = (theta, *self._replayed[1:])
         self._roundoff.restart(theta)
@@ -120,7 +126,8 @@ class Checks:
         """
         theta = state[0]
         self._steepest = max(self._steepest, float(gradient.norm()))
-        self._tolerance = decomposition.GRADIENT_TOLERANCE[theta.dtype] if self._strict else LATE_TOLERANCE
+        strict = decomposition.GRADIENT_TOLERANCE[self._rounded_to]
+        self._tolerance = strict if self._strict else max(strict, LATE_TOLERANCE)
         # Where the gradient has all but vanished, what is left of it is round-off.
         least = 0.0 if self._strict else LATE_TOLERANCE * self._steepest
         decomposition.compare_gradients(step, theta, gradient, number, self._tolerance, least)
@@ -128,10 +135,9 @@ class Checks:
         self._before = theta
         # At first F goes all the way by itself; later it starts from the optimizer's slots and the training's gradient.
         if not self.early(number):
-            self._replayed, self._roundoff = state, RoundOff(state)
-        followed = step.gradient(self._replayed[0]) if self.early(number) else gradient
-        self._roundoff.advance(step, self._replayed, followed)
-        self._replayed = step.update(self._replayed, followed)
+            self._replayed, self._roundoff = state, RoundOff(state, self._rounded_to)
+        # The update is taken when the next step begins: how the training clips its gradients shows after they are looked at.
+        self._pending = step, step.gradient(self._replayed[0]) if self.early(number) else gradient
 
     def early(self, number: int) -> bool:
         """Whether step ``number`` is one of the first, which are all compared."""

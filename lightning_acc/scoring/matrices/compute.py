@@ -116,7 +116,7 @@ def score_matrix(
 
     started = time.perf_counter()
     conditions = job.conditions(distinct)
-    name = table_name(conditions, run.dtype)
+    name = table_name(conditions, run.scored_in)
     every = len(columns) == asked.n_examples and distinct == [(i,) for i in range(run.n_samples)]
     kept = _Kept(run, conditions, name, None if every else (distinct, columns), save and asked.function is None)
     known = kept.found()
@@ -133,7 +133,7 @@ def score_matrix(
         if banked:
             fill(banked, sorted(columns), read)
             left = [removal for removal in left if removal not in set(banked)]
-        job = replace(job, question=replace(question, keep_shifts=vault.fits(replay, len(question.moments.steps), len(left))))
+        job = replace(job, question=replace(question, keep_shifts=vault.fits(replay, question.moments, len(left))))
     open_columns = [example for example, column in zip(columns, there.T, strict=True) if not column.all()]
     blocks = [Block(*parts) for parts in chosen.blocks(replay, left, sorted(open_columns), job.question)] if left else []
 

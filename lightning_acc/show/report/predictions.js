@@ -3,7 +3,7 @@
 if (data.predictions) {
   const section = $("#predictions"), {matrices, examples} = data.predictions, find = selector => section.querySelector(selector);
   const select = find("select"), list = find(".list"), input = find("input"), status = find("[role=status]");
-  const moment = at => ({end: "the end of the run", along: "steps along the run"}[at] || (at.startsWith("along:") ? `${at.slice(6)} steps along the run` : `step ${at}`));
+  const moment = at => ({end: "the end of the run", along: "steps along the run"}[at] || (at.startsWith("along:") ? `${at.slice(6)} steps along the run` : /^\d/.test(at) ? `step ${at}` : `the averaged parameters (${at})`));
   const nameOf = one => one.conditions.method + (one.conditions.query === "val" ? "" : ` on ${one.conditions.query}`)
     + when(one.conditions.at) + ` (${one.conditions.readout} readout)`;
   let matrix = null, place = -1; // of the picked example in the matrix' own order

@@ -121,7 +121,7 @@ def _log_over_time(tracked: Any, run: Record, tables: dict[str, Scores], count: 
     views = SampleViews(run)
     titles = {sample: f"harmful {views[sample].called}" for sample in harmful}
     titles.update({sample: f"helpful {views[sample].called}" for sample in helpful})
-    dtype = None if conditions["dtype"] == run.dtype else conditions["dtype"]
+    dtype = None if conditions["dtype"] == run.scored_in else conditions["dtype"]
     try:
         visits = influence_over_time(run, list(titles), conditions["query"], dtype=dtype)
     except RequestError as error:  # a loss without a second derivative has all the rest
@@ -148,7 +148,7 @@ def _to_follow(run: Record, tables: dict[str, Scores]) -> tuple[dict[int, float]
 
 def _label(run: Record, conditions: dict[str, Any]) -> str:
     """Method and readout, and of query, its steps, dtype, kind of removals and number of runs what is not as usual."""
-    usual = {"query": "val", "dtype": run.dtype, "removals": "samples"}
+    usual = {"query": "val", "dtype": run.scored_in, "removals": "samples"}
     other = [conditions[key] for key, value in usual.items() if conditions.get(key, value) != value]
     other += [] if conditions["at"] == END else [in_words(conditions["at"])]
     other += [f"mean of {conditions['runs']} runs"] if int(conditions.get("runs", 1)) > 1 else []

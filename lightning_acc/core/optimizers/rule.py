@@ -1,0 +1,43 @@
+"""``OptimizerRule``: how one optimizer class updates one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+Hyperparameters = dict[str, Any]
+Numbers = Callable[[Tensor, Mapping[str, Any], Hyperparameters], Hyperparameters]
+
+
+@dataclass(frozen=True)
+class OptimizerRule:
+    """How one optimizer class updates one parameter.
+
+    Attributes:
+        update: ``(state, gradient, hyperparameters) -> state`` for one parameter, all tensors flat, (..., p_k) with any leading
+            dimensions. Beside the hyper-parameters of its group it finds the number of the step, counted from 1, under
+            ``"step"``, and the shape of the parameter under ``"shape"``.
+        slots: for the hyper-parameters of a group, and the ``"shape"`` of a parameter, the names of the tensors the optimizer
+            keeps for it, as large as the parameter or expanded to that. All start at 0: what the optimizer starts elsewhere,
+            the update sets in step 1.
+        hyperparameters: what is recorded of a parameter group at every step.
+        numbers: further numbers the update needs, recorded beside the hyper-parameters: those in which no gradient has a part,
+            such as NAdam's product of momenta. Called before each step with a parameter of the group, what the optimizer keeps
+            of it (nothing before the first step), and the hyper-parameters with ``"step"``.
+        package: the package the class comes from; one of the same name from elsewhere is another optimizer. Empty: any.
+        affine: whether the update is an affine function of state and gradient, number by number, as SGD's is.
+        no_derivative: why a derivative of the update says nothing of it, in words that go on after "because"; None where it
+            does say something. Methods that need the derivative then refuse the run.
+    """
+
+    update: Callable[[State, Tensor, Hyperparameters], State]
+    slots: Callable[[Hyperparameters], tuple[str, ...]]
+    hyperparameters: tuple[str, ...]
+    numbers: Numbers | None = None
+    package: str = "torch.optim"
+    affine: bool = False
+    no_derivative: str | None = None

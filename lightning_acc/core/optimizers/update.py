@@ -1,0 +1,150 @@
+"""``Update``: U over the whole flat state, made of the rule of the optimizer for each parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core.objective import ParameterLayout
+from lightning_acc.core.optimizers.known import RULES
+from lightning_acc.core.optimizers.rule import Hyperparameters, State
+from lightning_acc.errors import RequestError, RunError
+from lightning_acc.record.schema.keys import DTYPES
+
+
+def clip(gradient: list[Tensor], value: float, algorithm: str) -> list[Tensor]:
+    """Lightning's gradient clipping, of the parameters' gradients (..., p_k): by their joint norm, or each number by value."""
+    if algorithm == "value":
+        return [piece.clamp(-value, value) for piece in gradient]
+    norms = torch.stack([torch.linalg.vector_norm(piece, dim=-1) for piece in gradient], -1)
+    factor = torch.clamp(value / (torch.linalg.vector_norm(norms, dim=-1, keepdim=True) + 1e-6), max=1.0)
+    return [piece * factor for piece in gradient]
+
+
+def _typed(h: Hyperparameters) -> Hyperparameters:
+    """The hyper-parameters of a group, as tensors those that were tensors in training."""
+    dtypes = h.get("dtypes")
+    return {**h, **{key: _as_tensors(h[key], DTYPES[dtype]) for key, dtype in dtypes.items()}} if dtypes else h
+
+
+def _as_tensors(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_as_tensors(one, dtype) for one in value]
+    return torch.tensor(value, dtype=dtype)
+
+
+def _of_one_number(h: Hyperparameters, rank: int = 1) -> Hyperparameters:
+    """The hyper-parameters of a group as the rule is given them for a parameter of one number, in so many dimensions."""
+    return {**_typed(h), "shape": torch.Size([1] * rank)}
+
+
+class Update:
+    """U over the whole flat state, parameter by parameter, each with the hyper-parameters of its group.
+
+    Args:
+        optimizer: name of the rule.
+        layout: the trained parameters.
+        group_of: for each of them, the index of its parameter group.
+        slots: number of slots of the state.
+    """
+
+    def __init__(self, optimizer: str, layout: ParameterLayout, group_of: list[int], slots: int) -> None:
+        if optimizer not in RULES:
+            raise RunError(f"The optimizer {optimizer} is unknown; known are {', '.join(sorted(RULES))}.")
+        self.rule = RULES[optimizer]
+        self.layout = layout
+        self.group_of = group_of
+        self.slots = slots
+        self._usable: list[Hyperparameters] | None = None
+
+    def initial(self, theta: Tensor) -> State:
+        """The state before the first step: parameters ``theta`` and zero slots."""
+        return theta, *(torch.zeros_like(theta) for _ in range(self.slots))
+
+    def __call__(self, state: State, gradient: Tensor, groups: list[Hyperparameters]) -> State:
+        """The state after the update; all tensors (..., p)."""
+        # Parameter by parameter and not in one sweep: vectorised kernels round the last few elements of a tensor
+        # differently, so that the bits depend on where a tensor ends.
+        sizes = self.layout.sizes
+        gradients = list(gradient.split(sizes, -1))
+        if groups[0]["gradient_clip_val"]:
+            gradients = clip(gradients, groups[0]["gradient_clip_val"], groups[0]["gradient_clip_algorithm"])
+        groups = [_typed(h) for h in groups]
+        given = [{**groups[group], "shape": shape} for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
+        pieces = zip(given, gradients, *(part.split(sizes, -1) for part in state), strict=True)
+        updated = [self._one(tuple(piece), g, h) for h, g, *piece in pieces]
+        return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
+
+    def check(self, groups: list[Hyperparameters]) -> None:
+        """See that the hyper-parameters of the parameter groups are such as this optimizer takes.
+
+        Raises:
+            RunError: they are not, as where a record is not what a recorder writes.
+        """
+        lasting = [{key: value for key, value in h.items() if key != "step"} for h in groups]
+        if lasting == self._usable:
+            return
+        remedy = "restore the run, or record it again"
+        ranks = {(group, len(shape)) for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)}
+        for group, rank in sorted(ranks):
+            h = groups[group]
+            try:
+                given = _of_one_number(h, rank)
+                used = len(self.rule.slots({key: given[key] for key in (*self.rule.hyperparameters, "shape")}))
+                zero = torch.zeros(1, dtype=torch.float64)
+                self.rule.update(tuple(zero for _ in range(1 + used)), zero, given)
+            except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise RunError(
+                    f"The hyper-parameters {h} cannot be used ({type(error).__name__}: {error}): {remedy}."
+                ) from error
+            if used > self.slots:
+                raise RunError(f"The hyper-parameters {h} need {used} slots, but the record has {self.slots}: {remedy}.")
+        self._usable = lasting
+
+    def _one(self, state: State, gradient: Tensor, h: Hyperparameters) -> State:
+        """The state of one parameter after the update; slots that only others use stay as they are."""
+        used = 1 + len(self.rule.slots(h))
+        return *self.rule.update(state[:used], gradient, h), *state[used:]
+
+    def moves_unused(self, parameter: int, h: Hyperparameters) -> bool:
+        """Whether a parameter without a gradient, and with empty slots, would move all the same, as by weight decay."""
+        _, shape = self.layout.shapes[parameter]
+        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        moved = self._one((one, *(zero for _ in range(self.slots))), zero, _of_one_number(h, len(shape)))
+        return not torch.equal(moved[0], one)
+
+    def response(self, groups: list[Hyperparameters]) -> tuple[Tensor, Tensor]:
+        """What an affine U makes of one number: the changes ``A d + e c`` of the state's parts for changes d and c.
+
+        Args:
+            groups: hyper-parameters of the parameter groups.
+
+        Returns:
+            A of shape (parts, parts), for changes d of the parts of the state (the parameter, then its slots), and e of shape
+            (parts,), for a change c of the gradient; both float64.
+
+        Raises:
+            RequestError: U is not affine, or not the same for all parameters.
+        """
+        obstacle = self.not_uniform(groups)
+        if obstacle is not None:
+            raise RequestError(obstacle)
+        parts = 1 + self.slots
+        # Row k: a change of the k-th part; the last but one: of the gradient; the last: none.
+        changes = torch.cat([torch.eye(parts + 1, dtype=torch.float64), torch.zeros(1, parts + 1, dtype=torch.float64)])
+        *state, gradient = changes.split(1, -1)
+        answers = torch.cat(self.rule.update(tuple(state), gradient, _of_one_number(groups[0])), -1)
+        answers = answers - answers[-1]
+        return answers[:parts].T.contiguous(), answers[parts]
+
+    def not_uniform(self, groups: list[Hyperparameters]) -> str | None:
+        """Why U is not one affine function for all numbers, in a sentence; None where it is."""
+        if not self.rule.affine:
+            return "its optimizer is not affine in the gradient, as SGD is"
+        if groups[0]["gradient_clip_val"]:
+            return "its gradients are clipped"
+        if any(group != groups[0] for group in groups[1:]):
+            return "its parameter groups have different hyper-parameters"
+        return None
