@@ -148,6 +148,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[l
     return of
 
 
+def trainer_of(optimizer: torch.optim.Optimizer) -> Any:
+    """What of a trainer is looked at for its optimizer."""
+    options = {"gradient_clip_val": None, "gradient_clip_algorithm": None, "precision": "64-true"}
+    return SimpleNamespace(optimizers=[optimizer], precision_plugin=SimpleNamespace(), **options)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_rule_is_torchs_own_step(name: str, dtype: torch.dtype) -> None:
@@ -155,7 +161,7 @@ def test_the_rule_is_torchs_own_step(name: str, dtype: torch.dtype) -> None:
     shapes: list[tuple[int, ...]] = [(4, 3), (2, 5)] if "muon" in name else [(4, 3), (2, 5), (7,), (), (2, 3, 4)]
     module = nn.ParameterList([nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes])
     optimizer = optimizer_of(name, list(module))
-    trainer = SimpleNamespace(optimizers=[optimizer], gradient_clip_val=None, gradient_clip_algorithm=None)
+    trainer = trainer_of(optimizer)
     own = TrainedOptimizer(trainer, module)
     state = own.update.initial(own.parameters())
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -179,9 +185,7 @@ def test_the_rule_is_torchs_own_step(name: str, dtype: torch.dtype) -> None:
 def rule_at(name: str, step: int) -> tuple[Update, list[dict[str, Any]]]:
     """The update of a case for one matrix, and its hyper-parameters at a step."""
     module = nn.ParameterList([nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))])
-    trainer = SimpleNamespace(
-        optimizers=[optimizer_of(name, list(module))], gradient_clip_val=None, gradient_clip_algorithm=None
-    )
+    trainer = trainer_of(optimizer_of(name, list(module)))
     own = TrainedOptimizer(trainer, module)
     module[0].grad = torch.zeros(3, 2, dtype=torch.float64)
     return own.update, own.hyperparameters(step)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from lightning_acc.core.losses.per_sample import Losses, Reduction, Source, losses_of
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.modules.checkpointing import kept_activations
-from lightning_acc.core.modules.compiled import eagerly, plain_copy
+from lightning_acc.core.modules.compiled import eagerly
 from lightning_acc.core.modules.precision import PRECISIONS, default_dtype
 from lightning_acc.core.process import is_out_of_memory
+from lightning_acc.core.stand_in import Attributes, silent_copy, trainer_of
 from lightning_acc.record import batches
-from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.batches import Leaves, Structure, TakenApart
 
 Parameters = Tensor | Mapping[str, Tensor]
 """The trained parameters as a flat vector (p,), or by name."""
@@ -74,6 +75,7 @@ class Objective:
         vectorised: whether many parameter vectors may be evaluated at once; one by one is slower.
         precision: Lightning's name for how training computes. What it casts to a narrower dtype (mixed precision) is cast
             from float32 alone: in float64 everything is computed in full, as are queries.
+        trainer: what is known of the training's trainer; see ``stand_in``.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Objective:
         independent_rows: bool = False,
         vectorised: bool = True,
         precision: str = "32-true",
+        trainer: Mapping[str, Any] | None = None,
     ) -> None:
         self.layout = layout
         self.structure = structure
@@ -97,7 +100,7 @@ class Objective:
         self.reduction = reduction
         self.dtype = dtype
         self.independent_rows = independent_rows
-        module = silent_copy(module)
+        module = silent_copy(module, trainer)
         module.to("cpu", dtype).train()  # before the values: a narrower dtype would round them
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
         for name in evaluation_modules or []:
@@ -108,17 +111,27 @@ class Objective:
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
                 part.sparse = False  # a sparse gradient is the same, but has no derivative
         self._call = _Call(module.requires_grad_(False))
+        self.attributes = Attributes(module)
+        self.trainer = trainer_of(module)
         self._vmap = vectorised
         self._default = PRECISIONS[precision].default
         self._autocast = PRECISIONS[precision].autocast
 
     def call(self, theta: Parameters, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
-        """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names."""
+        """``function(module, batch)`` with the trained parameters replaced by ``theta`` (p,), or by tensors by their names.
+
+        The batch may be ``TakenApart``: then it is known in there what it is made of.
+        """
+        with self.attributes.kept():
+            return self.call_once(theta, function, batch)
+
+    def call_once(self, theta: Parameters, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """The same, but what the module keeps of it in its attributes is there for the next call."""
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
         narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
-        with narrower, default_dtype(self._default), kept_activations(), eagerly():
-            return torch.func.functional_call(self._call, named, (function, batch))
+        with narrower, default_dtype(self._default), kept_activations(), eagerly(), batches.put_together(batch) as whole:
+            return torch.func.functional_call(self._call, named, (function, whole))
 
     def taken(self, source: Source, reduction: Reduction) -> Objective:
         """The same module, whose losses are taken in another way."""
@@ -139,6 +152,11 @@ class Objective:
         """The module's own tensors, which all parameter vectors share."""
         return [*self._call.module.parameters(), *self._call.module.buffers()]
 
+    def named_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The same by their names, under ``parameter`` and ``buffer``."""
+        module = self._call.module
+        return {"parameter": dict(module.named_parameters()), "buffer": dict(module.named_buffers())}
+
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses (B,) of a batch, for ``call``."""
         return losses_of(module, batch, self.source, self.reduction).losses
@@ -149,13 +167,13 @@ class Objective:
 
     def losses(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode."""
-        losses: Tensor = self.call(theta, self.loss, batches.unflatten(self.structure, leaves))
+        losses: Tensor = self.call(theta, self.loss, TakenApart(leaves, self.structure))
         return losses
 
     def weights(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """What each sample weighs in the loss of its batch, (B,)."""
         with torch.no_grad():
-            found: Losses = self.call(theta, self.weighted_loss, batches.unflatten(self.structure, leaves))
+            found: Losses = self.call(theta, self.weighted_loss, TakenApart(leaves, self.structure))
         return found.weights
 
     def weights_each(self, thetas: Tensor, leaves: Leaves) -> Tensor:
@@ -172,7 +190,8 @@ class Objective:
         if self._vmap:
             try:
                 with traceable():
-                    return torch.vmap(function, in_dims=(0, 0 if own_rows else None), randomness="same")(thetas, leaves)
+                    each = torch.vmap(function, in_dims=(0, batches.in_dims(leaves) if own_rows else None), randomness="same")
+                    return each(thetas, batches.unmapped(leaves) if own_rows else leaves)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -192,8 +211,8 @@ class Objective:
         if self._vmap:
             try:
                 with traceable():
-                    each = torch.vmap(torch.func.grad(function), in_dims=(None, 0), randomness="same")
-                    gradients: Tensor = each(theta.detach(), leaves)
+                    each = torch.vmap(torch.func.grad(function), in_dims=(None, batches.in_dims(leaves)), randomness="same")
+                    gradients: Tensor = each(theta.detach(), batches.unmapped(leaves))
                     return gradients
             except RuntimeError as error:
                 if is_out_of_memory(error):
@@ -218,25 +237,3 @@ class Objective:
             self._autocast = autocast
             for part, mode in modes:
                 part.training = mode
-
-
-def silent_copy(module: nn.Module) -> nn.Module:
-    """A copy of a LightningModule that logs nothing, has no trainer, and whose metrics record nothing."""
-    twin = plain_copy(module)
-    for name in ("log", "log_dict", "print"):
-        twin.__dict__[name] = _nothing
-    for part in twin.modules():
-        if type(part).__module__.partition(".")[0] == "torchmetrics" or "Metric" in {
-            base.__name__ for base in type(part).__mro__ if base.__module__.startswith("torchmetrics")
-        }:
-            for name in ("forward", "update", "compute"):
-                part.__dict__[name] = _zero
-    return twin
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _zero(*_: Any, **__: Any) -> Tensor:
-    return torch.zeros(())

@@ -66,6 +66,7 @@ class Replay:
                 independent_rows=manifest["loss"]["independent_rows"],
                 vectorised=manifest["loss"]["vectorised"],
                 precision=precision if as_trained else PRECISIONS[precision].scored_as or precision,
+                trainer=manifest.get("trainer"),
             )
         except (RuntimeError, AttributeError) as error:  # tensors of other shapes, submodules that are not there
             if is_out_of_memory(error):

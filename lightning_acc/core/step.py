@@ -22,7 +22,7 @@ from lightning_acc.core.optimizers import Hyperparameters, State, Update
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.removals import Removals
 from lightning_acc.record import batches
-from lightning_acc.record.batches import Leaves
+from lightning_acc.record.batches import Leaves, TakenApart
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,19 @@ class Step:
 
     def losses(self, theta: Parameters) -> Tensor:
         """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
-        return self.evaluate(theta, self.objective.loss)
+        return self._together(lambda batch: self.objective.losses(theta, batch.leaves))
 
     def evaluate(self, theta: Parameters, function: LossFunction) -> Tensor:
         """``function(module, batch)``, (B, ...), at parameters ``theta``, (p,) or by name; of all accumulated batches."""
+        structure = self.objective.structure
+        return self._together(lambda batch: self.objective.call(theta, function, TakenApart(batch.leaves, structure)))
+
+    def _together(self, evaluated: Callable[[Batch], Tensor]) -> Tensor:
+        """What is computed of each accumulated batch, (B, ...), under the random numbers of its forward pass."""
         parts = []
         for batch in self.accumulated:
             with batch.random_numbers():
-                parts.append(self.objective.call(theta, function, batches.unflatten(self.objective.structure, batch.leaves)))
+                parts.append(evaluated(batch))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def losses_each(self, thetas: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ class Step:
         if len(self.accumulated) == 1:
             return batches.rows(self.accumulated[0].leaves, positions)
         shapes = {tuple((name, leaf.shape[1:]) for name, leaf in batch.leaves.items()) for batch in self.accumulated}
-        if len(shapes) > 1:
+        if len(shapes) > 1 or not all(map(batches.is_of_samples, self.accumulated[0].leaves)):
             return None
         together = {name: torch.cat([batch.leaves[name] for batch in self.accumulated]) for name in self.accumulated[0].leaves}
         return batches.rows(together, positions)

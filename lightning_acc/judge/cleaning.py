@@ -284,7 +284,7 @@ def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float
         thetas = retrain(job.run, retraining, job.memory, progress, pool)
         replay = Replay(job.run)
         losses = job.test.values(replay.objective, thetas).tolist()
-        accuracy = Query("accuracy", (batches.unflatten(s, leaves) for leaves, s in job.test.batches), correct)
+        accuracy = Query("accuracy", (batches.TakenApart(leaves, s) for leaves, s in job.test.batches), correct)
         try:
             accuracies = accuracy.values(replay.objective, thetas).tolist()
         except NotAClassifier:

@@ -18,6 +18,7 @@ from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
+from lightning_acc.record import batches
 from lightning_acc.record.record import Record
 from lightning_acc.record.samples.names import COLUMN
 from lightning_acc.record.store import Store
@@ -217,10 +218,12 @@ def _leaves(run: Record, kept: list[int]) -> dict[str, list[Any]]:
     """The leaves of the kept samples by name; None for a sample, or a leaf of one, that training never saw."""
     columns: dict[str, list[Any]] = {}
     for position, sample in enumerate(kept):
-        for name, leaf in (run.content_of(sample) or {}).items():
-            # NumPy knows no bfloat16.
-            values = (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
-            columns.setdefault(name, [None] * len(kept))[position] = values[()]  # a number, where it has no dimension
+        for name, leaf in batches.readable(run.content_of(sample) or {}).items():
+            values = leaf
+            if isinstance(leaf, torch.Tensor):
+                # NumPy knows no bfloat16. A number, where it has no dimension.
+                values = (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()[()]
+            columns.setdefault(name, [None] * len(kept))[position] = values
     return dict(sorted(columns.items()))
 
 

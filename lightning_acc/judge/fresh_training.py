@@ -171,18 +171,23 @@ def visited_samples(run: Record) -> Tensor:
 
 
 def contents(run: Record) -> Leaves:
-    """The leaves of all samples, (n_samples, ...); those of samples that were never visited are zeros.
+    """The leaves of all samples, (n_samples, ...); those of samples that were never visited mean nothing.
 
     Raises:
         RunError: the samples differ in shape, so that they cannot be batched anew.
     """
     rows = [run.content_of(sample) for sample in range(run.n_samples)]
     known = [row for row in rows if row is not None]
-    shapes = {tuple((name, leaf.shape) for name, leaf in row.items()) for row in known}
+    shapes = {batches.row_signature(row) for row in known}
     if len(shapes) != 1:
         raise RunError(
             f"The samples of {run.path} differ in shape, so that new batches cannot be put together from them: pad them to "
             "one length in the data set."
         )
-    blank = {name: torch.zeros_like(leaf) for name, leaf in known[0].items()}
-    return {name: torch.stack([(row or blank)[name] for row in rows]) for name in blank}
+    if any(batches.said_of_batch(row) != batches.said_of_batch(known[0]) for row in known):
+        raise RunError(
+            f"The batches of {run.path} differ in what is said of them as a whole (a number or a text that is no sample's), so "
+            "that it is not known for new ones: give it to the module, or to each sample."
+        )
+    blank = {name: torch.zeros_like(leaf) if leaf.is_floating_point() else leaf for name, leaf in known[0].items()}
+    return batches.stacked([row or blank for row in rows])

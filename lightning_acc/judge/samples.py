@@ -25,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 """Formats a picture may have. Pillow knows dozens, some of which start other programs."""
 MOST_BYTES, MOST_PIXELS = 2**25, 2**26
 """Larger pictures are left out: a few kilobytes may unpack to gigabytes."""
+LABELS = ("label", "labels", "target", "targets", "y")
 NAME = 80
 """Characters of a name."""
 NUMBERS = 16
@@ -99,9 +100,9 @@ class ExampleViews:
             return _described(example, self._columns)
         batch = bisect.bisect_right(self._ends, example)
         row = example - (self._ends[batch - 1] if batch else 0)
-        leaves = {name: leaf[row] for name, leaf in self._query.batches[batch][0].items()}
+        leaves = batches.row(self._query.batches[batch][0], row)
         view = _seen(example, leaves)
-        return view if view.image is not None else replace(view, text=_numbers(leaves))
+        return view if view.image is not None or view.text is not None else replace(view, text=_numbers(leaves))
 
 
 def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
@@ -119,15 +120,34 @@ def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
 
 
 def _seen(number: int, leaves: Leaves) -> SampleView:
-    """The view of what the model sees: the first of its tensors that looks like an image, and the last whole number."""
-    images = [picture for picture in map(_picture, leaves.values()) if picture is not None]
-    labels = [str(int(leaf)) for leaf in leaves.values() if leaf.ndim == 0 and not leaf.is_floating_point()]
-    return SampleView(number, image=images[0] if images else None, label=labels[-1] if labels else None)
+    """The view of what the model sees: its first tensor that looks like an image, its longest text, its label.
+
+    That is a whole number: the one that is called so, or else the last.
+    """
+    parts = batches.readable(leaves)
+    images = [picture for picture in map(_picture, parts.values()) if picture is not None]
+    texts = [part for part in parts.values() if isinstance(part, str)]
+    labels = {name: label for name, part in parts.items() if (label := _label(part)) is not None}
+    called = next((labels[name] for name in LABELS if name in labels), None)
+    return SampleView(
+        number,
+        image=images[0] if images else None,
+        text=max(texts, key=len) if texts else None,
+        label=called if called is not None else [None, *labels.values()][-1],
+    )
+
+
+def _label(part: Any) -> str | None:
+    """A whole number as a label."""
+    if isinstance(part, Tensor):
+        return str(int(part)) if part.ndim == 0 and not part.is_floating_point() else None
+    return str(part) if type(part) in (int, bool) else None
 
 
 def _numbers(leaves: Leaves) -> str | None:
     """The first numbers of the first tensor there is: better than nothing."""
-    inputs = next((leaf.flatten() for leaf in leaves.values() if leaf.ndim), None)
+    parts = batches.readable(leaves).values()
+    inputs = next((part.flatten() for part in parts if isinstance(part, Tensor) and part.ndim), None)
     if inputs is None:
         return None
     shown = ", ".join(f"{number:.3g}" for number in inputs[:NUMBERS].tolist())
@@ -144,8 +164,10 @@ def _is_flag(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float))
 
 
-def _picture(leaf: Tensor) -> bytes | None:
+def _picture(leaf: Any) -> bytes | None:
     """A PNG of a tensor that looks like an image: (H, W), (1, H, W) or (3, H, W), at least 4 pixels a side."""
+    if not isinstance(leaf, Tensor):
+        return None
     if leaf.ndim == 2:
         leaf = leaf[None]
     if leaf.ndim != 3 or leaf.shape[0] not in (1, 3) or min(leaf.shape[1:]) < 4 or not leaf.is_floating_point():

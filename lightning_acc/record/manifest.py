@@ -22,6 +22,7 @@ from lightning_acc.record.schema import files, keys
 from lightning_acc.record.store import Store, digest
 
 NAME = "manifest.json"
+SHARED = keys.SHARED
 REMEDY = "Restore it, or record the run again."
 FORMAT = "lightning_acc run"
 SCHEMA = 1

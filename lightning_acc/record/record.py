@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_acc import arguments
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record import manifest
-from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.batches import Leaves, Structure, leaf_names, row
 from lightning_acc.record.samples import names
 from lightning_acc.record.samples.contents import Contents
 from lightning_acc.record.samples.names import Name, SampleNames
@@ -189,7 +189,8 @@ class Record:
         number = self._first_contents.get(sample_id)
         if number is None:
             return None
-        return {name: leaf[0] for name, leaf in self._contents[torch.tensor([number])].items()}
+        sample = row(self._contents[torch.tensor([number])], 0)
+        return {name: sample[name] for name in leaf_names(self.structure())}
 
     def content_digests(self) -> dict[int, str]:
         """Of every sample that was seen a hash of what ``content_of`` gives, by its id."""
@@ -272,7 +273,13 @@ class Record:
         files = {name: self._load(name)[0] for name in self._names("samples")}
         for name in files:
             del self._loaded[name]  # its tensors are the contents' now
-        return Contents(files, self._fault)
+        return Contents(files, self._shared(), self._fault)
+
+    def _shared(self) -> Leaves:
+        """The tensors of the batches that belong to no sample."""
+        if manifest.SHARED not in self.manifest["files"]:
+            return {}
+        return self._load(manifest.SHARED)[0]
 
     @cached_property
     def _first_contents(self) -> dict[int, int]:

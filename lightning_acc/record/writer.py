@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
+from lightning_acc.record import batches
 from lightning_acc.record import manifest as manifests
-from lightning_acc.record.batches import Leaves, signature
+from lightning_acc.record.batches import Leaves
 from lightning_acc.record.collecting.background import Background
 from lightning_acc.record.collecting.collected import Collected
 from lightning_acc.record.collecting.numbering import Numbering
@@ -136,7 +137,8 @@ class RunWriter:
                     continue
                 self.snapshots += facts["steps"]
             if folder == "samples" and "count" in facts:
-                leaves, _ = manifests.load(self.store, recorded, name)
+                tensors, _ = manifests.load(self.store, recorded, name)
+                leaves = batches.unpacked(tensors)
                 numbers = leaves.pop("#").tolist()
                 self._numbering.known(leaves, numbers)
             if folder == "averages":
@@ -165,11 +167,12 @@ class RunWriter:
 
         Whose contents they are, where that is told, makes it quicker.
         """
-        flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items()}
+        flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items() if batches.has_rows(name)}
         numbers, new, contents = self._numbering(flat, sample_ids)
         if new:
-            self._new.contents[signature(contents)].append((new, contents))
-            self._pending_bytes += sum(leaf.nbytes for leaf in contents.values())
+            stored = batches.packed(contents)
+            self._new.contents[batches.packed_signature(stored)].append((new, stored))
+            self._pending_bytes += sum(leaf.nbytes for leaf in stored.values())
         return numbers
 
     def add_state(self, step: int, theta: Tensor) -> None:
@@ -273,7 +276,7 @@ class RunWriter:
         self, folder: str, tensors: dict[str, Tensor], mark: str, metadata: dict[str, str] | None = None, **facts: Any
     ) -> None:
         name = f"{folder}/{self._counters[folder]:06d}{mark}.safetensors"
-        count = len(next(iter(tensors.values()))) - (folder == "steps")
+        count = len(tensors["#"]) if folder == "samples" else len(next(iter(tensors.values()))) - (folder == "steps")
         self.write_file(name, safetensors.torch.save(tensors, metadata), count=count, **facts)
         self._counters[folder] += 1
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core import stand_in
 from lightning_acc.core.losses.per_sample import (
     Reduction,
     Source,
@@ -26,6 +27,7 @@ from lightning_acc.record import batches
 from lightning_acc.record.batches import Structure
 from lightning_acc.recorder import description
 from lightning_acc.recorder.checks import causes, decomposition, refusals
+from lightning_acc.recorder.checks.carried import refuse_carried
 from lightning_acc.recorder.checks.penalty import refuse_penalty
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.optimizer import TrainedOptimizer
@@ -134,9 +136,11 @@ def understand(
         evaluation_modules=evaluation_modules,
         dtype=theta.dtype,
         precision=str(trainer.precision),
+        trainer=stand_in.facts(trainer),
     )
     first_step = _FirstStep(trainer, objective, optimizer, groups, everyone, theta, optimizer.gradient(number), number)
     whole_batches = bool(refusals.batch_norms(module))
+    refuse_carried(objective, theta, _batch(everyone[0]))
     if whole_batches:
         sources = tuple(source for source in sources if source != "training_step")  # which has no batches
     failed: list[RunError] = []
@@ -227,7 +231,7 @@ class _FirstStep:
         """How losses from ``source`` may make that of a batch."""
         first = self.batches[0]
         size, leaves = len(first.ids), batches.cast(first.leaves, self.objective.dtype)
-        batch, theta = batches.unflatten(self.objective.structure, leaves), self.theta.detach().requires_grad_()
+        batch, theta = batches.TakenApart(leaves, self.objective.structure), self.theta.detach().requires_grad_()
         with _batch(first).random_numbers(), decomposition.computing(self.objective.taken(source, "mean")):
             if source == "reductions":
                 return [reduction_of(self.objective.call(theta, observed, batch), size)]
@@ -240,7 +244,7 @@ class _FirstStep:
         if assembly.objective.source == "reductions":
             return True
         first = self.batches[0]
-        batch = batches.unflatten(self.objective.structure, batches.cast(first.leaves, self.objective.dtype))
+        batch = batches.TakenApart(batches.cast(first.leaves, self.objective.dtype), self.objective.structure)
         with contextlib.suppress(RunError), _batch(first).random_numbers():
             reduced = self.objective.call(self.theta, observed, batch)
             found = weights_of(reduced, len(first.ids), "weighted", torch.float64)

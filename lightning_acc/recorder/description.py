@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.contract import DescribesExamples, DescribesSamples
-from lightning_acc.core import queries, rebuild
+from lightning_acc.core import queries, rebuild, stand_in
 from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record.samples.names import COLUMN, Numbers
@@ -37,6 +37,7 @@ def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "packages": {**versions, "python": platform.python_version()},
         "world_size": trainer.world_size,
+        "trainer": stand_in.facts(trainer),
         "threads": torch.get_num_threads(),
         "module": rebuild.describe(module),
         "data": data(trainer),

@@ -20,6 +20,7 @@ from lightning_acc.recorder.checkpoints import resume
 from lightning_acc.recorder.checkpoints.averages import Averages
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checks import refusals, rows
+from lightning_acc.recorder.checks.carried import Shared
 from lightning_acc.recorder.checks.identity import Identity
 from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
@@ -77,6 +78,7 @@ class Following:
         self._named = options.batch_names  # which tell samples from each other, whatever loader they come from
         self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs and self._named is None else None
         self._structure: batches.Structure = {}
+        self._shared = Shared()
         self._seen: list[SeenBatch] = []
         self._step: SeenStep | None = None
         self._within = False
@@ -109,26 +111,21 @@ class Following:
             return
         self.averages.see(self._write.own.n_steps)
         try:
-            leaves, structure = batches.flatten(batch)
-            size = batches.batch_size(leaves)
+            leaves, structure = batches.flatten(batch, len(ids) if self._named is None else None, self._structure)
             if self._named is not None:
-                ids = self._write.own.names.of(self._named.names(batch, size))
+                ids = self._write.own.names.of(self._named.names(batch, batches.batch_size(leaves)))
         except RecordingRefused:
             raise
         except RunError as error:
             raise RecordingRefused(str(error)) from error
-        if size != len(ids):
-            raise RecordingRefused(
-                f"The sampler gave {len(ids)} samples but the batch has {size} rows: the collate_fn must make one row "
-                "a sample, in order."
-            )
-        if self.begun and structure != self._structure:
+        if self._structure and structure != self._structure:
             raise RecordingRefused(
                 f"The batch of step {self._write.own.n_steps} is built otherwise than the first one: "
                 f"{batches.first_difference(self._structure, structure)}."
             )
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
+        self._shared.see(batches.shared(leaves), self._write.own.n_steps)
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
         contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
@@ -296,6 +293,7 @@ class Following:
         if options.mixed_rows == rows.AS_THEY_ARE:
             header["loss"]["mixed_rows"] = options.mixed_rows
         self._write.begin(self._trainer, self._module, header, self._place, options.overwrite)
+        self._write.shared(self._shared.tensors)
         self.begun = True
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
 from lightning_acc.core import rebuild
@@ -164,6 +165,11 @@ class Writers:
         description.write_frozen(self.main, module.state_dict())
         description.write_sample_info(self.main, trainer, self.own.names)
         description.write_queries(self.main, trainer)
+
+    def shared(self, tensors: dict[str, Tensor]) -> None:
+        """Write the tensors of the batches that belong to no sample."""
+        if self.main is not None and tensors and manifests.SHARED not in self.main.files:
+            self.main.write_file(manifests.SHARED, safetensors.torch.save(tensors))
 
     def note_skipped(self) -> None:
         """The loss scaler leaves a step out, which changes neither the parameters nor the optimizer's state."""

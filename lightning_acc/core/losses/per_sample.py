@@ -152,7 +152,8 @@ def of_single_samples(module: nn.Module, batch: Any) -> Tensor:
     with traceable():
         if not module.__dict__.get("_rows_resist_vmap"):
             try:
-                return torch.vmap(alone, randomness="different")(leaves)
+                mapped = torch.vmap(alone, in_dims=(batches.in_dims(leaves),), randomness="different")
+                return mapped(batches.unmapped(leaves))
             except RuntimeError:
                 module.__dict__["_rows_resist_vmap"] = True
         return torch.stack([alone(batches.rows(leaves, torch.tensor(i))) for i in range(batches.batch_size(leaves))])

@@ -37,13 +37,13 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != ORIGINAL)
 
 
-def plain_copy(module: Module) -> Module:
-    """A copy of a LightningModule, without its trainer, in which nothing is compiled."""
+def plain_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
+    """A copy of a LightningModule, without its trainer, in which nothing is compiled; ``memo`` is that of ``deepcopy``."""
     module = module._modules.get(ORIGINAL, module)  # type: ignore[assignment]
     trainer = module.__dict__.get("_trainer")
     if trainer is not None:
         module.__dict__["_trainer"] = None
-    copies: dict[int, Any] = {id(module.__dict__.get(CONTEXT)): None}
+    copies: dict[int, Any] = {**(memo or {}), id(module.__dict__.get(CONTEXT)): None}
     try:
         for part in reversed(list(module.modules())):  # what is inside comes first
             if ORIGINAL in part._modules:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from lightning_acc.arguments import shown
-from lightning_acc.core.fingerprint import describe
 from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.objective import Objective
 from lightning_acc.core.process import is_out_of_memory
+from lightning_acc.core.queries.fingerprint import describe
 from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.record import batches
-from lightning_acc.record.batches import Leaves, Structure
+from lightning_acc.record.batches import Leaves, Structure, TakenApart
 from lightning_acc.record.store import digest
 
 
@@ -45,12 +45,15 @@ class Query:
         data: batches as the module is given them: a DataLoader, or any iterable of batches.
         function: takes the module and a batch, returns values of shape (B,), or one value, which counts for all B
             examples. None is the loss the module is trained with.
+        like: how a batch of the training is built, where that is known: what belongs to no sample there does not here.
 
     Raises:
         RequestError: the name or the data cannot be used.
     """
 
-    def __init__(self, name: str, data: Iterable[Any], function: LossFunction | None = None) -> None:
+    def __init__(
+        self, name: str, data: Iterable[Any], function: LossFunction | None = None, like: Structure | None = None
+    ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise RequestError(f"{shown(name)} is no name for a query: use letters, digits, '_', '.' and '-'.")
         if function is not None and not _takes_two(function):
@@ -64,9 +67,11 @@ class Query:
         self.function = function
         self.batches: list[tuple[Leaves, Structure]] = []
         for batch in data:
-            leaves, structure = batches.flatten(batch)
-            batches.batch_size(leaves)
-            self.batches.append(({key: leaf.detach().cpu().clone() for key, leaf in leaves.items()}, structure))
+            leaves, structure = batches.flatten(batch, like=like)
+            like = like or structure
+            everything = torch.arange(batches.batch_size(leaves))  # a copy
+            leaves = batches.rows({key: leaf.detach().cpu() for key, leaf in leaves.items()}, everything)
+            self.batches.append((leaves, structure))
         if not self.batches or not self.n_examples:
             missing = "example" if self.batches else "batch"
             raise RequestError(f"The query {name!r} has no data: its loader gave no {missing}.")
@@ -85,7 +90,7 @@ class Query:
     def encoded(self) -> bytes:
         """The batches as they are stored."""
         numbered = enumerate(leaves for leaves, _ in self.batches)
-        tensors = {f"{i}:{name}": leaf.contiguous() for i, leaves in numbered for name, leaf in leaves.items()}
+        tensors = {f"{i}:{name}": leaf for i, leaves in numbered for name, leaf in batches.packed(leaves).items()}
         return safetensors.torch.save(tensors, {"structures": json.dumps([structure for _, structure in self.batches])})
 
     def picked(self, examples: Sequence[int]) -> Query:
@@ -97,7 +102,7 @@ class Query:
             rows = torch.nonzero(wanted[first : first + batches.batch_size(leaves)])[:, 0]
             first += batches.batch_size(leaves)
             if len(rows):
-                kept.append(batches.unflatten(structure, batches.rows(leaves, rows)))
+                kept.append(TakenApart(batches.rows(leaves, rows), structure))
         return Query(self.name, kept, self.function)
 
     def value(self, objective: Objective, theta: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ class Query:
 
         Of losses that the training weighs, so many times the weighted mean, as the module itself would say.
         """
-        size, batch = batches.batch_size(leaves), batches.unflatten(structure, leaves)
+        size, batch = batches.batch_size(leaves), TakenApart(leaves, structure)
         if self.function is None and objective.reduction == "weighted":
             losses, weights = objective.call(theta, objective.weighted_loss, batch)
             mean: Tensor = (weights * losses).sum()
@@ -181,7 +186,7 @@ class Query:
     def _batch_values(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function of each example of one batch, (B,)."""
         size = batches.batch_size(leaves)
-        batch = batches.unflatten(structure, leaves)
+        batch = TakenApart(leaves, structure)
         values = self._checked(objective.call(theta, self.function or objective.loss, batch), size)
         if values.ndim or size == 1:
             return values.reshape(size)

@@ -8,7 +8,8 @@ from typing import Any
 from lightning_acc.arguments import shown
 from lightning_acc.core.queries.query import Query
 from lightning_acc.errors import RequestError, RunError
-from lightning_acc.record import batches, manifest, seal
+from lightning_acc.record import manifest, seal
+from lightning_acc.record.batches import TakenApart
 from lightning_acc.record.record import Record
 from lightning_acc.record.schema import files
 from lightning_acc.record.store import digest
@@ -25,7 +26,7 @@ def add(record: Record, name: str, data: Iterable[Any]) -> Query:
     """
     if isinstance(name, str) and _file(name) in record.manifest["files"]:
         raise RequestError(f"The query {name!r} was recorded with the run and stays as it is: choose another name.")
-    query = Query(name, data)
+    query = Query(name, data, like=record.structure())
     encoded = query.encoded()
     record.store.write(_file(name), encoded)
     about = {"run_id": record.manifest["run_id"], "sha256": digest(encoded), "n_examples": query.n_examples}
@@ -35,7 +36,7 @@ def add(record: Record, name: str, data: Iterable[Any]) -> Query:
 
 def record_as(writer: RunWriter, name: str, data: Iterable[Any]) -> None:
     """Record the batches of ``data`` with the run in the making as the query ``name``."""
-    query = Query(name, data)
+    query = Query(name, data, like=writer.header["batch_structure"])
     writer.write_file(_file(name), query.encoded(), n_examples=query.n_examples)
 
 
@@ -63,7 +64,7 @@ def find(record: Record, query: str | Query) -> Query:
         recorded = files.query_batches(*files.unpacked(data))
     except ValueError as error:
         raise RunError(f"{record.store.locate(_file(name))} is no query: {error}. {remedy}") from error
-    return Query(name, (batches.unflatten(structure, leaves) for structure, leaves in recorded))
+    return Query(name, (TakenApart(leaves, structure) for structure, leaves in recorded))
 
 
 def _file(name: str) -> str:

@@ -48,7 +48,7 @@ class Numbering:
         """
         numbers = [-1] * batches.batch_size(leaves)
         words = _words(leaves)
-        firsts = self._firsts.setdefault(batches.signature(leaves), _Firsts())
+        firsts = self._firsts.setdefault(batches.packed_signature(leaves), _Firsts())
         if sample_ids is not None:
             firsts.find(sample_ids, words, numbers)
         unknown = [row for row, number in enumerate(numbers) if number < 0]

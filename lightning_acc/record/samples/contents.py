@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
-from lightning_acc.record.batches import Leaves, signature
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
 from lightning_acc.record.store import digest
 
 NUMBERS = "#"
@@ -22,17 +22,19 @@ class Contents:
 
     Args:
         files: the tensors of each file of samples, by its name.
+        shared: the tensors that belong to no sample, by the names of their leaves.
         fault: makes the error for what is wrong with a file.
 
     Raises:
         RunError: the files do not number the contents from 0.
     """
 
-    def __init__(self, files: Mapping[str, dict[str, Tensor]], fault: Callable[[str, str], RunError]) -> None:
+    def __init__(self, files: Mapping[str, Leaves], shared: Leaves, fault: Callable[[str, str], RunError]) -> None:
         self._fault = fault
+        self._shared = shared
         merged: dict[object, list[str]] = {}
         for name, tensors in files.items():
-            merged.setdefault(signature(tensors), []).append(name)
+            merged.setdefault(batches.packed_signature(tensors), []).append(name)
         numbers = torch.cat([tensors[NUMBERS] for tensors in files.values()]) if files else torch.empty(0, dtype=torch.int64)
         if not torch.equal(numbers.sort().values, torch.arange(len(numbers))):
             raise fault(next(iter(files)), f"its {NUMBERS} and those of the files beside it do not number the contents from 0")
@@ -49,25 +51,25 @@ class Contents:
         if len(kinds) > 1:
             raise self._fault(self._alike[kinds[0]][0], "samples of a batch have different shapes")
         _, tensors = self._alike[kinds[0]]
-        return {name: leaf[places[:, 1]] for name, leaf in tensors.items() if name != NUMBERS}
+        found = batches.unpacked({**tensors, **self._shared}, places[:, 1])
+        del found[NUMBERS]
+        return found
 
     def digests(self) -> list[str]:
-        """A hash of each content, by number: of the names, dtypes, shapes and bytes of its leaves."""
+        """A hash of each content, by number: of the names, dtypes, shapes and bytes of its leaves.
+
+        What is said of whole batches is no content of a sample.
+        """
         found = [""] * len(self._places)
         for _, tensors in self._alike:
-            leaves = {name: leaf for name, leaf in sorted(tensors.items()) if name != NUMBERS}
-            kind = json.dumps([[name, str(leaf.dtype), list(leaf.shape[1:])] for name, leaf in leaves.items()]).encode()
-            rows = [_as_bytes(leaf) for leaf in leaves.values()]
+            names = [name for name in sorted(tensors) if name != NUMBERS and batches.is_of_samples(name)]
+            kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape[1:])] for name in names]
+            kind = json.dumps(kinds).encode()
+            pieces = [batches.packed_pieces(name, tensors) for name in names]
             for i, number in enumerate(tensors[NUMBERS].tolist()):
-                found[number] = digest(kind + b"".join(row[i].tobytes() for row in rows))
+                found[number] = digest(kind + b"".join(piece[i].tobytes() for piece in pieces))
         return found
 
 
-def _as_bytes(leaf: Tensor) -> np.ndarray:
-    """The bytes of each row, (n, bytes)."""
-    rows = leaf.flatten(1) if leaf.ndim > 1 else leaf[:, None]
-    return np.asarray(rows.contiguous().view(torch.uint8).numpy())
-
-
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _joined(parts: list[Leaves]) -> Leaves:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_acc.arguments import shown
-from lightning_acc.record import seal
+from lightning_acc.record import batches, seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.samples import names
-from lightning_acc.record.schema.keys import AVERAGE, DTYPES, MOST_SAMPLES, NUMBERED, Manifest, numel
+from lightning_acc.record.schema.keys import AVERAGE, DTYPES, MOST_SAMPLES, NUMBERED, SHARED, Manifest, numel
 from lightning_acc.record.schema.kinds import (
     LIMIT,
     PLAIN,
@@ -92,6 +92,8 @@ def opened_tensors(store: Store, name: str, remedy: str) -> tuple[dict[str, Tens
 
 def fault_of(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], manifest: Manifest) -> str | None:
     """The first thing wrong with what a file of the record holds, in words that go on after its name; None where nothing is."""
+    if name == SHARED:
+        return next(_shared_faults(tensors, manifest), None)
     if AVERAGE.fullmatch(name):
         return next(_average_faults(tensors, manifest), None)
     found = NUMBERED.fullmatch(name)
@@ -178,9 +180,16 @@ def _samples_faults(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], facts: Manifest, manifest: Manifest
 ) -> Iterator[str]:
     yield from _shape_faults(tensors, {"#": (torch.int64, ("contents",))}, {"contents": facts["count"]})
-    fault = leaves_fault({name: leaf for name, leaf in tensors.items() if name != "#"}, manifest["batch_structure"])
-    if fault or any(len(leaf) != facts["count"] for leaf in tensors.values()):
-        yield fault or f"its leaves are not of {facts['count']:,} samples each"
+    names = list(filter(batches.has_rows, leaf_names(manifest["batch_structure"])))
+    fault = leaves_fault({name: leaf for name, leaf in tensors.items() if name != "#"}, names, facts["count"])
+    if fault:
+        yield fault
+
+
+def _shared_faults(tensors: Mapping[str, Tensor], manifest: Manifest) -> Iterator[str]:
+    names = [name for name in leaf_names(manifest["batch_structure"]) if not batches.has_rows(name)]
+    if set(tensors) != set(names):
+        yield f"its tensors are {shown(sorted(tensors))} and not {shown(sorted(names))}"
 
 
 def query_batches(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[tuple[Structure, Leaves]]:
@@ -199,19 +208,37 @@ def query_batches(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
             raise ValueError(f"its {shown(name)} is of none of its {len(leaves)} batches")
         leaves[int(number)][leaf_name] = leaf
     for i, (structure, batch) in enumerate(zip(structures, leaves, strict=True)):
-        fault = leaves_fault(batch, structure)
+        fault = leaves_fault(batch, leaf_names(structure))
         if fault:
             raise ValueError(f"of batch {i} {fault}")
-    return list(zip(structures, leaves, strict=True))
+    ordered = [{name: batch[name] for name in leaf_names(s)} for s, batch in zip(structures, leaves, strict=True)]
+    return [(structure, batches.unpacked(batch)) for structure, batch in zip(structures, ordered, strict=True)]
 
 
-def leaves_fault(leaves: Mapping[str, Tensor], structure: Any) -> str | None:
-    """What is wrong with the leaves of batches of this structure; None where nothing is."""
-    names = leaf_names(structure)
+def leaves_fault(leaves: Mapping[str, Tensor], names: list[str], count: int | None = None) -> str | None:
+    """What is wrong with leaves, as they are stored; None where nothing is.
+
+    Args:
+        leaves: the tensors by name.
+        names: what they must be called.
+        count: of how many samples they must be.
+    """
     if set(leaves) != set(names):
         return f"its leaves are {shown(sorted(leaves))} and not {shown(sorted(names))}"
-    if any(not leaf.ndim for leaf in leaves.values()) or len({len(leaf) for leaf in leaves.values()}) > 1:
+    if any(not leaf.ndim for name, leaf in leaves.items() if batches.has_rows(name)):
         return "its leaves are of different numbers of samples"
+    ragged = [name for name in names if batches.is_ragged(name)]
+    for name in ragged:
+        lengths, flat = leaves[name + batches.LENGTH], leaves[name]
+        if lengths.dtype != torch.int64 or lengths.ndim != 1 or next(_range_faults("", lengths, len(flat) + 1), None):
+            return f"its {name + batches.LENGTH} are no lengths"
+        if int(lengths.sum()) != len(flat) or flat.dtype != torch.uint8 or flat.ndim != 1:
+            return f"its {name} is not of the lengths beside it"
+    sizes = {len(leaf) for name, leaf in leaves.items() if name not in ragged and batches.has_rows(name)}
+    if len(sizes) != 1:
+        return "its leaves are of different numbers of samples"
+    if count is not None and sizes != {count}:
+        return f"its leaves are not of {count:,} samples each"
     return None
 
 

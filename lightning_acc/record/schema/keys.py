@@ -13,6 +13,7 @@ from lightning_acc.record.schema.kinds import (
     FLAG,
     HASH,
     MAPPING,
+    PLAIN,
     SHAPE,
     STRUCTURE,
     TEXT,
@@ -62,6 +63,7 @@ WHERE_GIVEN: dict[str, Kind] = {
     "created": TEXT,
     "packages": MAPPING,
     "world_size": whole(1, 10**6),
+    "trainer": named(PLAIN),
     "precision": among(*PRECISIONS),
     "matmul_precision": among("highest", "high", "medium"),
     "loss.source": TEXT,
@@ -89,6 +91,8 @@ BY_FOLDER: dict[str, dict[str, Kind]] = {
     "samples": COUNT,
 }
 """What the manifest says of the numbered files of a folder, beside their size and hash."""
+SHARED = "shared.safetensors"
+"""The file of those tensors of the batches that belong to no sample."""
 AVERAGE = re.compile(r"averages/[a-z0-9-]{1,40}\.safetensors")
 AVERAGED: dict[str, Kind] = {"callback": TEXT}
 """The same of an average of the parameters that a callback kept."""

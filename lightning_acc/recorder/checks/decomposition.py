@@ -16,6 +16,7 @@ from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
+from lightning_acc.recorder.checks.carried import refuse_read, refuse_unknown
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -89,6 +90,7 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     difference = float((found - gradient).norm()) / scale
     if difference <= tolerance:
         return
+    refuse_unknown(step, theta, found, number)
     numbers = f"their gradients differ by {100 * difference:.2g} % (allowed {100 * tolerance:.2g} %)"
     if not least:
         raise GradientsDiffer(
@@ -122,6 +124,7 @@ def computing(objective: Objective) -> Iterator[None]:
     except RunError as error:
         raise RecordingRefused(str(error)) from error
     except Exception as error:
+        refuse_read(objective)
         words = " ".join(str(error).split())[:300]
         raise RecordingRefused(
             f"The loss of single samples cannot be computed ({type(error).__name__}: {words}). {remedy(objective)}"

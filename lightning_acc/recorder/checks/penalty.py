@@ -135,7 +135,7 @@ def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, toleranc
     leaf = theta.detach().clone().requires_grad_()
     try:
         with Followed(inputs, leaf) as followed:
-            loss = objective.call(leaf, whole_loss_of_training_step, batches.unflatten(objective.structure, inputs))
+            loss = objective.call(leaf, whole_loss_of_training_step, batches.TakenApart(inputs, objective.structure))
     except Exception:  # tensors of a kind that cannot be followed: their loss itself has been computed before
         return
     made = followed.made_of(loss)

@@ -83,11 +83,10 @@ def refuse_rows(make: Maker, n: int, what: str, *holders: Any) -> None:
 def _ask(make: Maker, order: list[int], seed: int, holders: tuple[Any, ...]) -> Leaves | None:
     with seeded(*holders, seed=seed), _attributes_kept(*holders):
         try:
-            leaves, _ = batches.flatten(make(order))
-            size = batches.batch_size(leaves)
+            leaves, _ = batches.flatten(make(order), len(order))
         except Exception:
             return None
-    return {name: leaf.detach().cpu() for name, leaf in leaves.items()} if size == len(order) else None
+    return {name: leaf.detach().cpu() for name, leaf in leaves.items() if batches.is_of_samples(name)}
 
 
 def _row_changes(before: Leaves, after: Leaves) -> bool:

@@ -1,0 +1,153 @@
+"""A step is a function of its parameters and its batch: what else the loss is made of is found, and named.
+
+Two things are looked for. What ``training_step`` *carries* from one step to the next: called again on one batch, after it was
+called on another, it gives another loss at the same parameters and under the same random numbers. And what it *reads* of the
+training (the step, the epoch, a learning rate, a metric), for which a replay has stand-ins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
+from lightning_acc.core.objective import Objective
+from lightning_acc.core.step import Batch, Step
+from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
+from lightning_acc.recorder.checks.refusals import RecordingRefused
+
+SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Largest relative difference between the losses of two calls that counts as none."""
+ELSEWHERE = {"global_step": 12_345, "current_epoch": 678}
+"""Another place of the training."""
+
+
+def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
+    """Refuse a ``training_step`` that is another function the second time, or gives no number.
+
+    Args:
+        objective: the module's losses.
+        theta: parameters (p,).
+        batch: the first batch.
+
+    Raises:
+        RecordingRefused: it is; names what it keeps.
+    """
+    leaves = batches.cast(batch.leaves, objective.dtype)
+    other = batches.rows(leaves, torch.zeros(batches.batch_size(leaves), dtype=torch.int64))
+    losses: list[float] = []
+    tensors: list[dict[str, tuple[float, float]]] = []
+    with objective.attributes.kept(), torch.no_grad():
+        attributes = objective.attributes.values()
+        try:
+            for at, of in ((theta, leaves), (0.9 * theta, other), (theta, leaves)):
+                tensors.append(_tensors(objective))
+                with batch.random_numbers():
+                    taken = batches.TakenApart(of, objective.structure)
+                    losses.append(float(objective.call_once(at, whole_loss_of_training_step, taken)))
+        except Exception:  # what fails is told by those who need the loss
+            return
+        changed = objective.attributes.changed(attributes)
+    for name, sums in tensors[0].items():
+        if not sums == tensors[1][name] == tensors[2][name]:
+            raise RecordingRefused(
+                f"The {name} changes while training, and it is not known how, as training_step writes to it: keep it fixed, or "
+                "set the layer it belongs to into evaluation mode."
+            )
+    first, _, again = losses
+    if not math.isfinite(first):
+        refuse_read(objective)
+    if abs(again - first) > SAME[objective.dtype] * abs(first):
+        what = ", ".join(changed) or "something outside of the module"
+        raise RecordingRefused(
+            f"training_step carries {what} from one step to the next: on the first batch it gives the loss {first:.6g}, and "
+            f"{again:.6g} after it was called on another, so that a step is no function of its batch and its parameters. Begin "
+            "each step anew, or put what is carried into the batch."
+        )
+
+
+def refuse_read(objective: Objective, number: int = 0) -> None:
+    """Refuse a loss that is no number, or cannot be computed, where something was read that no replay knows.
+
+    Raises:
+        RecordingRefused: something was.
+    """
+    places = {f"self.{name}" for name in ELSEWHERE}
+    read = ", ".join(sorted(objective.trainer.read - places)) if objective.trainer else ""
+    if read:
+        raise RecordingRefused(
+            f"The loss is made of {read}, which no replay knows: in step {number} it is no number without. Keep it out of the "
+            "loss, and log it only; a torchmetrics metric has a function of the same name that a loss can be made of."
+        )
+
+
+def _tensors(objective: Objective) -> dict[str, tuple[float, float]]:
+    """What changes where a tensor of the module does, by the tensor's kind and name."""
+    sums = {}
+    for kind, named in objective.named_tensors().items():
+        for name, value in named.items():
+            numbers = torch.nan_to_num(torch.view_as_real(value.detach()) if value.is_complex() else value.detach()).double()
+            sums[f"{kind} {name!r}"] = (float(numbers.sum()), float(numbers.abs().sum()))
+    return sums
+
+
+def refuse_unknown(step: Step, theta: Tensor, found: Tensor, number: int) -> None:
+    """Refuse a loss that is made of what a replay does not know of the training; says nothing where it is not.
+
+    Args:
+        step: a step whose gradient is not that of the training.
+        theta: parameters (p,) before it.
+        found: its gradient (p,).
+        number: its index.
+
+    Raises:
+        RecordingRefused: it is.
+    """
+    trainer = step.objective.trainer
+    if trainer is None or not trainer.read:
+        return
+    if not bool(torch.isfinite(found).all()):
+        refuse_read(step.objective, number)
+    try:
+        trainer.place = dict(ELSEWHERE)
+        elsewhere = step.gradient(theta)
+    except Exception:
+        return
+    finally:
+        trainer.place = dict.fromkeys(ELSEWHERE, 0)
+    if not torch.equal(elsewhere, found):
+        words = " and ".join(sorted(trainer.read & {f"self.{name}" for name in ELSEWHERE}))
+        raise RecordingRefused(
+            f"The loss depends on {words}, which no replay knows: in step {number} its gradient is another one than at the "
+            "first. Keep the loss the same from the first step to the last; a weight that is annealed can be put into the "
+            "batch by the data set or the collate_fn."
+        )
+
+
+class Shared:
+    """The tensors of the batches that have no row a sample, and so must be the same in all of them.
+
+    Attributes:
+        tensors: these, by the names of their leaves.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Leaves = {}
+
+    def see(self, shared: Leaves, number: int) -> None:
+        """Keep those of the first batch; compare those of the one of step ``number`` with them.
+
+        Raises:
+            RecordingRefused: they are others.
+        """
+        for name, tensor in shared.items():
+            first = self.tensors.setdefault(name, tensor.detach().cpu().clone())
+            if not torch.equal(tensor.cpu(), first):
+                raise RecordingRefused(
+                    f"The tensor {name.rpartition('#')[0]!r} has no row a sample (its shape is {tuple(tensor.shape)}) and is "
+                    f"another one in step {number}, so that it cannot be told which sample is in it: give it a row a sample in "
+                    "the collate_fn; what is said of the whole batch may be a single number."
+                )
