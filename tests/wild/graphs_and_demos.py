@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from wild import LeavesOut, Setup
 
 geometric = pytest.importorskip("torch_geometric")
-from torch_geometric.data import Data  # noqa: E402
+from torch_geometric.data import Batch, Data  # noqa: E402
 from torch_geometric.loader import DataLoader as GraphLoader  # noqa: E402
-from torch_geometric.nn import GATConv, GCNConv, global_mean_pool  # noqa: E402
+from torch_geometric.nn import DenseGCNConv, GCNConv, global_mean_pool  # noqa: E402
+from torch_geometric.utils import to_dense_adj, to_dense_batch  # noqa: E402
 
 
 def molecules(n: int = 14, seed: int = 0) -> list[Any]:
@@ -57,21 +58,35 @@ class Molecules(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.02, weight_decay=5e-4)
 
 
-class MoleculesByHand(LeavesOut, Molecules):
-    def training_step(self, data: Any, batch_idx: int) -> Tensor:
-        return self.mean(F.cross_entropy(self(data), data.y, reduction="none"))
-
-
-class Attention(Molecules):
-    """Attention over the edges, normalised within each node."""
+class Dense(Molecules):
+    """The same graphs filled up to one size, with a row a graph: ``to_dense_batch``, ``to_dense_adj``, dense layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = GATConv(4, 4, heads=2), GATConv(8, 8, heads=1)
+        self.first, self.second = DenseGCNConv(4, 8), DenseGCNConv(8, 8)
+
+    def forward(self, batch: Any) -> Tensor:
+        x, adjacency, mask = batch["x"].to(self.dtype), batch["adjacency"].to(self.dtype), batch["mask"]
+        x = self.second(self.first(x, adjacency, mask).tanh(), adjacency, mask).tanh()
+        x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return self.head(F.dropout(x, 0.3, self.training))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch), batch["y"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch), batch["y"]))
 
 
-class AttentionByHand(MoleculesByHand, Attention):
-    pass
+class DenseByHand(LeavesOut, Dense):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.mean(F.cross_entropy(self(batch), batch["y"], reduction="none"))
+
+
+def filled_up(graphs: list[Any]) -> dict[str, Tensor]:
+    batch = Batch.from_data_list(graphs)
+    x, mask = to_dense_batch(batch.x, batch.batch, max_num_nodes=7)
+    return {"x": x, "mask": mask, "adjacency": to_dense_adj(batch.edge_index, batch.batch, max_num_nodes=7), "y": batch.y}
 
 
 class Citations(Molecules):
@@ -184,18 +199,20 @@ SETUPS: dict[str, Setup] = {
         "its `DataLoader`: the nodes of all graphs in one tensor, `global_mean_pool`, dropout",
         Molecules,
         lambda: GraphLoader(molecules(), batch_size=5, shuffle=True),
-        MoleculesByHand,
-        lambda: GraphLoader(molecules(8, 1), batch_size=8),
+        refused="nodes and edges are no rows of its graphs: .*to_dense_batch",
     ),
-    "torch_geometric: GAT on graphs": Setup(
-        "attention over edges",
-        Attention,
-        lambda: GraphLoader(molecules(), batch_size=5, shuffle=True),
-        AttentionByHand,
-        lambda: GraphLoader(molecules(8, 1), batch_size=8),
+    "torch_geometric: dense GCN on graphs": Setup(
+        "`to_dense_batch` and `to_dense_adj` in the collator, `DenseGCNConv`, dropout",
+        Dense,
+        lambda: DataLoader(molecules(), 5, shuffle=True, collate_fn=filled_up),
+        DenseByHand,
+        lambda: DataLoader(molecules(8, 1), 8, collate_fn=filled_up),
     ),
     "torch_geometric: nodes of one graph": Setup(
-        "the whole graph is one batch, a mask picks the nodes that have a loss", Citations, citations, refused="graph|coupled"
+        "the whole graph is one batch, a mask picks the nodes that have a loss",
+        Citations,
+        citations,
+        refused="nodes and edges are no rows of its graphs",
     ),
     "Lightning: BoringModel": Setup(
         "batches of one sample, a dict with the loss", Boring, seeded_boring, BoringByHand, trainer={"max_epochs": 1}
@@ -211,7 +228,7 @@ SETUPS: dict[str, Setup] = {
         "the hidden state of a batch is where the next one starts",
         lambda: LstmDemo(vocab_size=50),
         lambda: DataLoader(sentences(), batch_sampler=SequenceSampler(sentences(), 4)),
-        refused="hidden|carried|state",
+        refused="carries self.hidden from one step to the next",
     ),
     "Lightning: autoencoder": Setup(
         "`mse_loss` over pixels and samples, ReLU",

@@ -248,5 +248,10 @@ SETUPS: dict[str, Setup] = {
     "uncertainty weighting": setup("two tasks, weights learned", Tasks, classes, refused="no sample is in"),
     "losses in a dict": setup("two losses by name, weighted and summed, `log_dict`", TwoLosses, classes, TwoLossesByHand),
     "torchmetrics": setup("metrics in the step, logged as objects; a collection of them", Metrics, classes, MetricsByHand),
-    "torchmetrics as the loss": setup("`MeanSquaredError()` is minimised", MetricAsLoss, numbers, refused="metric"),
+    "torchmetrics as the loss": setup(
+        "`MeanSquaredError()` is minimised",
+        MetricAsLoss,
+        numbers,
+        refused="The loss is made of the metric self.criterion.*log it only",
+    ),
 }

@@ -120,12 +120,30 @@ class TabularByHand(LeavesOut, Tabular):
 
 SETUPS: dict[str, Setup] = {
     "triplet loss": setup("anchor, positive and negative in each sample, dropout", Triplets, triplets, TripletsByHand),
-    "SimCLR": setup("every sample is told from the others of its batch", SimClr, classes, refused="coupled"),
-    "CLIP": setup("images and texts are paired within the batch", Clip, triplets, refused="coupled"),
-    "Cox survival": setup("partial likelihood over those at risk in the batch", Cox, numbers, refused="coupled"),
+    "SimCLR": setup(
+        "every sample is told from the others of its batch",
+        SimClr,
+        classes,
+        refused="The samples of a batch are coupled.*cannot be attributed to single samples",
+    ),
+    "CLIP": setup(
+        "images and texts are paired within the batch",
+        Clip,
+        triplets,
+        refused="The samples of a batch are coupled.*cannot be attributed to single samples",
+    ),
+    "Cox survival": setup(
+        "partial likelihood over those at risk in the batch",
+        Cox,
+        numbers,
+        refused="The samples of a batch are coupled.*cannot be attributed to single samples",
+    ),
     "matrix factorisation": setup("`Embedding(sparse=True)`, SGD", Ratings, ratings, RatingsByHand),
     "matrix factorisation, SparseAdam": setup(
-        "an optimizer that moves only the rows seen", SparseAdam, ratings, refused="SparseAdam"
+        "an optimizer that moves only the rows seen",
+        SparseAdam,
+        ratings,
+        refused="SparseAdam moves the rows that a sparse gradient stores",
     ),
     "tabular": setup(
         "embeddings beside numbers, `BatchNorm1d` (`keep-batch-statistics`), `l1_loss`",

@@ -157,9 +157,29 @@ class Boxes(Network):
         return self.losses(batch).mean()
 
 
-class BoxesByHand(LeavesOut, Boxes):
+class FilledBoxes(Boxes):
+    """The same, filled up to one number of boxes, with a mask."""
+
+    def losses(self, batch: Any) -> Tensor:
+        images, targets = batch
+        errors = ((self.net(images)[:, None] - targets["boxes"]) ** 2).mean(2)
+        return (errors * targets["mask"]).sum(1) / targets["mask"].sum(1)
+
+
+class FilledBoxesByHand(LeavesOut, FilledBoxes):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.mean(self.losses(batch))
+
+
+def filled(n: int = 14, seed: int = 0, **options: Any) -> DataLoader[Any]:
+    loader = classes(n, seed, **options)
+
+    def collate(samples: list[Any]) -> Any:
+        x, y = torch.utils.data.default_collate(samples)
+        return x, {"boxes": x[:, None, :3].repeat(1, 3, 1), "mask": (torch.arange(3) <= y[:, None]).to(x)}
+
+    loader.collate_fn = collate
+    return loader
 
 
 def boxes(n: int = 14, seed: int = 0, **options: Any) -> DataLoader[Any]:
@@ -297,7 +317,13 @@ SETUPS: dict[str, Setup] = {
     "CTC": setup("`CTCLoss`: each sample over its target's length; a GRU", Speech, speech, SpeechByHand),
     "namedtuple": setup("`batch.x`, `batch.y`", ByAttribute, pairs, ByAttributeByHand),
     "dataclass": setup("`batch.x`, and texts beside it", ByAttribute, fields, ByAttributeByHand),
-    "detection": setup("lists of images and of targets, boxes of different numbers", Boxes, boxes, BoxesByHand),
+    "detection": setup(
+        "lists of images and of targets, boxes of different numbers",
+        Boxes,
+        boxes,
+        refused="a list of 5 tensors, one a sample.*stack them in the collate_fn",
+    ),
+    "detection, filled up": setup("boxes of different numbers under a mask", FilledBoxes, filled, FilledBoxesByHand),
     "Hugging Face data set": setup('`with_format("torch")`, raw text kept in the batch', Posts, posts, PostsByHand),
     "Hugging Face stream": setup(
         "shuffled by a buffer, ids from the batch", Posts, streamed, StreamedByHand, recorder={"sample_id": "id"}
@@ -311,7 +337,12 @@ SETUPS: dict[str, Setup] = {
     ),
     "Muon": setup("a matrix update by Newton and Schulz", WithMuon, classes, WithMuonByHand),
     "Adafactor": setup("factored second moments", WithAdafactor, classes, WithAdafactorByHand),
-    "L-BFGS": setup("evaluates the loss several times in a step", SecondOrder, classes, refused="LBFGS"),
+    "L-BFGS": setup(
+        "evaluates the loss several times in a step",
+        SecondOrder,
+        classes,
+        refused="LBFGS takes the gradient at several parameters within a step",
+    ),
     "everyday callbacks": setup(
         "`LearningRateMonitor`, `EarlyStopping`, `ModelCheckpoint`, `Timer`, `LambdaCallback`, accumulation that changes",
         Plain,
