@@ -19,7 +19,7 @@ from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
-SAME = {torch.float32: 1e-6, torch.float64: 1e-12}
+SAME = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """Largest relative difference between the losses of two calls that counts as none."""
 ELSEWHERE = {"global_step": 12_345, "current_epoch": 678}
 """Another place of the training."""
