@@ -225,7 +225,7 @@ SETUPS: dict[str, Setup] = {
         MaskedByHand,
     ),
     "transformers: GPT-2 in bf16-true": Setup(
-        "the parameters themselves are bfloat16",
+        "the parameters themselves have bfloat16's 3 digits",
         LanguageModel,
         texts,
         LanguageModelByHand,
@@ -233,7 +233,6 @@ SETUPS: dict[str, Setup] = {
         trainer={"precision": "bf16-true"},
         double=False,
         tolerance=0.1,
-        why="bfloat16 rounds the parameters to 3 digits",
     ),
     "transformers: T5": Setup(
         "`DataCollatorForSeq2Seq`, relative positions, dropout", Translation, pairs, TranslationByHand, held_out_pairs

@@ -1,4 +1,7 @@
-"""All set-ups, and the table of what became of them: ``python tests/wild/table.py`` trains them and writes README.md."""
+"""All set-ups, and the table of what became of them.
+
+``python tests/wild/table.py`` trains them and writes README.md; with names of set-ups it renews their lines alone.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ def row(name: str) -> str:
                 cell = f"{outcome.shift_error:.0e} ({outcome.shift_roundoff:.0e})"
                 scored = f"; {outcome.score_error:.0e} ({outcome.score_roundoff:.0e})" if outcome.score_roundoff else ""
                 cells.append(cell + scored)
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def listed() -> dict[str, str]:
@@ -84,4 +87,6 @@ def listed() -> dict[str, str]:
 if __name__ == "__main__":
     if MISSING:
         sys.exit(f"The table is of all set-ups, and some cannot be trained here: {MISSING}")
-    README.write_text(HEAD + "".join(row(name) for name in SETUPS))
+    known = listed() if sys.argv[1:] else {}
+    lines = [row(name) if name not in known or name in sys.argv[1:] else known[name] for name in SETUPS]
+    README.write_text(HEAD + "".join(f"{line}\n" for line in lines))

@@ -199,7 +199,7 @@ SETUPS: dict[str, Setup] = {
         lambda: tags(8, 1, 8, shuffle=False),
     ),
     "transformers: BERT in bf16-mixed": Setup(
-        "mixed precision, clipping",
+        "mixed precision, clipping; bfloat16 rounds the loss of a sample, and its effect, to 3 digits",
         Classifier,
         reviews,
         ClassifierByHand,
@@ -207,7 +207,6 @@ SETUPS: dict[str, Setup] = {
         trainer={"precision": "bf16-mixed", "gradient_clip_val": 1.0},
         double=False,
         tolerance=0.05,
-        why="bfloat16 rounds the loss of a sample, its effect included, to 3 digits",
     ),
     "peft: LoRA on BERT": Setup("`lora_dropout`, frozen weights, `outputs.loss`", Lora, reviews, LoraByHand, held_out),
 }

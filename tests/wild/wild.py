@@ -102,7 +102,7 @@ class Setup:
         scores: whether the validation loss that Lightning logs is what ``query="val"`` reads: not where it is random, or
             normalised by running statistics that the training left.
         refused: what the recorder's refusal says, a regular expression.
-        tolerance: largest error in float32, where it is another than round-off allows; ``why`` tells the reason.
+        tolerance: largest error in float32, where it is another than round-off allows; ``has`` tells the reason.
     """
 
     has: str
@@ -119,7 +119,6 @@ class Setup:
     scores: bool = True
     refused: str | None = None
     tolerance: float | None = None
-    why: str = ""
 
 
 @dataclass(frozen=True)
