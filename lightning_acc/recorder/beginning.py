@@ -188,9 +188,9 @@ class _FirstStep:
             RunError: they are not the samples', or do not make the loss.
         """
         tolerance = decomposition.GRADIENT_TOLERANCE[self._optimizer.rounded_to]
-        assembly = self._assembled(source, tolerance)
+        assembly, found = self._assembled(source, tolerance)
         step, objective, first = assembly.step(self._groups, self.batches), assembly.objective, self.batches[0]
-        vectorised = decomposition.can_be_vectorised(step, self.theta)
+        vectorised = decomposition.can_be_vectorised(step, self.theta, found)
         if source != "per_sample_loss":
             refuse_penalty(objective, self.theta, first.leaves, tolerance)
         independent = decomposition.rows_are_independent(objective, self.theta, _batch(first), whole_batches)
@@ -209,14 +209,14 @@ class _FirstStep:
         """This step, of losses from ``source`` in the first way that seemed possible."""
         return self.step(source, self._possible(source)[0])
 
-    def _assembled(self, source: Source, tolerance: float) -> Assembly:
-        """What makes steps whose gradient is the training's."""
+    def _assembled(self, source: Source, tolerance: float) -> tuple[Assembly, Tensor]:
+        """What makes steps whose gradient is the training's, and the gradient (p,) of this one."""
         reductions = self._possible(source)
         for i, reduction in enumerate(reductions):
             assembly = self.assembly(source, reduction)
             try:
                 step = assembly.step(self._groups, self.batches)
-                decomposition.compare_gradients(step, self.theta, self.gradient, self.number, tolerance)
+                found = decomposition.compare_gradients(step, self.theta, self.gradient, self.number, tolerance)
             except RunError:
                 if i == len(reductions) - 1:
                     raise
@@ -225,7 +225,7 @@ class _FirstStep:
         assembly.observable = assembly.weighted and self._observable(assembly)
         for batch in self.batches:
             batch.weights = batch.weights if assembly.weighted else None
-        return assembly
+        return assembly, found
 
     def _possible(self, source: Source) -> list[Reduction]:
         """How losses from ``source`` may make that of a batch."""

@@ -71,7 +71,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
 
 
-def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, tolerance: float, least: float = 0.0) -> None:
+def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, tolerance: float, least: float = 0.0) -> Tensor:
     """Compare the gradient of the weighted per-sample losses of a step with that of the training.
 
     Args:
@@ -82,6 +82,9 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
         tolerance: largest difference that passes, relative to the norm of the gradient.
         least: where that norm is smaller, the difference is taken relative to this; 0 in the first steps.
 
+    Returns:
+        The former (p,).
+
     Raises:
         RecordingRefused: they differ; gives the difference and the remedy.
     """
@@ -89,7 +92,7 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     scale = max(float(gradient.norm()), least, torch.finfo(theta.dtype).tiny)
     difference = float((found - gradient).norm()) / scale
     if difference <= tolerance:
-        return
+        return found
     refuse_unknown(step, theta, found, number)
     numbers = f"their gradients differ by {100 * difference:.2g} % (allowed {100 * tolerance:.2g} %)"
     if not least:
@@ -131,14 +134,14 @@ def computing(objective: Objective) -> Iterator[None]:
         ) from error
 
 
-def can_be_vectorised(step: Step, theta: Tensor) -> bool:
-    """Whether many parameter vectors can be evaluated at once with the result of one at a time.
+def can_be_vectorised(step: Step, theta: Tensor, gradient: Tensor) -> bool:
+    """Whether many parameter vectors can be evaluated at once with the result of one at a time, which is ``gradient`` (p,).
 
     They cannot where dropout acts on a tensor that is not contiguous: the order its mask is drawn in then depends on the
     layout in memory, which vectorisation changes.
     """
     together = step.gradients(theta[None], step.weights[None])[0]
-    return relative_difference(together, step.gradient(theta)) <= _tolerance(step.objective)
+    return relative_difference(together, gradient) <= _tolerance(step.objective)
 
 
 def rows_are_independent(objective: Objective, theta: Tensor, batch: Batch, whole_batches: bool) -> bool:

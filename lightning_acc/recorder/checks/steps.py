@@ -130,14 +130,16 @@ class Checks:
         self._tolerance = strict if self._strict else max(strict, LATE_TOLERANCE)
         # Where the gradient has all but vanished, what is left of it is round-off.
         least = 0.0 if self._strict else LATE_TOLERANCE * self._steepest
-        decomposition.compare_gradients(step, theta, gradient, number, self._tolerance, least)
+        found = decomposition.compare_gradients(step, theta, gradient, number, self._tolerance, least)
         self.followed = number
         self._before = theta
         # At first F goes all the way by itself; later it starts from the optimizer's slots and the training's gradient.
         if not self.early(number):
             self._replayed, self._roundoff = state, RoundOff(state, self._rounded_to)
         # The update is taken when the next step begins: how the training clips its gradients shows after they are looked at.
-        self._pending = step, step.gradient(self._replayed[0]) if self.early(number) else gradient
+        if self.early(number):
+            gradient = found if torch.equal(self._replayed[0], theta) else step.gradient(self._replayed[0])
+        self._pending = step, gradient
 
     def early(self, number: int) -> bool:
         """Whether step ``number`` is one of the first, which are all compared."""
