@@ -164,14 +164,15 @@ def negated(seen: Seen, function: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 def added(seen: Seen, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``a + b``, ``a - b``, with a factor ``alpha`` of b."""
-    result = function(*args, **kwargs)
     a, b = args[0], args[1] if len(args) > 1 else kwargs["other"]
+    differentiable = [isinstance(operand, Tensor) and operand.requires_grad for operand in (a, b)]  # before ``a += b``
+    result = function(*args, **kwargs)
     first, second = seen.of(a), seen.of(b)
     if first is None and second is None:
         why = seen.why_lost(a, b)
         return seen.lose(result, why) if why else result
-    for operand, known in ((a, first), (b, second)):
-        if known is None and isinstance(operand, Tensor) and operand.requires_grad and not seen.nothing(operand):
+    for operand, known, depends in zip((a, b), (first, second), differentiable, strict=True):
+        if known is None and depends and not seen.nothing(operand):
             return seen.lose(result, seen.why_lost(operand) or "it has a term that no reduction over the samples makes")
     name = function.__name__.strip("_")
     factors = (1.0, kwargs.get("alpha", 1.0) * (-1.0 if name in ("sub", "isub", "subtract") else 1.0))
