@@ -153,9 +153,10 @@ class Objective:
         return [*self._call.module.parameters(), *self._call.module.buffers()]
 
     def named_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The same by their names, under ``parameter`` and ``buffer``."""
-        module = self._call.module
-        return {"parameter": dict(module.named_parameters()), "buffer": dict(module.named_buffers())}
+        """Those that are not trained, by their names, under ``parameter`` and ``buffer``."""
+        module, trained = self._call.module, {name for name, _ in self.layout.shapes}
+        untrained = {name: value for name, value in module.named_parameters() if name not in trained}
+        return {"parameter": untrained, "buffer": dict(module.named_buffers())}
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses (B,) of a batch, for ``call``."""
