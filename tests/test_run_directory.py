@@ -150,6 +150,22 @@ def test_scores_keep_their_conditions_and_are_merged_with_older_ones(path: Path)
     assert len(scores.read(run.store, "loo")) == 3
 
 
+def test_tables_are_read_through_a_few_times_however_long_they_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each row would take minutes of 60 000 samples."""
+    from lightning_acc.cli.shown import shown
+    from lightning_acc.scoring.scores import Scores
+
+    table = la.score(path, "sgd-ie", ray_address=None, check=0, save=False)
+    read: list[int] = []
+    removals = Scores.removals.fget
+    assert removals is not None
+    monkeypatch.setattr(Scores, "removals", property(lambda self: read.append(0) or removals(self)))
+    one = la.score(path, "sgd-ie", [0], ray_address=None, check=0, save=False)
+    assert len(one.merged(table)) == len(table) == 24
+    shown(table, 3)
+    assert len(read) < 24
+
+
 def test_a_table_of_scores_that_is_damaged_is_named(path: Path) -> None:
     la.score(path, "loo", [0, 1], ray_address=None, check=0)
     truncate(path / "scores/loo.parquet")

@@ -15,9 +15,8 @@ def shown(scores: Scores, top: int) -> str:
         lines.append(f"{c['banked']} were retrained without before, for another question: nothing was trained for them")
     lines.append(f"{scores}\n{c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
     table = scores.table
-    sizes = [
-        f" ({len(removal)} samples)" if removal in scores.names and len(removal) > 1 else "" for removal in scores.removals
-    ]
+    names = scores.names  # once: it is made of the whole table
+    sizes = [f" ({len(removal)} samples)" if removal in names and len(removal) > 1 else "" for removal in scores.removals]
     labels = [label + size for label, size in zip(scores.labels, sizes, strict=True)]
     rows = zip(*(table[name].to_pylist() for name in ("rank", "score", "source", "estimate")), labels, strict=True)
     lines.append("most harmful first:" if len(scores) else "no removals")

@@ -155,7 +155,7 @@ class Objective:
     def named_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Those that are not trained, by their names, under ``parameter`` and ``buffer``."""
         module, trained = self._call.module, {name for name, _ in self.layout.shapes}
-        untrained = {name: value for name, value in module.named_parameters() if name not in trained}
+        untrained: dict[str, Tensor] = {name: value for name, value in module.named_parameters() if name not in trained}
         return {"parameter": untrained, "buffer": dict(module.named_buffers())}
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:

@@ -192,8 +192,9 @@ class Scores:
 
     def merged(self, older: Scores) -> Scores:
         """These scores with those of ``older`` for removals that are not in here; the seconds add up, no verdict is left."""
-        mine = set(self.removals)
-        rest = [i for i, removal in enumerate(older.removals) if removal not in mine]
+        ours, theirs = self.removals, older.removals  # once: each is made of the whole table
+        mine = set(ours)
+        rest = [i for i, removal in enumerate(theirs) if removal not in mine]
         share = len(rest) / max(1, len(older))
         seconds = self.conditions["seconds"] + share * older.conditions["seconds"]
         conditions = {**self.conditions, "seconds": seconds, "n": len(mine) + len(rest)}
@@ -201,8 +202,8 @@ class Scores:
         names = dict.fromkeys([*self.more, *older.more])
         columns = {"estimate": (self.estimates, older.estimates)}
         columns |= {name: (_column(self, name, older), _column(older, name, self)) for name in names}
-        both = {name: np.concatenate([ours, theirs[rest]]) for name, (ours, theirs) in columns.items()}
-        removals = [*self.removals, *(older.removals[i] for i in rest)]
+        both = {name: np.concatenate([own, other[rest]]) for name, (own, other) in columns.items()}
+        removals = [*ours, *(theirs[i] for i in rest)]
         return Scores.build(removals, both.pop("estimate"), conditions, None, both, {**older.truths, **self.truths})
 
 
