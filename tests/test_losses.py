@@ -366,6 +366,20 @@ class Shrunk(Squared):
         return super().loss(batch) + 1e-2 * self.next.weight.square().sum() + 1e-2 * self.number.weight.square().sum()
 
 
+class ByItsOwnSize(Squared):
+    """Each sample leaves the divisor with its loss, which no fixed weight says."""
+
+    def loss(self, batch: Any) -> Any:
+        loss = super().loss(batch)
+        return loss / loss.detach()
+
+
+class ByAnother(Squared):
+    def loss(self, batch: Any) -> Any:
+        out = self.number(self.hidden(batch).mean(1))
+        return F.mse_loss(out, batch[3]) * torch.exp(-F.l1_loss(out, batch[3]).detach())
+
+
 class WrongShape(Squared):
     def per_sample_loss(self, batch: Any) -> Any:
         return self.number(self.hidden(batch).mean(1)).square(), batch[4]
@@ -381,6 +395,8 @@ REFUSED = {
     TwiceDropped: r"draw different random numbers.*the same layers in the same order",
     Contrasted: r"samples of a batch are coupled: .*mean over samples",
     Shrunk: r"adds a term to the loss that no sample is in.*weight_decay",
+    ByItsOwnSize: r"coupled by their loss: it is divided by what is made of means or sums over the samples",
+    ByAnother: r"coupled by their loss: it is multiplied by what is made of means or sums over the samples",
     WrongShape: r"returned a tuple of 2 \(a tensor of shape \(5, 2\), a tensor of shape \(5,\)\) for a batch of 5 samples",
 }
 
@@ -397,3 +413,66 @@ def test_observing_changes_no_bit(tmp_path: Path) -> None:
     train(plain)
     train(recorded, la.TrajectoryRecorder(tmp_path / "run"))
     assert torch.equal(flat(plain), flat(recorded))
+
+
+class Looking(Tokens):
+    """Does with its losses what no rule of the observer foresees."""
+
+    def loss(self, batch: Any) -> Any:
+        found = super().loss(batch)
+        loss = found["loss"]
+        pair = torch.stack([loss, 2 * loss])
+        assert torch.max(pair, dim=0).values == torch.max(pair)
+        assert pair[..., 0] == pair[0] == loss
+        assert pair.reshape(1, 2).mean(dim=-1, keepdim=True).shape == (1, 1)
+        assert torch.isfinite(loss.sum(dim=(), keepdim=False))
+        return found
+
+
+def test_observing_costs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a step does with its losses, and whatever goes wrong in the observer."""
+    from lightning_acc.core.losses import reductions
+
+    plain, recorded, broken = made(Looking), made(Looking), made(Looking)
+    train(plain)
+    train(recorded, la.TrajectoryRecorder(tmp_path / "run"))
+    assert torch.equal(flat(plain), flat(recorded))
+    own = reductions.shares
+
+    def fails(counts: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.overrides._get_current_function_mode_stack() and fails.armed:
+            raise ArithmeticError("not foreseen")
+        return own(counts)
+
+    fails.armed = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(reductions, "shares", fails)
+
+    class Arming(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            fails.armed = trainer.global_step > 0  # type: ignore[attr-defined]
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+            fails.armed = False  # type: ignore[attr-defined]
+
+    train(broken, Arming(), la.TrajectoryRecorder(tmp_path / "broken"))
+    assert torch.equal(flat(plain), flat(broken))
+    assert la.Run(tmp_path / "broken").audit().ok
+
+
+class Compiled(Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(self.body, backend="aot_eager")  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:.*torch.jit.script")
+def test_a_compiled_module_is_not_observed(tmp_path: Path) -> None:
+    """It would be compiled anew at every step."""
+
+    plain, recorded = made(Compiled), made(Compiled)
+    train(plain)
+    train(recorded, la.TrajectoryRecorder(tmp_path / "run"))
+    assert torch.equal(flat(plain), flat(recorded))
+    run = la.Run(tmp_path / "run")
+    assert run.manifest["loss"]["reduction"] == "weighted"
+    assert run.audit().ok

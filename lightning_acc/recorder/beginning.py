@@ -19,7 +19,7 @@ from lightning_acc.core.losses.per_sample import (
     sources_of,
     weights_of,
 )
-from lightning_acc.core.modules.compiled import plain_name
+from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
@@ -240,7 +240,9 @@ class _FirstStep:
         return ["mean", "sum"]
 
     def _observable(self, assembly: Assembly) -> bool:
-        """Whether the reductions of ``training_step`` show the same weights."""
+        """Whether the reductions of ``training_step`` show the same weights; compiled, it would be compiled anew for that."""
+        if is_compiled(self._trainer.lightning_module):
+            return False
         if assembly.objective.source == "reductions":
             return True
         first = self.batches[0]

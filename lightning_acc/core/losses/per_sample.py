@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from lightning_acc.record.batches import Leaves
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Module and batch to values of shape (B,), or one value for the whole batch."""
 Source = Literal["per_sample_loss", "reductions", "training_step"]
-SOURCES: tuple[Source, ...] = get_args(Source)
 Reduction = Literal["mean", "sum", "weighted"]
 """How the losses of a batch make its loss: each with the weight 1 / B; with 1; or with weights of its own, whose sum is 1."""
 

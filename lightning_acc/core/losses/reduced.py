@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +22,31 @@ from torch import Tensor
 from lightning_acc.errors import RunError
 
 
+class Lost(NamedTuple):
+    """Why something is no sum over the samples.
+
+    Attributes:
+        why: in words, said of the loss, as the rest of a sentence.
+        couples: whether that makes a sample's part of it depend on the others.
+    """
+
+    why: str
+    couples: bool = False
+
+
 class NotSeparable(RunError):
     """What each sample contributes to the loss is not seen.
 
     Args:
-        why: in words, said of the loss, as the rest of a sentence.
+        lost: where it was lost sight of.
     """
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, lost: Lost) -> None:
         super().__init__(
-            f"What each sample contributes to the loss is not seen: {why}. Define per_sample_loss(self, batch) on the module: "
-            "the losses of the samples, shape (B,), or a pair of these and their weights in the mean."
+            f"What each sample contributes to the loss is not seen: {lost.why}. Define per_sample_loss(self, batch) on the "
+            "module: the losses of the samples, shape (B,), or a pair of these and their weights in the mean."
         )
-        self.why = why
+        self.lost = lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +82,7 @@ class Seen:
         self.size = size
         self.weights_only = weights_only
         self._reduced: dict[int, Reduced] = {}
-        self._lost: dict[int, str] = {}
+        self._lost: dict[int, Lost] = {}
         self._nothing: set[int] = set()
         self._kept: list[Tensor] = []
         """Alive, so that no other tensor gets the identity of one of these."""
@@ -86,7 +99,7 @@ class Seen:
         """
         reduced = self.of(loss)
         if reduced is None:
-            raise NotSeparable(self.why_lost(loss) or "no mean and no sum over the samples makes it that torch computes")
+            raise NotSeparable(self.why_lost(loss) or Lost("no mean and no sum over the samples makes it that torch computes"))
         return reduced
 
     def keep(self, result: Tensor, reduced: Reduced) -> Tensor:
@@ -96,7 +109,7 @@ class Seen:
         self._lost.pop(id(result), None)
         return result
 
-    def lose(self, result: Any, why: str) -> Any:
+    def lose(self, result: Any, why: Lost) -> Any:
         """Remember why ``result`` is no sum over the samples; returns it."""
         if isinstance(result, Tensor):
             self._kept.append(result)
@@ -114,7 +127,7 @@ class Seen:
         """Whether a tensor is such a multiple."""
         return id(thing) in self._nothing
 
-    def why_lost(self, *operands: object) -> str | None:
+    def why_lost(self, *operands: object) -> Lost | None:
         """Why the first of these that is no sum over the samples is none."""
         return next((self._lost[id(operand)] for operand in operands if id(operand) in self._lost), None)
 
@@ -123,6 +136,38 @@ class Seen:
         if not values.ndim or not values.shape[0] or values.shape[0] % self.size:
             return None
         return values.reshape(self.size, values.shape[0] // self.size, *values.shape[1:])
+
+
+class Call:
+    """A call of a function of torch.
+
+    Args:
+        function: the function.
+        args: what it is called with.
+        kwargs: the same by name.
+    """
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+    @cached_property
+    def result(self) -> Any:
+        """What the function returns: it is called once."""
+        return self.function(*self.args, **self.kwargs)
+
+    @property
+    def name(self) -> str:
+        """The function's name, without the underscores of operators and of those that write in place."""
+        return str(self.function.__name__).strip("_")
+
+    @property
+    def operands(self) -> tuple[Any, Any]:
+        """Of a function of two."""
+        return self.args[0], self.args[1] if len(self.args) > 1 else self.kwargs["other"]
+
+
+Rule = Callable[[Seen, Call], Any]
+"""Takes what has been seen and a call; returns the result, and has it remembered how that was made."""
 
 
 def shares(counts: Tensor) -> Tensor:

@@ -14,7 +14,13 @@ from torch import Tensor
 from lightning_acc.core.losses.reduced import NotSeparable
 from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
-from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE, Coupled, GradientsDiffer, relative_difference
+from lightning_acc.recorder.checks.decomposition import (
+    COUPLED,
+    GRADIENT_TOLERANCE,
+    Coupled,
+    GradientsDiffer,
+    relative_difference,
+)
 from lightning_acc.recorder.checks.penalty import HasPenalty
 
 MANY = 512
@@ -45,6 +51,9 @@ def explain(failed: Sequence[RunError], tried: Callable[[], Step], theta: Tensor
             f"{closest:.1g} only. Compute the loss in float64 (some libraries call .float() on logits), or train in "
             "precision='32-true'."
         )
+    lost = next((error.lost for error in failed if isinstance(error, NotSeparable)), None)
+    if lost is not None and lost.couples:
+        return f"The samples of a batch are coupled by their loss: {lost.why}. {COUPLED}"
     if not isinstance(failed[-1], GradientsDiffer):
         return str(failed[-1])
     step = tried()
@@ -73,12 +82,11 @@ def explain(failed: Sequence[RunError], tried: Callable[[], Step], theta: Tensor
             f"training_step and per_sample_loss draw different random numbers (dropout, noise): {numbers}. Let both make one "
             "forward pass over the whole batch, with the same layers in the same order."
         )
-    lost = next((error.why for error in failed if isinstance(error, NotSeparable)), None)
     if random and lost is not None:
         return (
             "training_step draws random numbers (dropout, noise) for a whole batch, and what each sample contributes to its "
-            f"loss is not seen: {lost}. {LINES}: the losses, and what each weighs in their mean, both of shape (B,), of one "
-            "forward pass over the batch; or reduce the loss by torch's own losses, mean and sum."
+            f"loss is not seen: {lost.why}. {LINES}: the losses, and what each weighs in their mean, both of shape (B,), of "
+            "one forward pass over the batch; or reduce the loss by torch's own losses, mean and sum."
         )
     return str(failed[-1])
 
