@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -277,6 +277,40 @@ batch = batches.unflatten(run.structure(), leaves)
 print(type(batch).__module__, type(batch).__name__, [float(batch.x.sum()), batch.y.tolist()])
 assert "test_batches" not in sys.modules
 """
+
+
+class Armed:
+    """Runs code when it is gone, and when an attribute is set."""
+
+    fired: ClassVar[list[str]] = []
+
+    def __del__(self) -> None:
+        self.fired.append("deleted")
+
+
+@dataclasses.dataclass
+class Deleting(Armed):
+    x: Any = None
+
+
+@dataclasses.dataclass
+class Setting:
+    x: Any = None
+
+
+Setting.x = property(lambda self: None, lambda self, value: Armed.fired.append("set"))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Deleting, Setting])
+def test_no_code_of_a_class_is_run_for_a_batch(kind: type[Any]) -> None:
+    """A record may name any class that is imported here."""
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    structure = {"dataclass": {"class": place, "fields": {"x": {"leaf": "x"}}}}
+    Armed.fired.clear()
+    made = batches.unflatten(structure, {"x": torch.ones(3)})
+    assert torch.equal(made.x, torch.ones(3))
+    del made
+    assert not Armed.fired
 
 
 @pytest.mark.parametrize("kind", ["named tuple", "dataclass"])

@@ -119,6 +119,8 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "status": (at("status", "done"), "its status is 'done'"),
     "structure": (at("batch_structure", {"list": [{"leaf": 0}]}), "its batch_structure is"),
     "deep structure": (at("batch_structure", DEEP), "its batch_structure is"),
+    "source of the loss": (at("loss:source", "pickle"), "its loss.source is 'pickle' and not one of per_sample_loss"),
+    "reduction of the loss": (at("loss:reduction", "max"), "its loss.reduction is 'max' and not one of mean"),
     "loss": (at("loss:vectorised", 1), "its loss.vectorised is 1 and not true or false"),
     "module": (at("module:class", 3), "its module.class is 3 and not a text"),
     "arguments": (at("module:hyper_parameters", [1]), r"its module.hyper_parameters is \[1\]"),

@@ -97,7 +97,11 @@ def _like(name: str, fields: Sequence[str]) -> type[Any]:
 
 
 def _dataclass(words: str, fields: dict[str, Any]) -> Any:
-    found = _imported(words, lambda kind: set(fields) <= set(_own(kind, "__dataclass_fields__") or ()))
+    def fits(kind: type[Any]) -> bool:
+        known = set(_own(kind, "__dataclass_fields__") or ())
+        return set(fields) <= known and not any(_has_a_setter(kind, name) for name in fields)
+
+    found = _imported(words, fits)
     if found is None:
         return types.SimpleNamespace(**fields)
     made = object.__new__(found)
@@ -116,4 +120,14 @@ def _imported(words: str, fits: Callable[[type[Any]], bool]) -> type[Any] | None
     found: Any = sys.modules.get(place)
     for part in name.split("."):
         found = inspect.getattr_static(found, part, None)
-    return found if issubclass(type(found), type) and fits(found) else None
+    return found if issubclass(type(found), type) and fits(found) and not _has_a_finalizer(found) else None
+
+
+def _has_a_finalizer(kind: type[Any]) -> bool:
+    return any("__del__" in type.__getattribute__(base, "__dict__") for base in type.__getattribute__(kind, "__mro__"))
+
+
+def _has_a_setter(kind: type[Any], name: str) -> bool:
+    """Whether setting an attribute runs code of the class; that of a slot is Python's own."""
+    found = inspect.getattr_static(kind, name, None)
+    return hasattr(type(found), "__set__") and not isinstance(found, types.MemberDescriptorType)

@@ -7,7 +7,6 @@
 * ``list``, ``tuple``, ``dict`` and ``mapping`` (a dict whose entries are attributes too) of further parts; ``named``: a named
   tuple, and ``dataclass``, of which the content tells the ``class`` and the ``fields``.
 * ``numpy``: the tensor inside as an array; ``tuple-of``: the list inside as a tuple.
-* ``graphs``: a batch of torch_geometric; see ``graphs``.
 """
 
 from __future__ import annotations
