@@ -106,6 +106,30 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return record(tmp_path_factory.mktemp("averages") / "run", module, callbacks=(build(),)), name, build
 
 
+class Wayward(WeightAveraging):
+    """Averages by a rule that changes with every update, which its function does not show when it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(avg_fn=self.average)
+        self.inner = False
+
+    def average(self, before: Tensor, now: Tensor, number: Tensor) -> Tensor:
+        return before.lerp(now, 0.9 if self.inner and int(number) % 2 else 0.1)
+
+    def on_train_batch_end(self, *arguments: Any, **options: Any) -> None:
+        self.inner = True
+        super().on_train_batch_end(*arguments, **options)
+        self.inner = False
+
+
+@pytest.mark.parametrize("method", ["sgd-ie", "loo"])
+def test_an_average_that_is_not_what_its_rule_says_is_no_moment(tmp_path: Path, method: str) -> None:
+    run = record(tmp_path / "run", make(hidden=4, optimizer=SGD), callbacks=(Wayward(),))
+    (name,) = run.averages
+    with pytest.raises(la.RunError, match=f"The average {name!r} .* is not the sum of parameters that its weights make"):
+        scored(run, method, at=name)
+
+
 def scored(run: la.Run, method: str = "sgd-ie", **options: Any) -> la.Scores:
     return la.score(run, method, **{"ray_address": None, "save": False, "check": 0, **options})
 

@@ -30,6 +30,8 @@ SURE = 6.0
 """Standard deviations from which what all errors have in common is no chance."""
 OF_A_STEP = 1e-4
 """A share of the steps that all errors may have in common: rounded weights make it, and no other learning rate."""
+OF_AN_AVERAGE = 1e-2
+"""A share of the way of an average that a callback's rounding, and a replay's, may make."""
 DOUBT = 1e-5
 """A sweep that ends further from the recorded run's end, relative to the way that went, is looked into."""
 
@@ -174,6 +176,24 @@ class _Common:
         if abs(b) > SURE * sd_b:
             return f"all errors together are {abs(b):.2g} lr of the parameters, as of another weight decay"
         return None
+
+
+def confirm_average(replay: Replay, name: str, theta: Tensor) -> None:
+    """See that the recorded average ``name`` is what its weights make of the parameters of a sweep, ``theta`` (p,).
+
+    Raises:
+        RunError: it is not, as where the rule that made it is not the one that was seen.
+    """
+    recorded = replay.run.averages[name]["theta"].to(replay.dtype)
+    way = float((recorded - replay.initial[0]).norm())
+    rounding = OF_AN_AVERAGE * torch.finfo(replay.rounded_to).eps * float(recorded.norm())
+    off = float((theta - recorded).norm())
+    if not off <= OF_AN_AVERAGE * way + rounding:
+        raise RunError(
+            f"{replay.run.store}: The average {name!r} that a callback kept is not the sum of parameters that its weights make "
+            f"(it differs by {100 * off / max(way, 1e-300):.2g} % of the way from the first parameters), so no score read there "
+            "can be trusted. Ask at='end' or at='along', or use an averaging function of its arguments alone."
+        )
 
 
 def confirm(replay: Replay, theta: Tensor) -> None:

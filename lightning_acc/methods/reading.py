@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_acc.core.audit import confirm_average
 from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.memory import query_rows
@@ -51,6 +52,8 @@ class Reading:
         if gathered is None:
             return
         theta, shifts = gathered
+        if q.moments.average is not None:
+            confirm_average(self._replay, q.moments.name, theta)
         if q.readout == "linear":
             slope = gradient(self._replay, q, theta)
             read = shifts @ (slope.T if q.each else slope)
@@ -94,6 +97,7 @@ class Slopes:
             return
         gathered = self._gathered(t, theta)
         if gathered is not None:
+            confirm_average(self._replay, moments.name, gathered[0])
             self._at_average = gradient(self._replay, self._question, gathered[0])
 
     def __call__(self, t: int, theta: Tensor) -> Tensor:
