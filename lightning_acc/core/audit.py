@@ -191,7 +191,7 @@ def confirm_average(replay: Replay, name: str, theta: Tensor) -> None:
     if not off <= OF_AN_AVERAGE * way + rounding:
         raise RunError(
             f"{replay.run.store}: The average {name!r} that a callback kept is not the sum of parameters that its weights make "
-            f"(it differs by {100 * off / max(way, 1e-300):.2g} % of the way from the first parameters), so no score read there "
+            f"(it is {100 * off / max(way, 1e-300):.2g} % of the way from the first parameters off), so no score read there "
             "can be trusted. Ask at='end' or at='along', or use an averaging function of its arguments alone."
         )
 
