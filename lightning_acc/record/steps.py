@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 class SeenStep(TypedDict):
     """One optimizer step: its occurrences in order, their contents and loss weights, and the hyper-parameters.
 
-    ``sizes`` are those of the batches it accumulated, ``rng`` the states of the random number generator before each of their
-    forward passes, None where it was not used. ``names`` are those of the samples that are new, where batches name them.
+    ``sample_ids`` and ``contents`` are int64, ``weights`` float64, all of shape (occurrences,). ``sizes`` are those of the
+    batches it accumulated, ``rng`` the states of the random number generator before each of their forward passes, None where
+    it was not used. ``names`` are those of the samples that are new, where batches name them.
     """
 
-    sample_ids: list[int]
-    contents: list[int]
-    weights: list[float]
+    sample_ids: Tensor
+    contents: Tensor
+    weights: Tensor
     groups: list[dict[str, Any]]
     sizes: list[int]
     rng: list[Tensor | None]

@@ -255,9 +255,9 @@ class RunWriter:
         if records := collected.steps:
             tensors = {
                 "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in records]).cumsum(0),
-                "sample_ids": torch.tensor([i for step in records for i in step["sample_ids"]], dtype=torch.int64),
-                "contents": torch.tensor([i for step in records for i in step["contents"]], dtype=torch.int64),
-                "weights": torch.tensor([w for step in records for w in step["weights"]], dtype=torch.float64),
+                "sample_ids": torch.cat([step["sample_ids"] for step in records]),
+                "contents": torch.cat([step["contents"] for step in records]),
+                "weights": torch.cat([step["weights"] for step in records]),
             }
             tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in records]).cumsum(0)
             tensors["batch_sizes"] = torch.tensor([size for step in records for size in step["sizes"]])

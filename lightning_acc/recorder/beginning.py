@@ -58,24 +58,24 @@ class Assembly:
         """Whether the samples of a batch weigh differently."""
         return self.objective.reduction == "weighted"
 
-    def weights(self, seen: list[SeenBatch]) -> list[float]:
-        """Loss weights of the batches' samples.
+    def weights(self, seen: list[SeenBatch]) -> Tensor:
+        """Loss weights of the batches' samples, (occurrences,), float64.
 
         Gradients are averaged over processes and accumulated batches; the last group of an epoch may be incomplete, but is
         divided all the same.
         """
         parts = self._trainer.accumulate_grad_batches * self._trainer.world_size
-        return [weight / parts for batch in seen for weight in self._within(batch)]
+        weights: Tensor = torch.cat([self._within(batch) for batch in seen]) / parts
+        return weights
 
-    def _within(self, batch: SeenBatch) -> list[float]:
+    def _within(self, batch: SeenBatch) -> Tensor:
         """What the samples of a batch weigh in its loss."""
         if not self.weighted:
-            weights: list[float] = even(len(batch.ids), self.objective.reduction, torch.float64).tolist()
-            return weights
+            return even(len(batch.ids), self.objective.reduction, torch.float64)
         if batch.weights is None:
             with _batch(batch).random_numbers():
                 leaves = batches.cast(batch.leaves, self.objective.dtype)
-                batch.weights = self.objective.weights(self._optimizer.parameters(), leaves).double().tolist()
+                batch.weights = self.objective.weights(self._optimizer.parameters(), leaves).detach().cpu().double().clone()
         return batch.weights
 
     def step(self, groups: list[dict[str, Any]], seen: list[SeenBatch]) -> Step:
@@ -85,7 +85,7 @@ class Assembly:
             self._optimizer.update,
             [_batch(batch) for batch in seen],
             torch.tensor([sample for batch in seen for sample in batch.ids]),
-            torch.tensor(self.weights(seen), dtype=torch.float64),
+            self.weights(seen),
             groups,
         )
 
@@ -250,5 +250,5 @@ class _FirstStep:
         with contextlib.suppress(RunError), _batch(first).random_numbers():
             reduced = self.objective.call(self.theta, observed, batch)
             found = weights_of(reduced, len(first.ids), "weighted", torch.float64)
-            return reduced.weights is not None and torch.allclose(found, torch.tensor(first.weights, dtype=torch.float64), 1e-6)
+            return reduced.weights is not None and first.weights is not None and torch.allclose(found, first.weights, 1e-6)
         return False

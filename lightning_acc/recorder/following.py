@@ -179,8 +179,8 @@ class Following:
         except RecordingRefused as refusal:
             raise refusals.with_suspects(refusal, self._module) from refusal
         self._step = {
-            "sample_ids": [sample for batch in self._seen for sample in batch.ids],
-            "contents": [number for batch in self._seen for number in batch.contents],
+            "sample_ids": torch.tensor([sample for batch in self._seen for sample in batch.ids], dtype=torch.int64),
+            "contents": torch.tensor([number for batch in self._seen for number in batch.contents], dtype=torch.int64),
             "weights": self._assembly.weights(self._seen),
             "groups": groups,
             "sizes": [len(batch.ids) for batch in self._seen],

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_acc.core.losses.per_sample import weights_of
 from lightning_acc.core.losses.reductions import Reductions
@@ -21,7 +22,7 @@ class LossTap:
     def __init__(self, trainer: Any) -> None:
         self._strategy = trainer.strategy
         self._size: int | None = None
-        self._weights: list[float] | None = None
+        self._weights: Tensor | None = None
         step = self._strategy.training_step
 
         def observed(*args: Any, **kwargs: Any) -> Any:
@@ -31,7 +32,7 @@ class LossTap:
                 output = step(*args, **kwargs)
             reduced = reductions.seen.of(output.get("loss") if isinstance(output, Mapping) else output)
             if reduced is not None:
-                self._weights = weights_of(reduced, self._size, "weighted", torch.float64).tolist()
+                self._weights = weights_of(reduced, self._size, "weighted", torch.float64).detach().cpu().clone()
             return output
 
         self._strategy.training_step = observed
@@ -40,8 +41,8 @@ class LossTap:
         """Observe the next step, on a batch of ``size`` samples; None: do not."""
         self._size, self._weights = size, None
 
-    def take(self) -> list[float] | None:
-        """What the samples of the batch weigh; None where it was not observed or not seen."""
+    def take(self) -> Tensor | None:
+        """What the samples of the batch weigh, (B,), float64; None where it was not observed or not seen."""
         weights, self._weights = self._weights, None
         return weights
 

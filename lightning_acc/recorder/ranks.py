@@ -30,7 +30,7 @@ class SeenBatch:
         rng: state of the random number generator before it.
         counts: whether it had a backward pass.
         random: whether its forward pass drew random numbers.
-        weights: what its samples weigh in its loss, where they weigh differently and that was seen.
+        weights: what its samples weigh in its loss, (B,), float64, where they weigh differently and that was seen.
     """
 
     ids: list[int]
@@ -39,7 +39,7 @@ class SeenBatch:
     rng: Tensor
     counts: bool = False
     random: bool = False
-    weights: list[float] | None = None
+    weights: Tensor | None = None
 
 
 def gather(seen: list[SeenBatch] | None, processes: int) -> list[SeenBatch]:
@@ -83,9 +83,11 @@ def merge(writer: RunWriter, processes: int, end: int | None = None) -> int:
             seen = [writer.names.of([names[i] for i in theirs]) for names, theirs in zip(called, seen, strict=True)]
         writer.add_step(
             {
-                "sample_ids": [sample for theirs in seen for sample in theirs],
-                "contents": [number for run in runs for leaves in run.batches(t) for number in writer.content_ids(leaves)],
-                "weights": [weight for record in records for weight in record.weights.tolist()],
+                "sample_ids": torch.tensor([sample for theirs in seen for sample in theirs], dtype=torch.int64),
+                "contents": torch.tensor(
+                    [i for run in runs for leaves in run.batches(t) for i in writer.content_ids(leaves)], dtype=torch.int64
+                ),
+                "weights": torch.cat([record.weights for record in records]),
                 "groups": records[0].groups,
                 "sizes": [size for record in records for size in record.sizes],
                 "rng": [state for record in records for state in record.rng],
