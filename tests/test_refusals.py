@@ -91,11 +91,6 @@ class DrawingInPython(Drawing):
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "penalty": (
-        lambda: StepOnly(penalty=0.01),
-        {},
-        r"term to the loss that no sample is in.*weight_decay",
-    ),
     "coupled step": (lambda: StepOnly(contrast=True), {}, r"samples of a batch are coupled.*cosine.*mean over samples"),
     "coupled losses": (Contrastive, {}, r"samples of a batch are coupled.*cosine"),
     "batch norm": (Normalised, {}, r"'net.0' is a BatchNorm1d in training mode.*GroupNorm"),

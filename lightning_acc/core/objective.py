@@ -72,6 +72,7 @@ class Objective:
         dtype: floating-point dtype of the computation.
         independent_rows: whether the loss of a sample alone equals its loss within a batch, so that single samples may
             be taken out of a batch to save time.
+        penalised: whether the loss of a batch has terms that no sample is in.
         vectorised: whether many parameter vectors may be evaluated at once; one by one is slower.
         precision: Lightning's name for how training computes. What it casts to a narrower dtype (mixed precision) is cast
             from float32 alone: in float64 everything is computed in full, as are queries.
@@ -90,6 +91,7 @@ class Objective:
         tensors: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         independent_rows: bool = False,
+        penalised: bool = False,
         vectorised: bool = True,
         precision: str = "32-true",
         trainer: Mapping[str, Any] | None = None,
@@ -100,6 +102,7 @@ class Objective:
         self.reduction = reduction
         self.dtype = dtype
         self.independent_rows = independent_rows
+        self.penalised = penalised
         module = silent_copy(module, trainer)
         module.to("cpu", dtype).train()  # before the values: a narrower dtype would round them
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
@@ -133,10 +136,10 @@ class Objective:
         with narrower, default_dtype(self._default), kept_activations(), eagerly(), batches.put_together(batch) as whole:
             return torch.func.functional_call(self._call, named, (function, whole))
 
-    def taken(self, source: Source, reduction: Reduction) -> Objective:
+    def taken(self, source: Source, reduction: Reduction, penalised: bool = False) -> Objective:
         """The same module, whose losses are taken in another way."""
         other = copy.copy(self)
-        other.source, other.reduction = source, reduction
+        other.source, other.reduction, other.penalised = source, reduction, penalised
         return other
 
     @property
@@ -171,6 +174,14 @@ class Objective:
         losses: Tensor = self.call(theta, self.loss, TakenApart(leaves, self.structure))
         return losses
 
+    def terms(self, theta: Parameters, leaves: Leaves) -> Tensor:
+        """The losses, and last, where the objective is penalised, the penalty: (B,) or (B + 1,)."""
+        if not self.penalised:
+            return self.losses(theta, leaves)
+        found: Losses = self.call(theta, self.weighted_loss, TakenApart(leaves, self.structure))
+        penalty = torch.zeros_like(found.losses[0]) if found.penalty is None else found.penalty
+        return torch.cat([found.losses, penalty.to(found.losses.dtype)[None]])
+
     def weights(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """What each sample weighs in the loss of its batch, (B,)."""
         with torch.no_grad():
@@ -185,6 +196,10 @@ class Objective:
     def losses_each(self, thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """Losses (n, B) at each of ``thetas`` (n, p); with ``own_rows`` the leaves are (n, B, ...), a batch for each."""
         return self.each(self.losses, thetas, leaves, own_rows)
+
+    def terms_each(self, thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
+        """``terms`` at each of ``thetas`` (n, p): (n, B) or (n, B + 1)."""
+        return self.each(self.terms, thetas, leaves, own_rows)
 
     def each(self, function: Callable[..., Tensor], thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """``function(theta, leaves)`` for each row of ``thetas``: vectorised, or one by one where the module resists."""

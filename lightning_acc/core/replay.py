@@ -64,6 +64,7 @@ class Replay:
                 tensors=frozen,
                 dtype=self.dtype,
                 independent_rows=manifest["loss"]["independent_rows"],
+                penalised=manifest["loss"].get("penalised", False),
                 vectorised=manifest["loss"]["vectorised"],
                 precision=precision if as_trained else PRECISIONS[precision].scored_as or precision,
                 trainer=manifest.get("trainer"),

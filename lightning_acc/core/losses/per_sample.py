@@ -1,4 +1,4 @@
-"""The losses of the samples of a batch, and what each weighs in its loss: ``loss = sum_i w_i l_i``.
+"""The losses of the samples of a batch, and what each weighs in its loss: ``loss = sum_i w_i l_i``, and a penalty, if any.
 
 They are taken in one of three ways: by the module's own ``per_sample_loss``; by observing the reductions of one
 ``training_step`` over the whole batch; or by ``training_step`` on batches of one sample.
@@ -7,7 +7,7 @@ They are taken in one of three ways: by the module's own ``per_sample_loss``; by
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,10 +29,11 @@ Reduction = Literal["mean", "sum", "weighted"]
 
 
 class Losses(NamedTuple):
-    """The losses (B,) of the samples of a batch, and their weights (B,)."""
+    """The losses (B,) of the samples of a batch, their weights (B,), and the scalar that no sample is in, if there is one."""
 
     losses: Tensor
     weights: Tensor
+    penalty: Tensor | None = None
 
 
 def sources_of(module: nn.Module) -> tuple[Source, ...]:
@@ -108,10 +109,16 @@ def observed(module: nn.Module, batch: Any) -> Reduced:
     Raises:
         NotSeparable: that is not seen.
     """
-    with Reductions(size_of(batch)) as reductions:
+    with Reductions(size_of(batch), own=own_tensors(module)) as reductions:
         loss = whole_loss_of_training_step(module, batch)
     found: Reduced = reductions.seen.found(loss)
     return found
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module, as they are while it is called."""
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def reduction_of(reduced: Reduced, size: int) -> Reduction:
@@ -132,12 +139,13 @@ def weights_of(reduced: Reduced, size: int, reduction: Reduction, dtype: torch.d
 
 
 def separated(reduced: Reduced, size: int, reduction: Reduction) -> Losses:
-    """The losses ``c_i / w_i`` of samples that contribute c_i; 0 where the weight is."""
+    """The losses ``c_i / w_i`` of samples that contribute c_i, 0 where the weight is; and the penalty."""
     assert reduced.contributions is not None
     contributions = reduced.contributions.reshape(size)
     weights = weights_of(reduced, size, reduction, contributions.dtype)
     some = weights != 0
-    return Losses(torch.where(some, contributions / torch.where(some, weights, 1), 0), weights)
+    losses = torch.where(some, contributions / torch.where(some, weights, 1), 0)
+    return Losses(losses, weights, None if reduced.penalty is None else reduced.penalty.reshape(()))
 
 
 def of_single_samples(module: nn.Module, batch: Any) -> Tensor:

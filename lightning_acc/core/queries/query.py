@@ -44,7 +44,7 @@ class Query:
         name: what tables call it: letters, digits, ``_``, ``.`` and ``-``.
         data: batches as the module is given them: a DataLoader, or any iterable of batches.
         function: takes the module and a batch, returns values of shape (B,), or one value, which counts for all B
-            examples. None is the loss the module is trained with.
+            examples. None is the loss the module is trained with, without what no sample is in.
         like: how a batch of the training is built, where that is known: what belongs to no sample there does not here.
 
     Raises:
@@ -177,7 +177,7 @@ class Query:
         """
         size, batch = batches.batch_size(leaves), TakenApart(leaves, structure)
         if self.function is None and objective.reduction == "weighted":
-            losses, weights = objective.call(theta, objective.weighted_loss, batch)
+            losses, weights, _ = objective.call(theta, objective.weighted_loss, batch)
             mean: Tensor = (weights * losses).sum()
             return size * mean
         values = self._checked(objective.call(theta, self.function or objective.loss, batch), size)

@@ -40,10 +40,9 @@ def explain(failed: Sequence[RunError], tried: Callable[[], Step], theta: Tensor
         gradient: of the training, (p,).
         random: whether the training's forward pass drew random numbers.
     """
-    for kind in (HasPenalty, Coupled):
-        found = next((error for error in failed if isinstance(error, kind)), None)
-        if found is not None:
-            return str(found)
+    found = next((error for error in failed if isinstance(error, (HasPenalty, Coupled))), None)
+    if found is not None:
+        return str(found)
     closest = min((error.difference for error in failed if isinstance(error, GradientsDiffer)), default=math.inf)
     if theta.dtype == torch.float64 and closest <= GRADIENT_TOLERANCE[torch.float32]:
         return (

@@ -61,7 +61,7 @@ def remedy(objective: Objective) -> str:
     )
 
 
-def _tolerance(objective: Objective) -> float:
+def tolerance_of(objective: Objective) -> float:
     """What counts as round-off between two ways to compute the same number."""
     return GRADIENT_TOLERANCE[objective.dtype] if objective.full_precision else 0.05
 
@@ -141,7 +141,7 @@ def can_be_vectorised(step: Step, theta: Tensor, gradient: Tensor) -> bool:
     layout in memory, which vectorisation changes.
     """
     together = step.gradients(theta[None], step.weights[None])[0]
-    return relative_difference(together, gradient) <= _tolerance(step.objective)
+    return relative_difference(together, gradient) <= tolerance_of(step.objective)
 
 
 def rows_are_independent(objective: Objective, theta: Tensor, batch: Batch, whole_batches: bool) -> bool:
@@ -201,12 +201,12 @@ def _alike(objective: Objective, theta: Tensor, batch: Batch, copies: bool) -> b
             same = same and bool(alone.norm() == 0)
             continue
         cosine = float(within @ alone / (within.norm() * alone.norm()).clamp_min(torch.finfo(theta.dtype).tiny))
-        if not 1 - cosine <= _tolerance(objective):
+        if not 1 - cosine <= tolerance_of(objective):
             raise Coupled(
                 f"The samples of a batch are coupled: {'among copies of itself' if copies else 'alone'}, sample {row} of the "
                 f"first batch has a gradient that points elsewhere than within the batch (cosine {cosine:.4f}). {COUPLED}"
             )
-        same = same and relative_difference(alone, within) <= _tolerance(objective)
+        same = same and relative_difference(alone, within) <= tolerance_of(objective)
     return same
 
 
