@@ -49,15 +49,16 @@ class Coupled(RecordingRefused):
 
 def remedy(objective: Objective) -> str:
     """What to do where the losses of the samples do not make the loss of the training."""
-    rest = "A penalty on the weights belongs into the optimizer's weight_decay. " + COUPLED
+    rest = "A penalty on the weights belongs into the optimizer's weight_decay"
     if objective.source == "per_sample_loss":
+        rest = f"{rest}, or into training_step of a module without per_sample_loss, where it is found. {COUPLED}"
         return (
             "Let per_sample_loss give the losses whose mean (or sum) training_step returns, or a pair (losses, weights) whose "
             f"weighted mean that is, of one forward pass in the same order. {rest}"
         )
     return (
         "Define per_sample_loss(self, batch) on the module: one loss a sample, shape (B,), whose mean is what training_step "
-        f"returns, or a pair (losses, weights) whose weighted mean that is. {rest}"
+        f"returns, or a pair (losses, weights) whose weighted mean that is. {rest}. {COUPLED}"
     )
 
 
