@@ -19,7 +19,7 @@ from lightning_acc.core.modules.checkpointing import kept_activations
 from lightning_acc.core.modules.compiled import eagerly
 from lightning_acc.core.modules.precision import PRECISIONS, default_dtype
 from lightning_acc.core.process import is_out_of_memory
-from lightning_acc.core.stand_in import Attributes, silent_copy, trainer_of
+from lightning_acc.core.stand_in import Attributes, Place, silent_copy, trainer_of
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure, TakenApart
 
@@ -239,6 +239,18 @@ class Objective:
             value = function(leaf, batches.rows(leaves, torch.tensor(i)))
             found.append(torch.autograd.grad(value, leaf)[0] if value.requires_grad else torch.zeros_like(theta))
         return torch.stack(found)
+
+    @contextmanager
+    def within(self, place: Place) -> Iterator[None]:
+        """In here the module reads that the training is at this step and epoch; else, as a query, where ``trainer`` says."""
+        before = None if self.trainer is None else self.trainer.place
+        if self.trainer is not None:
+            self.trainer.place = lambda: place
+        try:
+            yield
+        finally:
+            if self.trainer is not None and before is not None:
+                self.trainer.place = before
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from lightning_acc.core.objective import Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
 from lightning_acc.core.process import as_recorded, is_out_of_memory
 from lightning_acc.core.rebuild import module_of
+from lightning_acc.core.stand_in import place_in
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
@@ -73,6 +74,8 @@ class Replay:
             if is_out_of_memory(error):
                 raise
             raise RunError(_not_the_module(run, " ".join(str(error).split())[:300])) from error
+        if self.objective.trainer is not None:  # what a query reads
+            self.objective.trainer.place = lambda: place_in(run.steps[len(self) - 1].groups[0])
         optimizer = manifest["optimizer"]
         self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])
 

@@ -22,6 +22,7 @@ from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
 from lightning_acc.core.removals import Removals
+from lightning_acc.core.stand_in import place_in
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, TakenApart
 
@@ -81,6 +82,7 @@ class Step:
         # Under 16-mixed the loss was scaled on its way back, so that small gradients are numbers of float16.
         self.scale = float(groups[0].get("loss_scale", 1.0))
         self.rows_at_once = rows_at_once
+        self._place = place_in(groups[0])
         self._own_rows = own_rows
         self._update = update
         update.check(groups)
@@ -149,7 +151,7 @@ class Step:
         """What is computed of each accumulated batch, B along ``dim``, under the random numbers of its forward pass."""
         parts = []
         for batch in self.accumulated:
-            with batch.random_numbers():
+            with batch.random_numbers(), self.objective.within(self._place):
                 parts.append(evaluated(batch))
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
@@ -226,7 +228,8 @@ class Point:
         if own is not None:
             weights = step.weights.new_zeros(columns.shape)
             weights[inverse, slot] = step.weights[position]
-            losses = step.objective.losses_each(thetas, own, own_rows=True)
+            with step.objective.within(step._place):
+                losses = step.objective.losses_each(thetas, own, own_rows=True)
         else:
             weights = step.weights.new_zeros(len(touched), len(step.sample_ids))
             weights[inverse, position] = step.weights[position]

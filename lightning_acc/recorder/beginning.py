@@ -137,6 +137,8 @@ def understand(
         precision=str(trainer.precision),
         trainer=stand_in.facts(trainer),
     )
+    if objective.trainer is not None:
+        objective.trainer.place = lambda: stand_in.place_in(groups[0])
     first_step = _FirstStep(trainer, objective, optimizer, groups, everyone, theta, optimizer.gradient(number), number)
     whole_batches = bool(refusals.batch_norms(module))
     refuse_carried(objective, theta, _batch(everyone[0]))

@@ -5,6 +5,7 @@ Compared are numbers of the training itself (its gradient, its parameters one st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.recorder.checks.carried import refuse_read, refuse_unknown
+from lightning_acc.recorder.checks.carried import refuse_read
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -94,7 +95,8 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     difference = float((found - gradient).norm()) / scale
     if difference <= tolerance:
         return found
-    refuse_unknown(step, theta, found, number)
+    if not math.isfinite(difference):
+        refuse_read(step.objective, number)
     numbers = f"their gradients differ by {100 * difference:.2g} % (allowed {100 * tolerance:.2g} %)"
     if not least:
         raise GradientsDiffer(
@@ -104,8 +106,9 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
         )
     raise RecordingRefused(
         f"The training loss has become another than the weighted sum of per-sample losses it was at first: in step {number} "
-        f"{numbers}. A replay knows neither self.current_epoch and self.global_step nor what a hook or callback changes: "
-        "keep the loss, the layers' modes and what is trained the same from the first step to the last."
+        f"{numbers}. A replay knows what the loss reads as self.current_epoch and self.global_step, but not what a hook or "
+        "callback changes: keep the layers' modes and what is trained the same from the first step to the last, and let "
+        "per_sample_loss, where there is one, change as training_step does."
     )
 
 
