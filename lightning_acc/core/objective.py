@@ -163,11 +163,11 @@ class Objective:
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses (B,) of a batch, for ``call``."""
-        return losses_of(module, batch, self.source, self.reduction).losses
+        return self.weighted_loss(module, batch).losses
 
     def weighted_loss(self, module: nn.Module, batch: Any) -> Losses:
         """The losses of a batch and their weights in its loss, for ``call``."""
-        return losses_of(module, batch, self.source, self.reduction)
+        return losses_of(module, batch, self.source, self.reduction, self.penalised)
 
     def losses(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode."""

@@ -41,8 +41,8 @@ def sources_of(module: nn.Module) -> tuple[Source, ...]:
     return ("per_sample_loss",) if isinstance(module, HasPerSampleLoss) else ("reductions", "training_step")
 
 
-def losses_of(module: nn.Module, batch: Any, source: Source, reduction: Reduction) -> Losses:
-    """The losses of the samples of a batch.
+def losses_of(module: nn.Module, batch: Any, source: Source, reduction: Reduction, penalised: bool = False) -> Losses:
+    """The losses of the samples of a batch, and the penalty where there may be one.
 
     Raises:
         NotSeparable: its reductions do not show them.
@@ -51,7 +51,7 @@ def losses_of(module: nn.Module, batch: Any, source: Source, reduction: Reductio
     if source == "per_sample_loss":
         losses, weights = of_per_sample_loss(module, batch)
     elif source == "reductions":
-        return separated(observed(module, batch), size_of(batch), reduction)
+        return separated(observed(module, batch, penalised), size_of(batch), reduction)
     else:
         losses, weights = of_single_samples(module, batch), None
     if weights is not None:
@@ -103,13 +103,15 @@ def gives_weights(module: nn.Module, batch: Any) -> bool:
     return of_per_sample_loss(module, batch)[1] is not None
 
 
-def observed(module: nn.Module, batch: Any) -> Reduced:
-    """How ``training_step`` reduces the whole batch to its loss.
+def observed(module: nn.Module, batch: Any, penalised: bool = True) -> Reduced:
+    """How ``training_step`` reduces the whole batch to its loss, to which terms may be added that no sample is in.
+
+    Not to look for these, where it is known that there are none, takes less time.
 
     Raises:
         NotSeparable: that is not seen.
     """
-    with Reductions(size_of(batch), own=own_tensors(module)) as reductions:
+    with Reductions(size_of(batch), own=own_tensors(module) if penalised else ()) as reductions:
         loss = whole_loss_of_training_step(module, batch)
     found: Reduced = reductions.seen.found(loss)
     return found
