@@ -29,6 +29,7 @@ class Tokens(pl.LightningModule):
     """Token ids, embedded; only a ``training_step``."""
 
     smoothing = 0.0
+    step = 0
     kept: Tensor | None = None
     """Which of the samples of the next batch its loss holds, (B,), where they are left out by hand."""
 
@@ -114,6 +115,14 @@ class FromTheStart(Tokens):
         return super().loss(ids, labels) + nn.functional.mse_loss(self.out.weight, self.start)
 
 
+class WarmedUp(Tokens):
+    """Nothing is added in the first step."""
+
+    def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+        share = min(1.0, (self.global_step if self.kept is None else self.step) / 5)
+        return super().loss(ids, labels) + share * self.words.weight.square().sum()
+
+
 class Summed(Tokens):
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         return 0.3 * len(ids) * super().loss(ids, labels) + 0.05 * self.words.weight.square().sum()
@@ -125,7 +134,7 @@ class Summed(Tokens):
         return 0.3 * losses + 0.05 * self.words.weight.square().sum()
 
 
-PENALISED = [L2, Orthogonal, PenaltyFirst, Nested, Stacked, OnlyALittle, Uncertain, FromTheStart, Summed]
+PENALISED = [L2, Orthogonal, PenaltyFirst, Nested, Stacked, OnlyALittle, Uncertain, FromTheStart, WarmedUp, Summed]
 
 
 def recorded(path: Path, kind: type[Tokens], **options: Any) -> la.Run:
@@ -140,8 +149,9 @@ def retrained(kind: type[Tokens], run: la.Run, left_out: int = -1, part: float =
     module = kind().double()
     optimizer = module.configure_optimizers()
     ids, labels = words().tensors
-    for step in run.steps:
+    for t, step in enumerate(run.steps):
         optimizer.zero_grad()
+        module.step = t
         for samples in step.sample_ids.split(step.sizes):
             module.kept = torch.ones(len(samples), dtype=torch.float64)
             module.kept[samples == left_out] = part
@@ -277,4 +287,4 @@ def test_a_loss_without_a_penalty_is_recorded(tmp_path: Path, kind: Any) -> None
     run = record(tmp_path / "run", kind().double(), DataLoader(words(), 6), validation=False)
     assert run.audit().ok
     assert run.manifest["loss"]["source"] == "reductions"
-    assert "penalised" not in run.manifest["loss"]
+    assert ("penalised" in run.manifest["loss"]) == (kind is Auxiliary)  # which adds a parameter times 0

@@ -59,7 +59,7 @@ def added(seen: Seen, call: Call) -> Any:
         if known is None and not accounted_for(seen, term):
             return seen.lose(call.result, seen.why_lost(term) or NO_SAMPLES)
     # As they are now: ``a += b`` writes the sum to ``a``.
-    apart = [term.clone() if isinstance(term, Tensor) and seen.is_penalty(term) else None for term in terms]
+    apart = [term.clone() if isinstance(term, Tensor) and seen.apart(term) else None for term in terms]
     result = call.result
     made = common([known for known in reduced if known is not None])
     if any(known is not None and known.contributions is None for known in reduced):
@@ -164,7 +164,7 @@ def stacked(seen: Seen, call: Call) -> Any:
         none, nothing = result.new_zeros(seen.size), result.new_zeros(())
         columns = [none if part is None or part.contributions is None else part.contributions for part in parts]
         apart = [
-            part.penalty if part is not None else tensor if seen.is_penalty(tensor) else None
+            part.penalty if part is not None else tensor if seen.apart(tensor) else None
             for tensor, part in zip(tensors, parts, strict=True)
         ]
         some = any(one is not None for one in apart)

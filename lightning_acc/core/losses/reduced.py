@@ -139,10 +139,6 @@ class Seen:
         """Whether a tensor is made of the module's own tensors alone, so that no sample is in it."""
         return id(thing) in self._apart
 
-    def is_penalty(self, thing: object) -> bool:
-        """The same, of one that is not multiplied by 0."""
-        return self.apart(thing) and not self.nothing(thing)
-
     def follow(self, call: Call, result: Any) -> None:
         """See whether ``result`` is made of the module's own tensors alone."""
         if not self._follows:
