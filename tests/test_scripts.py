@@ -51,7 +51,7 @@ def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
 def script(name: str, *arguments: str) -> str:
     """What a script prints, run as people do."""
     words = [sys.executable, str(SCRIPTS / name), *arguments]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
