@@ -78,7 +78,7 @@ def test_the_wheel_of_the_install_section_holds_the_whole_package(tmp_path: Path
     done = subprocess.run(words, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = source.glob("*.whl")
-    assert f"pip install {wheel.name}" in README
+    assert f'pip install "{wheel.name}[all]"' in README
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lightning_acc/")}
     assert packed == {path.relative_to(source).as_posix() for path in (source / "lightning_acc").rglob("*") if path.is_file()}
 
