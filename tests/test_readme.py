@@ -88,7 +88,7 @@ def test_the_commands_work_and_the_demo_keeps_its_promises(tmp_path: Path) -> No
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = [line.partition("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
     verbs = [words for words in commands if words[0] == "lightning-acc"]
-    assert len(verbs) == 15
+    assert len(verbs) == 16
     assert "# estimates for every sample; or --removals group:label, whole groups" in README
     verbs.append(["lightning-acc", "score", "runs/digits", "--method", "acc-sgd-ie", "--removals", "group:label"])
     assert "lightning-acc run --config configs/digits.yaml" in (ROOT / "scripts/demo").read_text()

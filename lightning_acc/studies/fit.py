@@ -21,7 +21,7 @@ from lightning_acc.judge.agreement import as_text, evaluate
 from lightning_acc.judge.cleaning import BEST, clean
 from lightning_acc.judge.cleaning_table import as_text as as_lines
 from lightning_acc.methods import registry
-from lightning_acc.progress import watched_by
+from lightning_acc.progress import duration, watched_by
 from lightning_acc.record.store import Store
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.run import Run
@@ -218,7 +218,7 @@ def _score_all(recorded: Run, options: Any) -> None:
             ray_address=options.ray_address,
             memory_gb=options.memory_gb,
         )
-        print(f"{scores}\n{scores.conditions['seconds']:.1f} s of work")
+        print(f"{scores}\n{duration(scores.conditions['seconds'])} of work")
     if options.examples:
         examples = some_examples(recorded, options.query, options.examples)
         memory: dict[str, Any] = {"ray_address": options.ray_address, "memory_gb": options.memory_gb}
