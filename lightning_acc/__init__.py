@@ -5,8 +5,8 @@ this very run would have ended with without it; ``evaluate`` compares the estima
 
 The house, room by room; each may import those above it in this list, and none below (a test reads the imports):
 
-* ``errors``, ``arguments``, ``credentials``, ``progress``, ``contract``: the ground floor. ``arguments`` checks what users
-  pass, ``credentials`` hides what is secret; ``contract`` is all that a user's module may define, on one page.
+* ``errors``, ``arguments``, ``credentials``, ``extras``, ``progress``, ``contract``: the ground floor. ``arguments`` checks
+  what users pass, ``credentials`` hides what is secret; ``contract`` is all that a user's module may define, on one page.
 * ``record``: the run directory as plain data. *Another file, another storage, another schema: here.*
 * ``core``: F, the training step as a pure function, written once. *Another optimizer: a rule in* ``core.optimizers``.
   *Another kind of question: ``core.queries``. Another device or number format:* ``core.replay``, *which alone moves data.*

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import math
 import numbers
 import operator
 import os
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NoReturn
 
 from lightning_acc.errors import RequestError
 
@@ -20,6 +23,37 @@ def shown(value: object) -> str:
     except Exception:  # of a class of the user's own, or of a number with thousands of digits
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """``: did you mean <one of words>?``, where one is like ``word``; else nothing."""
+    near = difflib.get_close_matches(word, list(words), 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+class NotUnderstood(argparse.ArgumentError):
+    """Words of a command that no verb takes; one sentence."""
+
+
+class InOneSentence:
+    """Mixed into an ``argparse`` parser: what is wrong with the words of a command is raised as one sentence."""
+
+    prog: str
+    _option_string_actions: dict[str, Any]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise ``NotUnderstood``, with the option that may have been meant."""
+        raised = sys.exc_info()[1]
+        if isinstance(raised, NotUnderstood):  # parsers take the errors of parsers up, to tell them once more
+            raise raised
+        unknown = re.match(r"(?:unrecognized arguments|ambiguous option): (?:.*? )??(--[^\s=,]+)", message)
+        if unknown:
+            word = unknown[1].replace("_", "-")
+            options = (name.replace("_", "-") for name in self._option_string_actions if name.startswith("--"))
+            message = f"There is no option {word}{meant(word, options)}"
+        message = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r'Parser key "(.+?)":', r"--\1:", message))
+        sentence = " ".join(message.split()).rstrip(".")
+        raise NotUnderstood(None, f"{sentence}{'' if sentence.endswith('?') else '.'} See {self.prog} --help.") from ex
 
 
 def index(value: object) -> int | None:

@@ -27,6 +27,22 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words, to about two digits: ``0.45 s``, ``40 s``, ``2 min 5 s``, ``10 min``, ``5 h 12 min``, ``3 days``."""
+    if seconds < 59.5:
+        return f"{two_digits(seconds)} s"
+    for limit, size, unit, smaller in ((3570, 60, "min", "s"), (172800, 3600, "h", "min")):
+        if seconds < limit:
+            whole, rest = divmod(round(seconds / size * 60), 60)
+            return f"{whole} {unit} {rest} {smaller}" if whole < 10 and rest else f"{round(seconds / size)} {unit}"
+    return f"{two_digits(seconds / 86400)} days"
+
+
+def two_digits(value: float) -> str:
+    """A positive number, to two digits, or as many as stand before its point."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
 class Progress:
     """Follows ``parts`` pieces of work, each reporting the fraction of it that is done.
 
@@ -74,7 +90,7 @@ class Progress:
         self._bar.postfix = speed
         self._bar.update(100.0 * done - self._bar.n)
         if self._lines is not None and left is not None:
-            self._lines.say(done, f"{100 * done:.0f} %, {speed}, {gone:.0f} s gone, {left:.0f} s left")
+            self._lines.say(done, f"{100 * done:.0f} %, {speed}, {duration(round(gone))} gone, {duration(round(left))} left")
         for watcher in _watchers:
             watcher(done, rate, left)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from problems import data, make, record
 from scipy import stats
@@ -171,3 +172,13 @@ def test_the_truth_is_that_of_the_same_steps(tmp_path: Path) -> None:
     run.store.write("evaluation.json", as_json(run, without))
     with pytest.raises(la.RunError, match="delete it and evaluate again"):
         read(run)
+
+
+def test_a_terminal_of_100_columns_holds_the_widest_table_with_the_verdict_in_front() -> None:
+    figures = dict.fromkeys(("rmse", "rmse_sd", "kendall", "spearman", "lds", "lds_each", "qld", "seconds"), -0.000123456)
+    words = {"method": "acc-low-rank", "at": "along:20", "readout": "linear", "removals": "samples", "verdict": "unreliable"}
+    lines = as_text(pa.Table.from_pylist([{**words, **figures, "runs": 4, "n": 60000}] * 3)).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) > 4  # in blocks
+    assert lines[1].split()[:6] == ["acc-low-rank", "along:20", "4", "linear", "samples", "unreliable"]
+    assert "seconds" in " ".join(lines)

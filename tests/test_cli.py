@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 import lightning_acc as la
 from lightning_acc.cli import main
+from lightning_acc.core import rebuild
 from lightning_acc.record import manifest
 from lightning_acc.record.store import Store
 
@@ -169,6 +171,70 @@ def test_help_names_the_verbs_and_their_options(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "top:N@METHOD" in out
     assert "--ray-address" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["scor", "runs/x"], "There is no verb scor: did you mean score? See lightning-acc --help."),
+        (["frobnicate"], "There is no verb frobnicate. See lightning-acc --help."),
+        (
+            ["score", "x", "--methd", "loo"],
+            "There is no option --methd: did you mean --method? See lightning-acc score --help.",
+        ),
+        (
+            ["score", "x", "--memory_bg=3"],
+            "There is no option --memory-bg: did you mean --memory-gb? See lightning-acc score --help.",
+        ),
+        (
+            ["clean", "x", "--fraction", "0.3"],
+            "There is no option --fraction: did you mean --fractions? See lightning-acc clean --help.",
+        ),
+        (
+            ["study", "--study.sedes=3"],
+            "There is no option --study.sedes: did you mean --study.seeds? See lightning-acc study --help.",
+        ),
+        (["fit", "--confg=x"], "There is no option --confg: did you mean --config? See lightning-acc fit --help."),
+        (["score", "x", "--top=many"], "--top: Expected a int. Got value: many. See lightning-acc score --help."),
+        (["audit"], "the following arguments are required: run. See lightning-acc audit --help."),
+        (["audit", "a", "b"], "unrecognized arguments: b. See lightning-acc audit --help."),
+    ],
+)
+def test_words_that_are_not_understood_are_one_line(words: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(words)
+    assert exit_status.value.code == 2
+    assert capsys.readouterr().err == f"lightning-acc: {meant}\n"
+
+
+def test_the_module_of_a_local_file_is_a_line_to_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is typed, in a process that knows nothing of the module but its file."""
+    from problems import make, record
+
+    record(tmp_path / "a run", make(hidden=4))
+    manifest.write(
+        store := Store(tmp_path / "a run"),
+        {**manifest.read(store), "module": {"class": "my_own_net:Net", "hyper_parameters": {"hidden": 4}}},
+    )
+    rebuild.LIVE.clear()  # as in a new process
+    (tmp_path / "my_own_net.py").write_text("from problems import Net\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parent.parent}")
+        with pytest.raises(SystemExit):
+            main(["audit", "a run"])
+        line = capsys.readouterr().err.partition(" If you trust it, type: ")[2].strip()
+        assert line == "PYTHONPATH=.:$PYTHONPATH lightning-acc audit 'a run' --trust my_own_net"
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+        assert "bit for bit" in done.stdout, done.stderr
+        patch.chdir(tmp_path / "a run")  # where it is not
+        patch.delenv("PYTHONPATH")
+        with pytest.raises(SystemExit):
+            main(["audit", "."])
+        assert capsys.readouterr().err.endswith(
+            "type: PYTHONPATH=FOLDER_OF_my_own_net lightning-acc audit . --trust my_own_net\n"
+        )
 
 
 def test_wandb_files_contain_tables_pictures_and_figures(ran: tuple[Path, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "lightning_acc"
-GROUND = {"errors", "arguments", "credentials", "progress", "contract"}
+GROUND = {"errors", "arguments", "credentials", "extras", "progress", "contract"}
 """What every room may use; it uses nothing."""
 BELOW = {
     "record": set(),

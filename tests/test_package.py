@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from problems import make, record
+
+import lightning_acc as la
+from lightning_acc.extras import EXTRAS
+from lightning_acc.scoring import cluster
+from lightning_acc.show import tracking
+from lightning_acc.studies.data import AdultDataModule, DigitsDataModule
+
+ROOT = Path(__file__).parent.parent
 
 BLOCKED = """
 import sys
@@ -32,14 +42,89 @@ def test_scoring_needs_neither_ray_nor_wandb_nor_datasets(tmp_path: Path) -> Non
     assert done.stdout == "acc-sgd-ie\n"
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    script = "import sys, lightning_acc, lightning_acc.cli; print([m for m in ('torch', 'ray', 'wandb') if m in sys.modules])"
+def test_an_extra_is_what_the_package_says_it_is() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    core = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    assert core is not None
+    for package, extra in EXTRAS.items():
+        name = {"sklearn": "scikit-learn", "wandb_workspaces": "wandb-workspaces"}.get(package, package)
+        assert re.search(rf'^{extra} = .*"{name}>=', project, re.MULTILINE), package
+        assert f'"{name}' not in core[1]
+    assert f'all = ["lightning-acc[{",".join(dict.fromkeys(EXTRAS.values()))}]"]' in project
+    assert re.search(r"^dev = \[\n +\"lightning-acc\[all,", project, re.MULTILINE)
+
+
+NEEDY: dict[str, Callable[[la.Run], object]] = {
+    "ray": lambda run: cluster.connect("local").__enter__(),
+    "wandb": lambda run: tracking.track(run, None),
+    "wandb_workspaces": lambda run: tracking.workspace(save=False),
+    "datasets": lambda run: run.cleaned_dataset([0]),
+    "sklearn": lambda run: DigitsDataModule().setup(),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
+    run = record(tmp_path_factory.mktemp("extras") / "run", make(hidden=4))
+    la.score(run, "sgd-ie", ray_address=None, check=0)
+    return run
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+def test_what_is_not_installed_is_one_sentence_with_the_line_to_type(
+    run: la.Run, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package:
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(la.RequestError) as error:
+        NEEDY[package](run)
+    said = rf'The package {package} is not installed: type pip install "lightning-acc\[{EXTRAS[package]}\]"(, or .*)?\.'
+    assert re.fullmatch(said, str(error.value))
+
+
+def test_a_package_that_lacks_something_else_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(la.RequestError, match=r"datasets is not installed"):
+        AdultDataModule("nowhere").setup()
+    from lightning_acc.extras import extra
+
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"), extra():
+        import no_such_package  # noqa: F401
+
+
+LIGHT = ("torch", "numpy", "pyarrow", "ray", "wandb", "datasets", "sklearn", "pandas", "pytorch_lightning", "jsonargparse")
+SLOW = (
+    "pytorch_lightning",
+    "lightning",
+    "torchmetrics",
+    "ray",
+    "wandb",
+    "datasets",
+    "sklearn",
+    "pandas",
+    "jsonargparse",
+    "jinja2",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        ("import lightning_acc, lightning_acc.cli", LIGHT),
+        ("from lightning_acc.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass", LIGHT),
+        ("import lightning_acc as la; la.Run, la.score, la.score_matrix, la.evaluate, la.clean, la.plan", SLOW),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(words: str, absent: tuple[str, ...]) -> None:
+    script = f"import sys\n{words}\nprint([name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_only_one_part_each_imports_ray_and_wandb() -> None:
-    root = Path(__file__).parent.parent / "lightning_acc"
+    root = ROOT / "lightning_acc"
     sources = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
     assert [name for name, text in sources.items() if "import ray" in text] == ["scoring/cluster.py"]
     assert {name.rpartition("/")[0] for name, text in sources.items() if "import wandb" in text} == {"show/tracking"}

@@ -23,7 +23,7 @@ from lightning_acc.methods.swept import Swept
 from lightning_acc.planning import plan as plans
 from lightning_acc.planning.calibration import Calibration, Cost
 from lightning_acc.planning.forecasts import forecast
-from lightning_acc.planning.plan import Plan, Resources, amount, duration, plan, recommend
+from lightning_acc.planning.plan import Plan, Resources, amount, plan, recommend
 
 NUMBERS = ("seconds", "work_seconds", "peak_memory_gb", "chunks")
 
@@ -266,14 +266,6 @@ def test_bad_arguments_are_named(run: la.Run, arguments: dict[str, Any], words: 
     with pytest.raises(la.RequestError, match=words) as caught:
         plan(run, **arguments)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.043, "0.043 s"), (3.04, "3 s"), (40.2, "40 s"), (600, "10 min"), (18720, "5.2 h"), (5 * 86400, "5 days")],
-)
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_amounts() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lightning_acc import progress
-from lightning_acc.progress import Progress, watched_by
+from lightning_acc.progress import Progress, duration, watched_by
 
 
 class Clock:
@@ -44,8 +44,8 @@ def test_a_log_gets_few_whole_lines(clock: Clock, capsys: pytest.CaptureFixture[
     assert "\r" not in printed
     lines = printed.splitlines()
     assert len(lines) == 5  # after 5, 35, 65 and 95 seconds, and at the end
-    assert re.fullmatch(r"loo: \d+ %, 0\.[56]\d* removals/s, 5 s gone, \d+ s left", lines[0])
-    assert lines[-1] == "loo: 100 %, 0.6 removals/s, 100 s gone, 0 s left"
+    assert re.fullmatch(r"loo: \d+ %, 0\.[56]\d* removals/s, 5 s gone, \d min \d+ s left", lines[0])
+    assert lines[-1] == "loo: 100 %, 0.6 removals/s, 1 min 40 s gone, 0 s left"
 
 
 def test_a_log_gets_nothing_of_what_is_soon_over_or_not_to_be_shown(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,3 +75,24 @@ def test_watchers_are_told_the_rate_in_removals(clock: Clock) -> None:
     work(clock, 10, told=lambda *figures: told.append(figures))
     assert told[-1] == (1.0, 6.0, 0.0)
     assert told[10] == pytest.approx((0.5, 6.0, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (0.043, "0.043 s"),
+        (3.04, "3 s"),
+        (40.2, "40 s"),
+        (59.6, "1 min"),
+        (125.3, "2 min 5 s"),
+        (599.4, "9 min 59 s"),
+        (600, "10 min"),
+        (3580, "1 h"),
+        (18720, "5 h 12 min"),
+        (39600, "11 h"),
+        (5 * 86400, "5 days"),
+    ],
+)
+def test_durations_are_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

@@ -78,7 +78,7 @@ def test_the_wheel_of_the_install_section_holds_the_whole_package(tmp_path: Path
     done = subprocess.run(words, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = source.glob("*.whl")
-    assert f"pip install {wheel.name}" in README
+    assert f'pip install "{wheel.name}[all]"' in README
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lightning_acc/")}
     assert packed == {path.relative_to(source).as_posix() for path in (source / "lightning_acc").rglob("*") if path.is_file()}
 
@@ -88,7 +88,7 @@ def test_the_commands_work_and_the_demo_keeps_its_promises(tmp_path: Path) -> No
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = [line.partition("#")[0].split() for block in blocks("bash") for line in block.splitlines()]
     verbs = [words for words in commands if words[0] == "lightning-acc"]
-    assert len(verbs) == 15
+    assert len(verbs) == 16
     assert "# estimates for every sample; or --removals group:label, whole groups" in README
     verbs.append(["lightning-acc", "score", "runs/digits", "--method", "acc-sgd-ie", "--removals", "group:label"])
     assert "lightning-acc run --config configs/digits.yaml" in (ROOT / "scripts/demo").read_text()

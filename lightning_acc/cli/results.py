@@ -42,6 +42,17 @@ def export(
         print(f"{len(drop)} ids to drop: {without_credentials(ids)}")
 
 
+def status(run: str) -> None:
+    """Say what is there of a run, what is missing, and which command is next.
+
+    Args:
+        run: the run directory.
+    """
+    from lightning_acc.show.status import status as tell
+
+    print(tell(run))
+
+
 def report(run: str) -> None:
     """Write the page report/index.html in the run directory.
 

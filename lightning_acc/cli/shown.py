@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_acc.progress import duration
 from lightning_acc.scoring.scores import Scores
 
 
@@ -13,7 +14,9 @@ def shown(scores: Scores, top: int) -> str:
         lines.append(f"{c['reused']} of {c['n']} removals were stored before, {c['n'] - c['reused']} are new")
     if c.get("banked"):
         lines.append(f"{c['banked']} were retrained without before, for another question: nothing was trained for them")
-    lines.append(f"{scores}\n{c['seconds']:.1f} s of work in {c['wall_seconds']:.1f} s, peak {c['peak_memory_gb']:.2f} GB")
+    lines.append(
+        f"{scores}\n{duration(c['seconds'])} of work in {duration(c['wall_seconds'])}, peak {c['peak_memory_gb']:.2f} GB"
+    )
     table = scores.table
     names = scores.names  # once: it is made of the whole table
     sizes = [f" ({len(removal)} samples)" if removal in names and len(removal) > 1 else "" for removal in scores.removals]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lightning_acc import arguments
 from lightning_acc.cli.matrix import matrix
-from lightning_acc.cli.results import dashboards, export, report, track
+from lightning_acc.cli.results import dashboards, export, report, status, track
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.studies.grid import Study
@@ -245,6 +245,7 @@ VERBS: dict[str, Any] = {
     "fit": fit,
     "audit": audit,
     "repair": repair,
+    "status": status,
     "plan": plan,
     "score": score,
     "matrix": matrix,

@@ -17,7 +17,7 @@ import torch
 from lightning_acc import arguments
 from lightning_acc.core.modules.compiled import is_compiled, plain_copy, plain_name
 from lightning_acc.credentials import without_credentials
-from lightning_acc.errors import RunError
+from lightning_acc.errors import ImportRefused, RunError
 from lightning_acc.record.record import Record, Trust
 
 REMEDY = (
@@ -108,10 +108,14 @@ def build(description: dict[str, Any], trust: Trust = False) -> torch.nn.Module:
         remedy = "put its folder on the PYTHONPATH"
         if PROGRAM in place.split("."):
             remedy = "it was defined in the script that trained; define it in a file of its own and import it there"
-        raise RunError(
+        said = (
             f"The run's module {shown} cannot be imported here ({_words(error)}): {remedy}, or open the run as "
             "Run(path, module=...)."
-        ) from error
+        )
+        top = place.partition(".")[0]
+        if top != PROGRAM and isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise ImportRefused(said, missing=top, untrusted="" if is_allowed(place, trust) else top) from error
+        raise RunError(said) from error
     if not _is_lightning_module(found):
         raise RunError(
             f"The run names {shown} as its module, which is no LightningModule and is not called: get the run "
@@ -173,13 +177,14 @@ def _find(place: str, name: str, trust: Trust) -> Any:
         raise ImportError(f"{place} is a program, which is never imported")
     # Looking for a package executes nothing; importing it does.
     if top not in sys.modules and importlib.util.find_spec(top) is None:
-        raise ModuleNotFoundError(f"No module named {top!r}")
+        raise ModuleNotFoundError(f"No module named {top!r}", name=top)
     if not is_allowed(place, trust):
         kind, needed = ("module", place) if top in sys.modules else ("package", top)
-        raise RunError(
+        raise ImportRefused(
             f"The run's module {place}:{name} is in the {kind} {needed!r}, which importing would execute and nothing here has "
             f"imported: if you trust it, import it first, or open the run as Run(path, trust=[{needed!r}]), with --trust "
-            f"{needed}, or with {TRUST_VARIABLE}={needed} in the environment."
+            f"{needed}, or with {TRUST_VARIABLE}={needed} in the environment.",
+            untrusted=needed,
         )
     found: Any = sys.modules[place] if place in sys.modules else importlib.import_module(place)
     for part in name.split("."):

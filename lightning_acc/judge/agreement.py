@@ -19,6 +19,8 @@ from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.figures import shown
 
 NAME = "evaluation.json"
+WIDTH = 100
+"""Columns of a terminal that a table fits."""
 WORDS = ("method", "query", "at", "readout", "dtype", "removals", "verdict")
 """Of a row of ``evaluate``; all else are figures."""
 
@@ -150,8 +152,9 @@ def as_text(table: pa.Table) -> str:
     """The table of ``evaluate`` for a terminal."""
     several = any(runs != 1 for runs in table["runs"].to_pylist())
     lds = [column for column in ("lds", "lds_each", "qld") if any(one is not None for one in table[column].to_pylist())]
-    first = ["method", "at", *(["runs"] if several else []), "readout", "removals"]
-    columns = [*first, "rmse", "rmse_sd", "kendall", "spearman", "n", *lds, "seconds", "verdict"]
+    first = ["method", "at", *(["runs"] if several else []), "readout", "removals", "verdict"]
+    columns = [*first, "rmse", "rmse_sd", "kendall", "spearman", "n", *lds, "seconds"]
     frame = table.select(columns).to_pandas()
-    text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}")
+    # Wider tables are broken into blocks of columns.
+    text: str = frame.to_string(index=False, float_format=lambda value: f"{value:.3g}", line_width=WIDTH)
     return text

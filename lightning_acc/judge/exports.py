@@ -15,6 +15,7 @@ from lightning_acc import arguments
 from lightning_acc.core import removals
 from lightning_acc.core.queries.moments import END, in_words
 from lightning_acc.errors import RequestError
+from lightning_acc.extras import extra
 from lightning_acc.judge.agreement import stored_scores, truth_for
 from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
@@ -181,9 +182,10 @@ def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset 
                 "give the training split that was recorded, or none to take what the run recorded."
             )
         return dataset.select(kept)
-    import datasets
     import pyarrow as pa
 
+    with extra():
+        import datasets
     described = run.sample_info()
     rows = None if described is None else described.take(kept)
     names = set() if rows is None else set(rows.column_names)

@@ -28,7 +28,7 @@ from lightning_acc.errors import RequestError
 from lightning_acc.methods.registry import METHODS, TRUTH, is_ranking, is_truth, place
 from lightning_acc.planning.calibration import Calibration, Cost
 from lightning_acc.planning.forecasts import forecast
-from lightning_acc.progress import Progress
+from lightning_acc.progress import Progress, duration, two_digits
 from lightning_acc.record.record import Record, opened
 
 if TYPE_CHECKING:
@@ -233,24 +233,12 @@ def recommend(seconds: Mapping[str, Callable[[int], float]], n: int) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them, to two digits: ``0.45 s``, ``40 s``, ``10 min``, ``5.2 h``, ``3 days``."""
-    for limit, size, unit in ((99.5, 1, "s"), (5970, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{_two_digits(seconds / size)} {unit}"
-    return f"{_two_digits(seconds / 86400)} days"
-
-
 def amount(gigabytes: float) -> str:
     """A size in GB, MB or kB, to two digits."""
     for scale, unit in ((2**20, "kB"), (2**10, "MB")):
         if gigabytes * scale < 999.5:
-            return f"{_two_digits(gigabytes * scale)} {unit}"
-    return f"{_two_digits(gigabytes)} GB"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+            return f"{two_digits(gigabytes * scale)} {unit}"
+    return f"{two_digits(gigabytes)} GB"
 
 
 def _table_bytes(removals: Sequence[Removal]) -> float:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_acc import arguments
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import InfluenceError, RequestError
+from lightning_acc.extras import extra
 from lightning_acc.scoring.worker import Desk, Done, work_for_desk, work_in_steps
 
 if TYPE_CHECKING:
@@ -254,8 +255,8 @@ def connect(address: str) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # by default 20: a busy machine may take longer
-    import ray
-
+    with extra("compute in this process, with ray_address=None (--ray-address null)"):
+        import ray
     arguments.ray_address(address)
     ours = not ray.is_initialized()
     if ours:

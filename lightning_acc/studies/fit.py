@@ -9,17 +9,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_acc import arguments
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.judge.agreement import as_text, evaluate
 from lightning_acc.judge.cleaning import BEST, clean
 from lightning_acc.judge.cleaning_table import as_text as as_lines
 from lightning_acc.methods import registry
-from lightning_acc.progress import watched_by
+from lightning_acc.progress import duration, watched_by
 from lightning_acc.record.store import Store
 from lightning_acc.recorder import TrajectoryRecorder
 from lightning_acc.run import Run
@@ -69,8 +71,18 @@ class Influence:
     wandb: bool = True
 
 
+class Parser(arguments.InOneSentence, LightningArgumentParser):
+    """LightningCLI's parser."""
+
+
 class RecordingCLI(LightningCLI):
     """LightningCLI with the recorder as a callback of its own and the options of ``run``."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, as LightningCLI makes its own."""
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file (YAML or JSON).")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the groups ``recorder`` and ``influence``."""
@@ -206,7 +218,7 @@ def _score_all(recorded: Run, options: Any) -> None:
             ray_address=options.ray_address,
             memory_gb=options.memory_gb,
         )
-        print(f"{scores}\n{scores.conditions['seconds']:.1f} s of work")
+        print(f"{scores}\n{duration(scores.conditions['seconds'])} of work")
     if options.examples:
         examples = some_examples(recorded, options.query, options.examples)
         memory: dict[str, Any] = {"ray_address": options.ray_address, "memory_gb": options.memory_gb}

@@ -21,7 +21,7 @@ from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.methods.memory import TRAINING, chunk_size
 from lightning_acc.methods.registry import TRUTH
 from lightning_acc.methods.rules import LeaveOneOut
-from lightning_acc.planning.plan import duration
+from lightning_acc.progress import duration
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.verdict import FAITHFUL, FEWEST, Verdict, judge, judge_each, unchecked
 

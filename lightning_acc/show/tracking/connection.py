@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 import pyarrow as pa
 
 from lightning_acc.credentials import is_secret, without_credentials
+from lightning_acc.extras import extra
 from lightning_acc.judge import agreement, cleaning_table
 from lightning_acc.record import tables as parquet
 from lightning_acc.record.record import Record
@@ -43,9 +44,8 @@ def logger_options() -> dict[str, Any]:
 
 def finish() -> None:
     """End the W&B run that is open in this process, if there is one."""
-    import wandb
-
-    if wandb.run is not None:
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
         wandb.finish()
 
 
@@ -74,8 +74,8 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
         project: None takes that of the training's logger, else ``lightning-acc``.
         directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
     """
-    import wandb
-
+    with extra():
+        import wandb
     training = _training(run)
     directory = directory or os.environ.get("WANDB_DIR") or "."
     os.makedirs(directory, exist_ok=True)
@@ -100,8 +100,8 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
 
 
 def _settings() -> Any:
-    import wandb
-
+    with extra("leave W&B out (--influence.wandb false)"):
+        import wandb
     # W&B notes the words of the command line. It must not where one of them holds a password.
     words = sys.argv[1:]
     secret = any(without_credentials(word) != word or (word.startswith("-") and is_secret(word)) for word in words)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_acc.errors import RequestError
+from lightning_acc.extras import extra
 from lightning_acc.methods import registry
 from lightning_acc.show.tracking import panels
 from lightning_acc.show.tracking.connection import PROJECT, mode
@@ -56,8 +57,8 @@ def workspace(
         raise RequestError(f"The workspace of {project} cannot be saved without a key: run wandb login first.")
     if online and not entity:
         with _refusals(project):
-            import wandb
-
+            with extra():
+                import wandb
             entity = str(wandb.Api().default_entity or "")
     built = _build(project, entity, tables)
     saved = _saved(directory)
@@ -145,7 +146,7 @@ def _word(path: Path) -> str:
 
 
 def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace:
-    with warnings.catch_warnings():
+    with extra(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the library's own, of pydantic
         from wandb_workspaces import workspaces as ws
         from wandb_workspaces.reports.v2 import interface as wr

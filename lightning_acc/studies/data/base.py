@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_acc.errors import RequestError
+from lightning_acc.extras import extra
 
 DATA_VARIABLE = "LIGHTNING_ACC_DATA"
 """Environment variable: a folder with local copies, laid out as on the Hub (``<owner>/<name>/data/*.parquet``)."""
@@ -201,8 +202,8 @@ def load(name: str, path: str | None, split: str) -> Any:
     Raises:
         RequestError: it cannot be loaded.
     """
-    import datasets
-
+    with extra():
+        import datasets
     if path is None:
         copies = os.environ.get(DATA_VARIABLE)
         path = os.path.join(copies, name) if copies and os.path.isdir(os.path.join(copies, name)) else name

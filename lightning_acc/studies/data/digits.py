@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from lightning_acc.extras import extra
 from lightning_acc.studies.data.base import Samples, StudyDataModule, png
 
 N_TEST = 500
@@ -38,8 +39,8 @@ class DigitsDataModule(StudyDataModule):
 
     @cached_property
     def _data(self) -> tuple[np.ndarray, np.ndarray]:
-        from sklearn.datasets import load_digits
-
+        with extra():
+            from sklearn.datasets import load_digits
         images, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(labels))
         return (images[order] / 16).astype(np.float32), labels[order].astype(np.int64)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_acc.errors import RequestError
+from lightning_acc.extras import extra
 from lightning_acc.studies.data.base import Samples, StudyDataModule, load
 
 NAME = "SetFit/20_newsgroups"
@@ -68,8 +69,8 @@ class NewsgroupsDataModule(StudyDataModule):
 
     def _vectorizer(self) -> Any:
         if not hasattr(self, "_fitted"):
-            from sklearn.feature_extraction.text import TfidfVectorizer
-
+            with extra():
+                from sklearn.feature_extraction.text import TfidfVectorizer
             vectorizer = TfidfVectorizer(stop_words="english", max_features=self.words, token_pattern=r"(?u)\b[a-zA-Z]{2,}\b")
             self._fitted = vectorizer.fit(self._load("train")[0])
         return self._fitted
