@@ -50,7 +50,7 @@ class Step:
     """The recorded step ``t``.
 
     Args:
-        objective: the per-sample losses.
+        objective: the per-sample losses; batches and weights are moved to where it computes.
         update: the optimizer's U.
         accumulated: the batches whose gradients are accumulated; usually one. Their samples together are B occurrences.
         sample_ids: whose occurrence each row is, (B,).
@@ -72,9 +72,10 @@ class Step:
         own_rows: bool = False,
     ) -> None:
         self.objective = objective
-        self.accumulated = [Batch(batches.cast(batch.leaves, objective.dtype), batch.rng) for batch in accumulated]
+        dtype, device = objective.dtype, objective.device
+        self.accumulated = [Batch(batches.cast(batch.leaves, dtype, device), batch.rng) for batch in accumulated]
         self.sample_ids = sample_ids
-        self.weights = weights.to(objective.dtype)
+        self.weights = weights.to(device, dtype)
         self.groups = groups
         # Under 16-mixed the loss was scaled on its way back, so that small gradients are numbers of float16.
         self.scale = float(groups[0].get("loss_scale", 1.0))
