@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from lightning_acc.record.record import Record
 CPU = torch.device("cpu")
 AUTO, CUDA = "auto", "cuda"
 KINDS = [CPU.type, CUDA]
+CONTEXT_BYTES = 2**29
+"""What a process takes of a card beside its tensors."""
 
 
 def chosen(device: str, run: Record) -> torch.device:
@@ -89,6 +92,19 @@ def seed(device: torch.device, number: int) -> None:
     torch.default_generator.manual_seed(number)
     if device.type == CUDA:
         torch.cuda.default_generators[device.index or 0].manual_seed(number)
+
+
+def of_worker(device: torch.device) -> torch.device:
+    """The same for a worker of Ray, which sees the card that it was given alone."""
+    return torch.device(device.type)
+
+
+def share(device: torch.device, memory: int) -> float:
+    """How much of a card is needed to compute with ``memory`` bytes there, from 0 for none to 1."""
+    if device.type != CUDA:
+        return 0.0
+    whole = torch.cuda.get_device_properties(device).total_memory
+    return min(1.0, math.ceil(100 * (memory + CONTEXT_BYTES) / whole) / 100)
 
 
 def peak_gb(device: torch.device) -> float:

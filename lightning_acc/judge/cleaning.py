@@ -252,7 +252,9 @@ def _train_all(
     amount = sum(len(piece.dropped) for piece in left)
     failures: list[tuple[int, str]] = []
     with Progress(f"cleaning · {amount} trainings", len(left), progress, amount, "trainings") as bar:
-        for piece, result in cluster.each(_test_retrained, job, left, ray_address, bar, _halves):
+        gpu = devices.share(job.device, job.memory)
+        job = job if ray_address is None else replace(job, device=devices.of_worker(job.device))
+        for piece, result in cluster.each(_test_retrained, job, left, ray_address, bar, _halves, gpu):
             if isinstance(result, cluster.Failure):
                 failures.append((piece.seed, result.reason))
                 continue
