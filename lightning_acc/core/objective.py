@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_acc.core.devices import CPU, generators_kept
 from lightning_acc.core.losses.per_sample import Losses, Reduction, Source, losses_of
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.modules.checkpointing import kept_activations
@@ -70,6 +71,7 @@ class Objective:
         evaluation_modules: names of the submodules that are in evaluation mode during training.
         tensors: values of buffers and untrained parameters, by name.
         dtype: floating-point dtype of the computation.
+        device: where it is done.
         independent_rows: whether the loss of a sample alone equals its loss within a batch, so that single samples may
             be taken out of a batch to save time.
         penalised: whether the loss of a batch has terms that no sample is in.
@@ -90,6 +92,7 @@ class Objective:
         evaluation_modules: list[str] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
         independent_rows: bool = False,
         penalised: bool = False,
         vectorised: bool = True,
@@ -100,11 +103,11 @@ class Objective:
         self.structure = structure
         self.source = source
         self.reduction = reduction
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.independent_rows = independent_rows
         self.penalised = penalised
         module = silent_copy(module, trainer)
-        module.to("cpu", dtype).train()  # before the values: a narrower dtype would round them
+        module.to(device, dtype).train()  # before the values: a narrower dtype would round them
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
         for name in evaluation_modules or []:
             module.get_submodule(name).training = False
@@ -132,7 +135,7 @@ class Objective:
         """The same, but what the module keeps of it in its attributes is there for the next call."""
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
-        narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
+        narrower = torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None, cache_enabled=False)
         with narrower, default_dtype(self._default), kept_activations(), eagerly(), batches.put_together(batch) as whole:
             return torch.func.functional_call(self._call, named, (function, whole))
 
@@ -214,7 +217,7 @@ class Objective:
                 self._vmap = False
         results = []
         for i, theta in enumerate(thetas):
-            again = torch.random.fork_rng(devices=[], enabled=i < len(thetas) - 1)  # the same random numbers for each
+            again = generators_kept(self.device, enabled=i < len(thetas) - 1)  # the same random numbers for each
             with again, traceable():  # these too may be differentiated twice
                 results.append(function(theta, batches.rows(leaves, torch.tensor(i)) if own_rows else leaves))
         return torch.stack(results)

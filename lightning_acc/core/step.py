@@ -52,7 +52,7 @@ class Step:
     """The recorded step ``t``.
 
     Args:
-        objective: the per-sample losses.
+        objective: the per-sample losses; batches and weights are moved to where it computes.
         update: the optimizer's U.
         accumulated: the batches whose gradients are accumulated; usually one. Their samples together are B occurrences.
         sample_ids: whose occurrence each row is, (B,).
@@ -74,9 +74,10 @@ class Step:
         own_rows: bool = False,
     ) -> None:
         self.objective = objective
-        self.accumulated = [Batch(batches.cast(batch.leaves, objective.dtype), batch.rng) for batch in accumulated]
+        dtype, device = objective.dtype, objective.device
+        self.accumulated = [Batch(batches.cast(batch.leaves, dtype, device), batch.rng) for batch in accumulated]
         self.sample_ids = sample_ids
-        self.weights = weights.to(objective.dtype)
+        self.weights = weights.to(device, dtype)
         self._recorded = weights
         self.groups = groups
         # Under 16-mixed the loss was scaled on its way back, so that small gradients are numbers of float16.
@@ -139,7 +140,7 @@ class Step:
         parts = []
         for some, recorded in zip(weights.split(sizes, -1), self._recorded.split(sizes, -1), strict=True):
             share = recorded.amax(-1, True) if self.objective.reduction == "sum" else recorded.sum(-1, True)
-            parts += [some, share.to(some.dtype).expand(*some.shape[:-1], 1)]
+            parts += [some, share.to(some).expand(*some.shape[:-1], 1)]
         return torch.cat(parts, -1)
 
     def evaluate(self, theta: Parameters, function: LossFunction) -> Tensor:

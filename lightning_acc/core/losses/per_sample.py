@@ -56,7 +56,7 @@ def losses_of(module: nn.Module, batch: Any, source: Source, reduction: Reductio
         losses, weights = of_single_samples(module, batch), None
     if weights is not None:
         return Losses(losses, shares(weights).to(losses.dtype))
-    return Losses(losses, even(size_of(batch), reduction, losses.dtype))
+    return Losses(losses, even(size_of(batch), reduction, losses.dtype).to(losses.device))
 
 
 def even(size: int, reduction: Reduction, dtype: torch.dtype) -> Tensor:
@@ -129,7 +129,7 @@ def reduction_of(reduced: Reduced, size: int) -> Reduction:
         return "sum"
     if reduced.weights is None:
         return "mean"
-    uneven = not torch.allclose(reduced.weights.double(), torch.full((size,), 1 / size, dtype=torch.float64))
+    uneven = not torch.allclose(reduced.weights.double(), torch.full_like(reduced.weights, 1 / size, dtype=torch.float64))
     return "weighted" if reduced.counted or uneven else "mean"
 
 
@@ -144,7 +144,7 @@ def separated(reduced: Reduced, size: int, reduction: Reduction) -> Losses:
     """The losses ``c_i / w_i`` of samples that contribute c_i, 0 where the weight is; and the penalty."""
     assert reduced.contributions is not None
     contributions = reduced.contributions.reshape(size)
-    weights = weights_of(reduced, size, reduction, contributions.dtype)
+    weights = weights_of(reduced, size, reduction, contributions.dtype).to(contributions.device)
     some = weights != 0
     losses = torch.where(some, contributions / torch.where(some, weights, 1), 0)
     return Losses(losses, weights, None if reduced.penalty is None else reduced.penalty.reshape(()))
