@@ -249,7 +249,7 @@ def test_it_is_nearer_to_the_truth_than_sgd_ie(tmp_path: Path, name: str) -> Non
 
 def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
-    assert budget.most_by_the_update(run) == 30  # (20 trainings of 24 samples in 4 steps) / 4
+    assert budget.most_by_the_update(run) == int(20 * (32_000 / run.n_parameters + 6 / 25))  # of steps of 6 samples
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N
     assert "among" not in everyone.conditions

@@ -13,8 +13,9 @@ TRACKED_WORK = 6e11
 leaves 20."""
 MOST_FOLLOWED, FEWEST_FOLLOWED, FOLLOWED_WORK = 256, 12, 4e11
 """Screened, as many are followed as keep occurrences * parameters * followed below this, and at least so many."""
-DEFECT_TRAININGS, ROW_OCCURRENCES = 20, 4
-"""As many removals follow the update as cost so many trainings, in each step of which one takes as long as so many samples."""
+DEFECT_TRAININGS, STEP_NUMBERS, OCCURRENCES = 20, 32_000, 25
+"""As many removals follow the update as cost so many trainings. A step of a training takes as long as the update of so many
+numbers, and of as many more as there are parameters for every 25 of its occurrences; measured with scripts/bench_defect.py."""
 EXACT_WORK = 3e11
 """Multiplications spent on the exact readout: removals * examples * parameters."""
 
@@ -71,8 +72,8 @@ def most_followed(run: Record) -> int:
 
 def most_by_the_update(run: Record) -> int:
     """How many removals follow the update where its defect is, unless asked for."""
-    occurrences = training_work(run) / run.n_parameters
-    return max(FEWEST_FOLLOWED, int(DEFECT_TRAININGS * occurrences / (ROW_OCCURRENCES * run.n_steps)))
+    step = STEP_NUMBERS + training_work(run) / run.n_steps / OCCURRENCES
+    return max(FEWEST_FOLLOWED, int(DEFECT_TRAININGS * step / run.n_parameters))
 
 
 def training_work(run: Record) -> float:
