@@ -120,7 +120,7 @@ def score(
         at: when it is read: end; along, the mean over every 20th step, 20 at least (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
         readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
-            default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin.
+            default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin, and for acc-low-rank of Adam and the like.
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
@@ -130,7 +130,7 @@ def score(
         directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and can be
             afforded.
         followed: of acc-low-rank: how many of the most influential samples it follows exactly; large runs are done so by
-            default.
+            default. Of Adam and the like, and where gradients are clipped: how many it takes through the optimizer's updates.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """

@@ -194,7 +194,8 @@ def plan(
     resident, disk = resident_bytes(), _table_bytes(distinct)
     rows = []
     for name, method in METHODS.items():
-        row: dict[str, Any] = {"method": name, "readout": method.readout, "n": n, "disk_gb": disk / 2**30}
+        readout = method.settled(run, keep_shifts=False).default_readout(keep_shifts=False)
+        row: dict[str, Any] = {"method": name, "readout": readout, "n": n, "disk_gb": disk / 2**30}
         if name in costs:
             row["disk_gb"] += method.scratch_bytes(calibration.replay) / 2**30
             cost = costs[name]

@@ -69,7 +69,8 @@ def score(
         readout: ``"exact"`` evaluates the query at the shifted parameters; ``"linear"`` takes the shift's product with its
             gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
             ``tracin``, whose one reverse sweep then answers for all samples; asked for ``"exact"`` these carry shifts too.
-            For ``acc-low-rank`` None is exact, for the most influential removals where there are too many to read all so.
+            For ``acc-low-rank`` None is exact, for the most influential removals where there are too many to read all so;
+            of an optimizer whose update is not affine (Adam, or any that clips) it is linear.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
         device: ``"cpu"``, ``"cuda"`` or one of several GPUs (``"cuda:1"``); ``"auto"`` is the GPU where there is one. What
             drew random numbers (dropout) is replayed on the kind of device they were drawn on. Not yet run on a GPU.
@@ -78,7 +79,8 @@ def score(
         directions: of ``acc-low-rank``: in how many it follows the contraction of the training, 0 in none. None, without
             ``followed`` either, chooses by the size of the run; see ``lightning_acc.methods.low_rank.entry``.
         followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; a few hundred
-            more are corrected by what these tell, the rest keep SGD-IE's scores.
+            more are corrected by what these tell, the rest keep SGD-IE's scores. Where the update is not affine: how many it
+            takes through the optimizer's updates, the rest keeping SGD-IE's scores (``lightning_acc.methods.low_rank.defect``).
         at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over every twentieth step, and 20
             at least, spread evenly over the run: what the samples did to the learning curve, which the last steps' noise weighs
             less in (``"along:K"``: over K); a step, or a list of steps: their mean; a name in ``run.checkpoints``, such as
