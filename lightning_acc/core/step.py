@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.losses.per_sample import LossFunction
-from lightning_acc.core.losses.tracing import quiet, traceable
+from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
-from lightning_acc.core.process import is_out_of_memory
+from lightning_acc.core.products import Pulled, Removed, each_row, products
 from lightning_acc.core.removals import Removals
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, TakenApart
@@ -57,6 +57,7 @@ class Step:
         weights: recorded loss weights, (B,).
         groups: hyper-parameters of the parameter groups.
         rows_at_once: how many Hessian-vector products to take together.
+        states_at_once: how many states to take together; one by one where that is 1.
         own_rows: the leaves are (n, B, ...), a batch for each of n parameter vectors; only ``gradients`` can be asked then.
     """
 
@@ -69,6 +70,7 @@ class Step:
         weights: Tensor,
         groups: list[Hyperparameters],
         rows_at_once: int = 128,
+        states_at_once: int = 512,
         own_rows: bool = False,
     ) -> None:
         self.objective = objective
@@ -79,6 +81,7 @@ class Step:
         # Under 16-mixed the loss was scaled on its way back, so that small gradients are numbers of float16.
         self.scale = float(groups[0].get("loss_scale", 1.0))
         self.rows_at_once = rows_at_once
+        self.states_at_once = states_at_once if objective.vectorised else 1
         self._own_rows = own_rows
         self._update = update
         update.check(groups)
@@ -89,7 +92,36 @@ class Step:
 
     def __call__(self, state: State) -> State:
         """F_t(s, w) with the recorded weights; all tensors (p,)."""
-        return self.update(state, self.gradient(state[0]))
+        after = tuple(part.clone() for part in state)
+        self._advance_one(after, self.weights)
+        return after
+
+    def advance(self, states: State, weights: Tensor) -> None:
+        """F_t of n states (n, p), each with its own loss weights (n, B), written over them.
+
+        Their differences are free of round-off: all are computed by the same operations on tensors of the same shapes.
+        """
+        n = len(weights)
+        size = -(-n // -(-n // self.states_at_once))
+        for first in range(0, n, size):
+            here = min(first, n - size)  # the last block is as large as the others, and begins among those that are done
+            if size == 1:
+                self._advance_one(tuple(part[first] for part in states), weights[first])
+            else:
+                gradients = self.gradients(states[0][here : here + size], weights[here : here + size])[first - here :]
+                self.write(tuple(part[first : first + size] for part in states), gradients)
+
+    def _advance_one(self, state: State, weights: Tensor) -> None:
+        named = {name: piece.detach().requires_grad_() for name, piece in self.objective.layout.named(state[0]).items()}
+        loss = (self.scale * weights * self.losses(named)).sum()
+        gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+        if self.scale != 1:
+            gradients = tuple(gradient * (1 / self.scale) for gradient in gradients)
+        self._update.in_place(state, [gradient.reshape(-1) for gradient in gradients], self.groups)
+
+    def write(self, states: State, gradients: Tensor) -> None:
+        """U_t, written over ``states``; all tensors (..., p)."""
+        self._update.in_place(states, gradients.split(self.objective.layout.sizes, -1), self.groups)
 
     def gradient(self, theta: Tensor) -> Tensor:
         """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
@@ -169,7 +201,9 @@ class Point:
 
     def next(self) -> State:
         """F_t(s_t, w)."""
-        return self.step.update(self.state, self.gradient)
+        after = tuple(part.clone() for part in self.state)
+        self.step.write(after, self.gradient)
+        return after
 
     def hessian_product(self, shifts: Tensor) -> Tensor:
         """dG/dtheta (theta, w) D for each row D of ``shifts`` (n, p), with the weights of the whole batch; returns (n, p).
@@ -179,7 +213,7 @@ class Point:
         """
         if not len(shifts):
             return shifts
-        parts = [_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
+        parts = [products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def removed(self, removals: Removals, curved: bool = False) -> Removed:
@@ -228,76 +262,5 @@ class Point:
         if adjoint[0].ndim == 1:
             *back, slopes, gamma = pull(adjoint, False, False)
         else:
-            *back, slopes, gamma = _each_row(pull, adjoint, self.step.rows_at_once)
+            *back, slopes, gamma = each_row(pull, adjoint, self.step.rows_at_once)
         return Pulled(tuple(back), gamma, slopes)
-
-
-def _each_row(pull: Callable[[State, bool, bool], tuple[Tensor, ...]], adjoints: State, at_once: int) -> list[Tensor]:
-    """What ``pull`` makes of each row of ``adjoints``, (n, p) each, ``at_once`` of them together."""
-    try:
-        parts = []
-        with quiet():
-            for part in zip(*(adjoint.split(at_once) for adjoint in adjoints), strict=True):
-                parts.append(pull(part, True, True))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        rows = zip(*adjoints, strict=True)
-        parts = [tuple(found[None] for found in pull(row, False, True)) for row in rows]
-    return [torch.cat(found) for found in zip(*parts, strict=True)]
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """What a step makes of an adjoint ``lambda_{t+1}`` on the way back.
-
-    Attributes:
-        adjoint: ``lambda_t = (dF/ds)^T lambda_{t+1}``, a state.
-        gamma: ``gamma_t = (dU/dG)^T lambda_{t+1}``, (..., p).
-        slopes: ``(dG/dw)^T gamma_t``, which is ``<g_i, gamma_t>`` of each occurrence, (..., B).
-    """
-
-    adjoint: State
-    gamma: Tensor
-    slopes: Tensor
-
-
-class Removed:
-    """The removed samples of a step: ``sum_i w_i g_i`` over those of each removal, and products with their Hessians.
-
-    Attributes:
-        removals: indices (m,) of the removals the batch contains something of.
-        gradients: their sums ``sum_i w_i g_i``, (m, p).
-    """
-
-    def __init__(self, removals: Tensor, thetas: Tensor, graph: Tensor) -> None:
-        self.removals = removals
-        self.gradients = graph.detach()
-        self._thetas, self._graph = thetas, graph
-
-    def hessian_product(self, shifts: Tensor) -> Tensor:
-        """``sum_i w_i H_i D`` for the shift D of each of the m removals, (m, p)."""
-        if not self._graph.requires_grad:
-            return torch.zeros_like(shifts)
-        (curved,) = torch.autograd.grad(self._graph, self._thetas, shifts, retain_graph=True, materialize_grads=True)
-        return curved
-
-
-def _products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
-    """``cotangents`` (n, p) through the graph from ``inputs`` to ``outputs``, all rows at once where vmap can."""
-    if not outputs.requires_grad:
-        return torch.zeros_like(cotangents)
-
-    def pull(rows: Tensor, batched: bool) -> Tensor:
-        (product,) = torch.autograd.grad(
-            outputs, inputs, rows, is_grads_batched=batched, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product
-
-    try:
-        with quiet():
-            return pull(cotangents, True)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return torch.stack([pull(row, False) for row in cotangents])
