@@ -107,17 +107,19 @@ def shifts_along(run: la.Run, method: str, error: torch.Tensor | None = None, pu
 
     class Watched(rule):  # type: ignore[misc]
         def advance(self, step: Any, carry: Any, removals: Any) -> Any:
-            if error is not None and len(seen) == put_in:
-                at, (moved, *slots) = carry  # the run, and beside it the run without each sample
-                carry = at, (moved + error, *slots)
-            seen.append(self.finish(carry)[1])
+            if error is not None and len(seen) == put_in + 1:
+                carry[1][0].add_(error)  # to the parameters without each sample, in the order in which these were first seen
+                seen[-1] = seen[-1] + error
             return super().advance(step, carry, removals)
 
-    _, final, _ = sweeps.forward(Replay(run), Watched(), [(i,) for i in range(N)])
-    return torch.stack([*seen, final])
+    def see(t: int, theta: torch.Tensor, shifts: torch.Tensor) -> None:
+        seen.append(shifts)
+
+    sweeps.forward(Replay(run), Watched(), [(i,) for i in range(N)], reading=see, steps=range(run.n_steps + 1))
+    return torch.stack(seen)
 
 
-@pytest.mark.parametrize("put_in", [0, 10, 40])
+@pytest.mark.parametrize("put_in", [4, 10, 40])  # by then every sample was seen
 def test_5_an_error_in_the_shift_decays_geometrically(tmp_path: Path, put_in: int) -> None:
     run = convex(tmp_path / "run")
     error = torch.nn.functional.normalize(torch.randn(N, run.n_parameters, dtype=torch.float64), dim=1)
@@ -134,7 +136,7 @@ def test_5_without_weight_decay_an_error_may_stay(tmp_path: Path) -> None:
     """The same logit more for every class changes no loss: in this direction nothing but weight decay shrinks an error."""
     run = convex(tmp_path / "run", decay=0.0)
     error = torch.cat([torch.full((15,), 15**-0.5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)]).expand(N, -1)
-    left = (shifts_along(run, "acc-sgd-ie", error, 3) - shifts_along(run, "acc-sgd-ie"))[-1].norm(dim=1)
+    left = (shifts_along(run, "acc-sgd-ie", error, 4) - shifts_along(run, "acc-sgd-ie"))[-1].norm(dim=1)
     assert left.tolist() == pytest.approx([1.0] * N, rel=1e-9)
 
 

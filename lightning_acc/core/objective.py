@@ -119,7 +119,7 @@ class Objective:
         self._call = _Call(module.requires_grad_(False))
         self.attributes = Attributes(module)
         self.trainer = trainer_of(module)
-        self._vmap = vectorised
+        self.vectorised = vectorised
         self._default = PRECISIONS[precision].default
         self._autocast = PRECISIONS[precision].autocast
 
@@ -206,7 +206,7 @@ class Objective:
 
     def each(self, function: Callable[..., Tensor], thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """``function(theta, leaves)`` for each row of ``thetas``: vectorised, or one by one where the module resists."""
-        if self._vmap:
+        if self.vectorised:
             try:
                 with traceable():
                     each = torch.vmap(function, in_dims=(0, batches.in_dims(leaves) if own_rows else None), randomness="same")
@@ -214,7 +214,7 @@ class Objective:
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-                self._vmap = False
+                self.vectorised = False
         results = []
         for i, theta in enumerate(thetas):
             again = generators_kept(self.device, enabled=i < len(thetas) - 1)  # the same random numbers for each
@@ -227,7 +227,7 @@ class Objective:
 
         Unlike many parameter vectors, which each need products of their own, the rows share one.
         """
-        if self._vmap:
+        if self.vectorised:
             try:
                 with traceable():
                     each = torch.vmap(torch.func.grad(function), in_dims=(None, batches.in_dims(leaves)), randomness="same")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,12 @@ class Removals:
 
     def __len__(self) -> int:
         return self.count
+
+    def part(self, first: int, last: int) -> Removals:
+        """Those from number ``first`` to ``last - 1``."""
+        part, mine = copy.copy(self), (self.owners >= first) & (self.owners < last)
+        part.ids, part.owners, part.count = self.ids[mine], self.owners[mine] - first, last - first
+        return part
 
     def occurrences(self, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (removal, position in the batch) of all occurrences to be removed, sorted by removal; two (pairs,) tensors."""

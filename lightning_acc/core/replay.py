@@ -30,6 +30,10 @@ CACHE_BYTES = defaultdict(lambda: 2**28, cpu=2**20)
 """Activations that Hessian-vector products work on at once, by kind of device: what a core's second-level cache holds, where
 more is slower; what keeps a card busy."""
 
+STATES_BYTES, FEWEST_STATES = 2**24, 8
+"""Parameter vectors that are worked on together: beyond so many bytes the system maps their memory anew at every operation,
+which takes longer than the work itself; fewer than so many are as fast one by one."""
+
 
 class Replay:
     """The steps of ``run`` as functions.
@@ -129,6 +133,15 @@ class Replay:
             total += saved_bytes(partial(self.objective.losses, leaves=batch), self.initial[0], shared)
         return total
 
+    @cached_property
+    def states_at_once(self) -> int:
+        """How many states a step is taken at together; 1 where parameter vectors are so long that nothing is gained.
+
+        It depends on the run and the dtype alone: so do the bits of the scores.
+        """
+        fit = STATES_BYTES // max(1, self.initial[0].nbytes)
+        return fit if fit >= FEWEST_STATES else 1
+
     def step(self, t: int) -> Step:
         """The recorded step ``t``."""
         record = self.run.steps[t]
@@ -139,7 +152,10 @@ class Replay:
             record.sample_ids,
             record.weights,
             record.groups,
-            rows_at_once=max(16, CACHE_BYTES[self.device.type] // max(1, self.activation_bytes)),
+            rows_at_once=1
+            if self.states_at_once == 1
+            else max(16, CACHE_BYTES[self.device.type] // max(1, self.activation_bytes)),
+            states_at_once=self.states_at_once,
         )
 
 

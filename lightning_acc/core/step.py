@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.derivatives import Pulled, Removed, each_row, products
 from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
+from lightning_acc.core.products import Pulled, Removed, each_row, products
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.stand_in import place_in
 from lightning_acc.record import batches
@@ -59,6 +59,7 @@ class Step:
         weights: recorded loss weights, (B,).
         groups: hyper-parameters of the parameter groups.
         rows_at_once: how many Hessian-vector products to take together.
+        states_at_once: how many states to take together; one by one where that is 1.
         own_rows: the leaves are (n, B, ...), a batch for each of n parameter vectors; only ``gradients`` can be asked then.
     """
 
@@ -71,6 +72,7 @@ class Step:
         weights: Tensor,
         groups: list[Hyperparameters],
         rows_at_once: int = 128,
+        states_at_once: int = 512,
         own_rows: bool = False,
     ) -> None:
         self.objective = objective
@@ -84,6 +86,7 @@ class Step:
         self.scale = float(groups[0].get("loss_scale", 1.0))
         self.rows_at_once = rows_at_once
         self._place = place_in(groups[0])
+        self.states_at_once = states_at_once if objective.vectorised else 1
         self._own_rows = own_rows
         self._update = update
         update.check(groups)
@@ -94,7 +97,36 @@ class Step:
 
     def __call__(self, state: State) -> State:
         """F_t(s, w) with the recorded weights; all tensors (p,)."""
-        return self.update(state, self.gradient(state[0]))
+        after = tuple(part.clone() for part in state)
+        self._advance_one(after, self.weights)
+        return after
+
+    def advance(self, states: State, weights: Tensor) -> None:
+        """F_t of n states (n, p), each with its own loss weights (n, B), written over them.
+
+        Their differences are free of round-off: all are computed by the same operations on tensors of the same shapes.
+        """
+        n = len(weights)
+        size = -(-n // -(-n // self.states_at_once))
+        for first in range(0, n, size):
+            here = min(first, n - size)  # the last block is as large as the others, and begins among those that are done
+            if size == 1:
+                self._advance_one(tuple(part[first] for part in states), weights[first])
+            else:
+                gradients = self.gradients(states[0][here : here + size], weights[here : here + size])[first - here :]
+                self.write(tuple(part[first : first + size] for part in states), gradients)
+
+    def _advance_one(self, state: State, weights: Tensor) -> None:
+        named = {name: piece.detach().requires_grad_() for name, piece in self.objective.layout.named(state[0]).items()}
+        loss = (self.scale * self.with_shares(weights) * self.terms(named)).sum()
+        gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+        if self.scale != 1:
+            gradients = tuple(gradient * (1 / self.scale) for gradient in gradients)
+        self._update.in_place(state, [gradient.reshape(-1) for gradient in gradients], self.groups)
+
+    def write(self, states: State, gradients: Tensor) -> None:
+        """U_t, written over ``states``; all tensors (..., p)."""
+        self._update.in_place(states, gradients.split(self.objective.layout.sizes, -1), self.groups)
 
     def gradient(self, theta: Tensor) -> Tensor:
         """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
@@ -195,7 +227,9 @@ class Point:
 
     def next(self) -> State:
         """F_t(s_t, w)."""
-        return self.step.update(self.state, self.gradient)
+        after = tuple(part.clone() for part in self.state)
+        self.step.write(after, self.gradient)
+        return after
 
     def hessian_product(self, shifts: Tensor) -> Tensor:
         """dG/dtheta (theta, w) D for each row D of ``shifts`` (n, p), with the weights of the whole batch; returns (n, p).

@@ -5,6 +5,7 @@ The figures are measured on the run itself: the tensors autograd keeps for one f
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,26 +26,37 @@ LARGEST_CHUNK = 512
 
 @dataclass(frozen=True)
 class Copies:
-    """What one removal needs at the peak of a step; upper bounds, measured with scripts/bench_methods.py, not exact.
+    """What removals need at the peak of a step; upper bounds, measured with scripts/bench_methods.py, not exact.
 
     Attributes:
-        vectors: copies of a parameter-sized vector, for each tensor of the state.
-        activations: copies of what autograd keeps for the batch.
-        beside: rows that a chunk carries beside those of its removals.
+        vectors: parameter-sized vectors for each state that is worked on together with others.
+        activations: copies of what autograd keeps for the batch, for each of these.
+        tangents: further such vectors, for each tensor of the state.
+        beside: states that a chunk carries beside those of its removals.
     """
 
     vectors: int
     activations: int
+    tangents: int = 0
     beside: int = 0
 
-    def each(self, replay: Replay) -> int:
-        """Bytes that one more removal in a chunk adds to the peak."""
-        vector = replay.initial[0].nbytes
-        return int(self.vectors * vector * len(replay.initial) + self.activations * replay.activation_bytes)
+    def step(self, replay: Replay) -> int:
+        """Bytes for each state that is worked on."""
+        vectors = self.vectors + self.tangents * len(replay.initial)
+        return int(vectors * replay.initial[0].nbytes + self.activations * replay.activation_bytes)
+
+    def carried(self, replay: Replay, removals: int, kept: int = 0) -> int:
+        """Bytes that a chunk holds from step to step and, at the steps asked about, for its shifts, of which ``kept`` stay."""
+        return int((removals + self.beside) * (len(replay.initial) + 2 + kept) * replay.initial[0].nbytes)
+
+    def chunk(self, replay: Replay, removals: int, kept: int = 0) -> int:
+        """Bytes of a chunk at the peak of a step."""
+        together = min(removals + self.beside, replay.states_at_once)
+        return self.carried(replay, removals, kept) + together * self.step(replay)
 
 
-TRAINING = Copies(7, 3, beside=1)
-"""A training in a batch of trainings, beside which the undisturbed one goes along."""
+TRAINING = Copies(4, 3, beside=1)
+"""A training among others, beside which the undisturbed one goes along."""
 
 
 def chunk_size(replay: Replay, name: str, copies: Copies, memory: int, kept: int = 0) -> int:
@@ -54,14 +66,13 @@ def chunk_size(replay: Replay, name: str, copies: Copies, memory: int, kept: int
     Raises:
         RequestError: not even one fits.
     """
-    each = copies.each(replay) + kept * replay.initial[0].nbytes
-    fit = memory // each - copies.beside
-    if fit < 1:
+    needed = copies.chunk(replay, 1, kept)
+    if needed > memory:
         raise RequestError(
-            f"One removal of {name} needs about {2 * each / 2**30:.2f} GB on this run, more than the budget of "
-            f"{memory / 2**30:.2f} GB: give memory_gb={2 * each / 2**30:.1f} or more."
+            f"One removal of {name} needs about {needed / 2**30:.2f} GB on this run, more than the budget of "
+            f"{memory / 2**30:.2f} GB: give memory_gb={1.1 * needed / 2**30:.2g} or more."
         )
-    return int(min(fit, LARGEST_CHUNK))
+    return bisect.bisect_right(range(LARGEST_CHUNK), memory, lo=1, key=lambda n: copies.chunk(replay, n + 1, kept))
 
 
 def chunks(removals: Sequence[Removal], size: int) -> list[list[Removal]]:
@@ -102,7 +113,8 @@ def adjoints_at_once(replay: Replay, name: str, memory: int) -> int:
 
 def query_rows(replay: Replay, query: Query, memory: int) -> int:
     """How many parameter vectors a query may be evaluated at together."""
-    return max(1, int(memory // (2 * _query_saved(replay, query) + 4 * replay.initial[0].nbytes)))
+    fit = int(memory // (2 * _query_saved(replay, query) + 4 * replay.initial[0].nbytes))
+    return max(1, min(fit, replay.states_at_once))
 
 
 def _query_saved(replay: Replay, query: Query, without_data: bool = False) -> int:
@@ -117,14 +129,14 @@ def _query_saved(replay: Replay, query: Query, without_data: bool = False) -> in
 
 def chunk_bytes(replay: Replay, copies: Copies, query: Query, memory: int, removals: int) -> int:
     """Bytes a chunk of ``removals`` adds at its peak: in the sweep, or in the exact readout of ``query`` after it."""
-    vector = replay.initial[0].nbytes
-    rows = min(removals, query_rows(replay, query, memory)) + 1
-    readout = removals * vector + rows * (_query_saved(replay, query, without_data=True) + vector)
-    return max(copies.each(replay) * (removals + copies.beside), readout)
+    carried = copies.carried(replay, removals)
+    rows = min(removals, query_rows(replay, query, memory - carried)) + 1
+    readout = rows * (_query_saved(replay, query, without_data=True) + replay.initial[0].nbytes)
+    return max(copies.chunk(replay, removals), carried + readout)
 
 
 def reverse_bytes(replay: Replay, copies: Copies, memory: int) -> int:
     """Bytes a reverse sweep adds at its peak: the states it keeps, one step, and a number for every sample."""
     state = sum(part.nbytes for part in replay.initial)
     numbers = replay.run.n_samples * replay.initial[0].element_size()
-    return replays.kept(replay, memory) * state + copies.each(replay) + numbers
+    return replays.kept(replay, memory) * state + copies.step(replay) + numbers

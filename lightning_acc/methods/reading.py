@@ -59,7 +59,8 @@ class Reading:
             read = shifts @ (slope.T if q.each else slope)
         else:
             if self._rows is None:
-                self._rows = query_rows(self._replay, q.query, q.memory)
+                beside = (len(self._replay.initial) + 2) * shifts.nbytes  # what the sweep carries meanwhile
+                self._rows = query_rows(self._replay, q.query, q.memory - beside)
             read = q.query.changes(objective, theta, shifts, self._rows, q.each)
             read = read if q.moments.readings == 1 else q.moments.share * read
         self.scores = read if self.scores is None else self.scores + read

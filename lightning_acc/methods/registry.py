@@ -15,8 +15,8 @@ METHODS: dict[str, Method] = {
         Swept("loo", LeaveOneOut, TRAINING, is_truth=True),
         Swept("acc-sgd-ie", AccSgdIe, Copies(9, 6)),
         LowRank(),
-        Swept("sgd-ie", SgdIe, Copies(9, 6), AdjointSgdIe, differentiates=True),
-        Swept("tracin", TracIn, Copies(9, 1), AdjointTracIn, is_baseline=True, differentiates=True),
+        Swept("sgd-ie", SgdIe, Copies(0, 6, tangents=9), AdjointSgdIe, differentiates=True),
+        Swept("tracin", TracIn, Copies(0, 1, tangents=9), AdjointTracIn, is_baseline=True, differentiates=True),
     )
 }
 """By name: the truth, then the estimates, the most faithful first."""

@@ -26,7 +26,10 @@ RunAndShifts = tuple[State, State]
 
 
 class ForwardRule(ABC, Generic[Carry]):
-    """Carries the shifts of ``removals`` from the first step to the last.
+    """Carries the shifts of ``removals`` from the first step to the last, in place.
+
+    A removal goes the run's own way until a step sees it. The driver gives the removals in the order of these steps: those that
+    were seen are always the first of what is carried, and the others wait.
 
     Attributes:
         bend: of a rule that linearises: the most that each shift has changed the gradient by, ``|dG/dtheta D|``, as a share
@@ -40,16 +43,20 @@ class ForwardRule(ABC, Generic[Carry]):
         """What is carried before the first step: no shift at all."""
 
     @abstractmethod
+    def wake(self, carry: Carry, first: int, last: int) -> None:
+        """The next step sees the removals ``first`` to ``last - 1`` for the first time: they set out from where the run is."""
+
+    @abstractmethod
     def advance(self, step: Step, carry: Carry, removals: Removals) -> Carry:
-        """What is carried after the step."""
+        """What is carried after the step, which is taken for the first of the removals, ``removals``."""
 
     @abstractmethod
     def finish(self, carry: Carry) -> tuple[Tensor, Tensor]:
-        """The final parameters of the run (p,) and their shifts (n, p)."""
+        """The parameters of the run (p,) and their shifts (n, p), which mean nothing of removals that wait."""
 
 
 class LeaveOneOut(ForwardRule[State]):
-    """The truth, by retraining: ``s^R' = F(s^R, w^R)``, batched over the removals.
+    """The truth, by retraining: ``s^R' = F(s^R, w^R)``.
 
     Row 0 is the run with nothing removed: shifts are differences between rows of one computation, so that round-off cancels.
     """
@@ -59,10 +66,15 @@ class LeaveOneOut(ForwardRule[State]):
 
     def advance(self, step: Step, carry: State, removals: Removals) -> State:
         weights = torch.cat([step.weights[None], step.weights_without(removals)])
-        return step.update(carry, step.gradients(carry[0], weights))
+        step.advance(tuple(part[: len(weights)] for part in carry), weights)
+        return carry
+
+    def wake(self, carry: State, first: int, last: int) -> None:
+        for part in carry:
+            part[1 + first : 1 + last] = part[0]
 
     def finish(self, carry: State) -> tuple[Tensor, Tensor]:
-        return carry[0][0], carry[0][1:] - carry[0][0]
+        return carry[0][0].clone(), carry[0][1:] - carry[0][0]
 
 
 class LinearisedRule(ForwardRule[RunAndShifts]):
@@ -72,22 +84,35 @@ class LinearisedRule(ForwardRule[RunAndShifts]):
         self.steepest = 0.0
         """Norm of the largest gradient of the run so far."""
 
-    def watch(self, point: Point, change: Tensor) -> None:
-        """Note how far a linearised ``change`` (n, p) of the gradient reaches, beside the gradient itself."""
-        self.steepest = max(self.steepest, float(point.gradient.norm()))
-        bend = change.norm(dim=1) / max(self.steepest, torch.finfo(change.dtype).tiny)
-        self.bend = bend if self.bend is None else torch.maximum(self.bend, bend)
+    def watch(self, change: Tensor) -> Tensor:
+        """How far a linearised ``change`` (n, p) of the gradient reaches, beside the gradient itself: (n,)."""
+        bend: Tensor = change.norm(dim=1) / max(self.steepest, torch.finfo(change.dtype).tiny)
+        return bend
 
     def init(self, state: State, removals: Removals) -> RunAndShifts:
+        self.bend = state[0].new_zeros(len(removals))
         return state, tuple(part.new_zeros(len(removals), part.shape[-1]) for part in state)
 
+    def wake(self, carry: RunAndShifts, first: int, last: int) -> None:
+        """Nothing is shifted yet."""
+
     def advance(self, step: Step, carry: RunAndShifts, removals: Removals) -> RunAndShifts:
-        point = step.at(carry[0])
-        return point.next(), self.move(point, carry[1], removals)
+        run, shifts = carry
+        point = step.at(run)
+        self.steepest = max(self.steepest, float(point.gradient.norm()))
+        for first in range(0, len(removals), step.states_at_once):
+            last = min(first + step.states_at_once, len(removals))
+            bend = self.move(point, tuple(part[first:last] for part in shifts), removals.part(first, last))
+            if bend is not None and self.bend is not None:
+                self.bend[first:last] = torch.maximum(self.bend[first:last], bend)
+        return point.next(), shifts
 
     @abstractmethod
-    def move(self, point: Point, shifts: State, removals: Removals) -> State:
-        """What is carried of the removals after the step, which is linearised at ``point``."""
+    def move(self, point: Point, shifts: State, removals: Removals) -> Tensor | None:
+        """Write over ``shifts``, what is carried of the removals, what it is after the step, linearised at ``point``.
+
+        Returns what the shifts changed the gradient by, see ``bend``; None where the rule linearises no gradient.
+        """
 
     def finish(self, carry: RunAndShifts) -> tuple[Tensor, Tensor]:
         return carry[0][0], carry[1][0]
@@ -102,16 +127,23 @@ class AccSgdIe(LinearisedRule):
 
     def init(self, state: State, removals: Removals) -> RunAndShifts:
         # Carried is s + D, the state of the run without the samples, as in the formula.
-        return state, tuple(part.repeat(len(removals), 1) for part in state)
+        carry = super().init(state, removals)
+        self.wake(carry, 0, len(removals))
+        return carry
 
-    def move(self, point: Point, shifts: State, removals: Removals) -> State:
+    def wake(self, carry: RunAndShifts, first: int, last: int) -> None:
+        for part, state in zip(carry[1], carry[0], strict=True):
+            part[first:last] = state
+
+    def move(self, point: Point, shifts: State, removals: Removals) -> Tensor:
         shift = shifts[0] - point.state[0]
         removed = point.removed(removals, curved=True)
         own = removed.hessian_product(shift[removed.removals])
         product = point.hessian_product(shift)
-        self.watch(point, product)
+        bend = self.watch(product)
         change = without_the_removed(product, removed.removals, removed.gradients, own)
-        return point.step.update(shifts, point.gradient + change)
+        point.step.write(shifts, change.add_(point.gradient))
+        return bend
 
     def finish(self, carry: RunAndShifts) -> tuple[Tensor, Tensor]:
         return carry[0][0], carry[1][0] - carry[0][0]
@@ -136,12 +168,14 @@ class SgdIe(LinearisedRule):
     The whole step is linearised, at the weights *with* the removed samples.
     """
 
-    def move(self, point: Point, shifts: State, removals: Removals) -> State:
+    def move(self, point: Point, shifts: State, removals: Removals) -> Tensor:
         change = point.hessian_product(shifts[0])
-        self.watch(point, change)
+        bend = self.watch(change)
         removed = point.removed(removals)
         change[removed.removals] -= removed.gradients
-        return _update_tangent(point, shifts, change)
+        for shift, part in zip(shifts, _update_tangent(point, shifts, change), strict=True):
+            shift.copy_(part)
+        return bend
 
 
 class TracIn(LinearisedRule):
@@ -150,12 +184,13 @@ class TracIn(LinearisedRule):
     ``D' = D + dF/dw(s, w) (w^R - w)``; its linear readout is the sum over visits of ``lr w_j <grad query(theta_T), g_j>``.
     """
 
-    def move(self, point: Point, shifts: State, removals: Removals) -> State:
+    def move(self, point: Point, shifts: State, removals: Removals) -> None:
         removed = point.removed(removals)
         still = tuple(torch.zeros_like(removed.gradients) for _ in shifts)
         source = _update_tangent(point, still, -removed.gradients)
         rows = removed.removals.to(removed.gradients.device)
-        return tuple(shift.index_add(0, rows, part) for shift, part in zip(shifts, source, strict=True))
+        for shift, part in zip(shifts, source, strict=True):
+            shift.index_add_(0, rows, part)
 
 
 def _update_tangent(point: Point, shifts: State, change: Tensor) -> State:

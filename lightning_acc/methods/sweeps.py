@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from lightning_acc.core.audit import confirm
@@ -52,16 +52,17 @@ def forward(
         reading: told the run's parameters (p,) and the shifts (n, p) after each of ``steps``.
         steps: numbers t.
     """
-    visited = _visited(replay, removals)
-    chunk = Removals([removals[i] for i in visited])
-    if not visited:
+    visits = first_visits(replay, removals)
+    order = sorted((i for i, first in enumerate(visits) if first < len(replay)), key=visits.__getitem__)
+    chunk, seen = Removals([removals[i] for i in order]), 0
+    if not order:
         rule = LeaveOneOut()  # of nothing: the run itself
 
     def shifted(carry: Any) -> tuple[Tensor, Tensor]:
         theta, moved = rule.finish(carry)
-        # A removal that no step saw changes nothing: its shift is 0 by definition, not up to round-off.
+        # A removal that no step has seen changes nothing: its shift is 0 by definition, not up to round-off.
         shifts = theta.new_zeros(len(removals), len(theta))
-        shifts[visited] = moved
+        shifts[order[:seen]] = moved[:seen]
         return theta, shifts
 
     carry = rule.init(replay.initial, chunk)
@@ -69,7 +70,9 @@ def forward(
     if 0 in steps:  # of an average
         reading(0, *shifted(carry))
     for t in range(1, len(replay) + 1):
-        carry = rule.advance(replay.step(t - 1), carry, chunk)
+        before, seen = seen, sum(visits[i] < t for i in order)
+        rule.wake(carry, before, seen)
+        carry = rule.advance(replay.step(t - 1), carry, chunk.part(0, seen))
         if t == replay.checked_at:
             checked = rule.finish(carry)[0]
         if t in steps and t < len(replay):
@@ -81,7 +84,7 @@ def forward(
         reading(len(replay), theta, shifts)
     bend = theta.new_zeros(len(removals))
     if rule.bend is not None:
-        bend[visited] = rule.bend
+        bend[order] = rule.bend
     return Shifted(theta, shifts, bend)
 
 
@@ -104,9 +107,9 @@ def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Pr
     return carry[1]
 
 
-def _visited(replay: Replay, removals: Sequence[Removal]) -> list[int]:
-    """Which of the removals contain a sample that any step saw."""
-    seen = torch.zeros(replay.run.n_samples, dtype=torch.bool)
-    for step in replay.records:
-        seen[step.sample_ids] = True
-    return [i for i, removal in enumerate(removals) if any(seen[j] for j in removal)]
+def first_visits(replay: Replay, removals: Sequence[Removal]) -> list[int]:
+    """For each removal the first step that sees any of its samples; the number of all steps where none does."""
+    first = np.full(replay.run.n_samples, len(replay))
+    for t, step in enumerate(replay.records):
+        np.minimum.at(first, step.sample_ids.numpy(), t)
+    return [min(first[list(removal)].tolist(), default=len(replay)) for removal in removals]

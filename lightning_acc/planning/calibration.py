@@ -2,9 +2,9 @@
 
 With T steps of sizes b_t a chunk of m removals takes
 
-    seconds(m) = sum_t s(b_t) (a + c m)  +  readout (a' + c' m),
+    seconds(m) = sum_t s(b_t) (a + c m_t)  +  readout (a' + c' m),
 
-``s`` interpolated between the step sizes that were timed.
+``s`` interpolated between the step sizes that were timed, ``m_t`` those of the removals that a step has seen by then.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.memory import chunks
+from lightning_acc.methods.sweeps import first_visits
 from lightning_acc.record.record import Record
 
 SHARE_SECONDS, SHARE = 0.5, 0.002
@@ -91,20 +92,16 @@ class Calibration:
 
         self.load = self.seconds(lambda: opened().activation_bytes)
         self.replay = opened()
-        (self.sizes, seen), self.scan = self._once(self._read_steps)
-        self.visited = [removal for removal in removals if any(seen[i] for i in removal)]
+        visits, self.scan = self._once(lambda: first_visits(self.replay, removals))
+        self.sizes = np.array([len(step.sample_ids) for step in self.replay.records])
+        self.visited = [removal for removal, first in zip(removals, visits, strict=True) if first < len(self.replay)]
+        new = np.bincount(np.array(visits, dtype=int), minlength=1 + len(self.sizes))[:-1]
+        # Of those that any step saw, the share that each step takes along (T,): that has been seen by then.
+        self.along = np.cumsum(new) / max(1, len(self.visited))
         self.share_visited = len(self.visited) / max(1, len(removals))
         self._owners = Removals(self.visited)
         self.largest_step = int(self.sizes.argmax())
         self.chosen = self._choose_steps()
-
-    def _read_steps(self) -> tuple[np.ndarray, torch.Tensor]:
-        """The size of every step (T,), and which samples any of them saw, (n_samples,)."""
-        sizes, seen = [], torch.zeros(self.replay.run.n_samples, dtype=torch.bool)
-        for step in self.replay.records:
-            sizes.append(len(step.sample_ids))
-            seen[step.sample_ids] = True
-        return np.array(sizes), seen
 
     def _choose_steps(self) -> list[int]:
         """Steps to time: for up to five of the sizes there are, one early and one late step, the largest first."""
@@ -164,7 +161,11 @@ class Calibration:
         return much - slope * many, slope, m
 
     def over_the_run(self, seconds: Callable[[int], float]) -> float:
-        """Sum over all steps of ``seconds(t)``, timed at the chosen steps and interpolated by size."""
+        """Sum over all steps of ``seconds(t)``."""
+        return float(self.each_step(seconds).sum())
+
+    def each_step(self, seconds: Callable[[int], float]) -> np.ndarray:
+        """``seconds(t)`` of every step (T,), timed at the chosen steps and interpolated by size."""
         started, total = self.cpu, len(self.sizes)
         found: dict[int, list[float]] = {}
         for t in self.chosen:
@@ -175,8 +176,8 @@ class Calibration:
         sizes = sorted(found)
         values = [float(np.mean(found[size])) for size in sizes]
         if len(sizes) == 1:  # no more was affordable than the largest: others in proportion
-            return float(values[0] * self.sizes.sum() / sizes[0])
-        return float(np.interp(self.sizes, sizes, values).sum())
+            return np.asarray(values[0] * self.sizes / sizes[0])
+        return np.asarray(np.interp(self.sizes, sizes, values))
 
     def sample(self, t: int, m: int) -> Removals:
         """m of the removals, of which step t saw as large a share as of all of them."""

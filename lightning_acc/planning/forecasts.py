@@ -59,13 +59,14 @@ class Forward(Forecast):
             return Cost(c.load, self.taken_once() + c.scan, 0.0, largest)
         size = max(map(len, memory.chunks(c.visited, largest)))
         a, slope, m = c.line(partial(self._step, c.largest_step), size, total * -(-n // size))
-        scale = c.over_the_run(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
+        scale = c.each_step(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
 
         theta = replay.initial[0]
         rows = memory.query_rows(replay, c.query, c.memory)
         b, read, _ = c.line(lambda m: self._readout(theta.expand(m, -1)), min(size, rows), -(-n // size))
-        per_chunk = scale * a + c.scan + c.readings * b * -(-size // rows)
-        return Cost(c.load, per_chunk, c.share_visited * scale * slope + c.readings * read, largest)
+        per_chunk = float(scale.sum()) * a + c.scan + c.readings * b * -(-size // rows)
+        per_removal = c.share_visited * float(scale @ c.along) * slope + c.readings * read
+        return Cost(c.load, per_chunk, per_removal, largest)
 
     def _step(self, t: int, m: int) -> float:
         """Seconds of step t with m removals."""

@@ -16,7 +16,10 @@ def _adam_slots(h: Hyperparameters) -> tuple[str, ...]:
 
 
 _ADAM = OptimizerRule(
-    by_number.adam, _adam_slots, ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    by_number.adam,
+    _adam_slots,
+    ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
+    by_number=True,
 )
 RULES: dict[str, OptimizerRule] = {
     "SGD": OptimizerRule(
@@ -24,6 +27,7 @@ RULES: dict[str, OptimizerRule] = {
         lambda h: ("momentum_buffer",) if h["momentum"] else (),
         ("lr", "momentum", "weight_decay", "nesterov", "dampening", "maximize"),
         affine=True,
+        by_number=True,
     ),
     "Adam": _ADAM,
     "AdamW": _ADAM,
@@ -32,35 +36,54 @@ RULES: dict[str, OptimizerRule] = {
         lambda h: ("exp_avg", "exp_avg_sq"),
         ("lr", "betas", "eps", "momentum_decay", "decoupled_weight_decay", *_DECAY),
         numbers=by_number.nadam_numbers,
+        by_number=True,
     ),
     "RAdam": OptimizerRule(
         by_number.radam,
         lambda h: ("exp_avg", "exp_avg_sq"),
         ("lr", "betas", "eps", "decoupled_weight_decay", *_DECAY),
+        by_number=True,
     ),
-    "Adamax": OptimizerRule(by_number.adamax, lambda h: ("exp_avg", "exp_inf"), ("lr", "betas", "eps", *_DECAY)),
+    "Adamax": OptimizerRule(
+        by_number.adamax, lambda h: ("exp_avg", "exp_inf"), ("lr", "betas", "eps", *_DECAY), by_number=True
+    ),
     "RMSprop": OptimizerRule(
-        by_number.rmsprop, by_number.rmsprop_slots, ("lr", "alpha", "eps", "momentum", "centered", *_DECAY)
+        by_number.rmsprop,
+        by_number.rmsprop_slots,
+        ("lr", "alpha", "eps", "momentum", "centered", *_DECAY),
+        by_number=True,
     ),
     "Adagrad": OptimizerRule(
-        by_number.adagrad, lambda h: ("sum",), ("lr", "lr_decay", "initial_accumulator_value", "eps", *_DECAY)
+        by_number.adagrad,
+        lambda h: ("sum",),
+        ("lr", "lr_decay", "initial_accumulator_value", "eps", *_DECAY),
+        by_number=True,
     ),
-    "Adadelta": OptimizerRule(by_number.adadelta, lambda h: ("square_avg", "acc_delta"), ("lr", "rho", "eps", *_DECAY)),
+    "Adadelta": OptimizerRule(
+        by_number.adadelta, lambda h: ("square_avg", "acc_delta"), ("lr", "rho", "eps", *_DECAY), by_number=True
+    ),
     "ASGD": OptimizerRule(
         by_number.asgd,
         lambda h: ("ax",),
         ("lr", "lambd", "alpha", "t0", *_DECAY),
         numbers=by_number.asgd_numbers,
         affine=True,
+        by_number=True,
     ),
     "Rprop": OptimizerRule(
         by_number.rprop,
         lambda h: ("prev", "step_size"),
         ("lr", "etas", "step_sizes", "maximize"),
         no_derivative=_OF_SIGNS,
+        by_number=True,
     ),
     "Lion": OptimizerRule(  # of whatever package: each has copied the authors' few lines, and the first steps are compared
-        by_number.lion, lambda h: ("exp_avg",), ("lr", "betas", "weight_decay"), package="", no_derivative=_OF_SIGNS
+        by_number.lion,
+        lambda h: ("exp_avg",),
+        ("lr", "betas", "weight_decay"),
+        package="",
+        by_number=True,
+        no_derivative=_OF_SIGNS,
     ),
     "Adafactor": OptimizerRule(
         by_matrix.adafactor,

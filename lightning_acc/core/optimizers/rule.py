@@ -30,6 +30,7 @@ class OptimizerRule:
             of it (nothing before the first step), and the hyper-parameters with ``"step"``.
         package: the package the class comes from; one of the same name from elsewhere is another optimizer. Empty: any.
         affine: whether the update is an affine function of state and gradient, number by number, as SGD's is.
+        by_number: whether it moves each number of a parameter by itself, so that it may be taken in blocks of numbers.
         no_derivative: why a derivative of the update says nothing of it, in words that go on after "because"; None where it
             does say something. Methods that need the derivative then refuse the run.
     """
@@ -40,4 +41,5 @@ class OptimizerRule:
     numbers: Numbers | None = None
     package: str = "torch.optim"
     affine: bool = False
+    by_number: bool = False
     no_derivative: str | None = None

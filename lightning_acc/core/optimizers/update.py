@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from lightning_acc.core.optimizers.known import RULES
 from lightning_acc.core.optimizers.rule import Hyperparameters, State
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.schema.keys import DTYPES
+
+BLOCK = 2**16
+"""Numbers that are updated together in place: what is made on the way stays in the processor's caches."""
 
 
 def clip(gradient: list[Tensor], value: float, algorithm: str) -> list[Tensor]:
@@ -65,17 +69,35 @@ class Update:
 
     def __call__(self, state: State, gradient: Tensor, groups: list[Hyperparameters]) -> State:
         """The state after the update; all tensors (..., p)."""
+        pieces = self._by_parameter(state, gradient.split(self.layout.sizes, -1), groups)
+        updated = [self._one(piece, g, h) for h, g, piece in pieces]
+        return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
+
+    def in_place(self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]) -> None:
+        """The same, to the last bit, written over ``state`` (..., p), by the parameters' gradients (..., p_k)."""
+        for h, gradient, pieces in self._by_parameter(state, gradients, groups):
+            length = gradient.shape[-1]
+            rows = max(1, gradient.numel() // max(1, length))
+            size = max(BLOCK // rows, 1024) if self.rule.by_number else max(1, length)
+            for g, *block in zip(*(part.split(size, -1) for part in (gradient, *pieces)), strict=True):
+                updated = self._one(tuple(block), g, h)
+                if not self.rule.by_number:  # what it hands back may be what it was given, in another place
+                    updated = tuple(part.clone() for part in updated)
+                for part, new in zip(block, updated, strict=True):
+                    part.copy_(new)
+
+    def _by_parameter(
+        self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]
+    ) -> Iterator[tuple[Hyperparameters, Tensor, State]]:
+        """What the rule is given of each parameter: hyper-parameters, its gradient as it is clipped, and views of its state."""
         # Parameter by parameter and not in one sweep: vectorised kernels round the last few elements of a tensor
         # differently, so that the bits depend on where a tensor ends.
-        sizes = self.layout.sizes
-        gradients = list(gradient.split(sizes, -1))
         if groups[0]["gradient_clip_val"]:
-            gradients = clip(gradients, groups[0]["gradient_clip_val"], groups[0]["gradient_clip_algorithm"])
+            gradients = clip(list(gradients), groups[0]["gradient_clip_val"], groups[0]["gradient_clip_algorithm"])
         groups = [_typed(h) for h in groups]
         given = [{**groups[group], "shape": shape} for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
-        pieces = zip(given, gradients, *(part.split(sizes, -1) for part in state), strict=True)
-        updated = [self._one(tuple(piece), g, h) for h, g, *piece in pieces]
-        return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
+        for h, g, *piece in zip(given, gradients, *(part.split(self.layout.sizes, -1) for part in state), strict=True):
+            yield h, g, tuple(piece)
 
     def check(self, groups: list[Hyperparameters]) -> None:
         """See that the hyper-parameters of the parameter groups are such as this optimizer takes.

@@ -130,8 +130,12 @@ class Query:
         Returns (n,), or with ``each`` (n, examples).
         """
         parts = [shifts.new_zeros(0, *((self.n_examples,) if each else ()))]
+        alone = self.values(objective, theta[None], each) if rows == 1 and len(shifts) else None
         for part in shifts.split(rows) if len(shifts) else ():
-            values = self.values(objective, torch.cat([theta[None], theta + part]), each)
+            if alone is None:
+                values = self.values(objective, torch.cat([theta[None], theta + part]), each)
+            else:
+                values = torch.cat([alone, self.values(objective, theta + part, each)])
             # What shifts nothing changes nothing, not by the last bit two places in a batched product may differ in.
             shifted = (part != 0).any(1)
             parts.append(torch.where(shifted[:, None] if each else shifted, values[1:] - values[0], 0.0))

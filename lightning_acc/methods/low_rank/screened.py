@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.derivatives import Removed
+from lightning_acc.core.products import Removed
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point

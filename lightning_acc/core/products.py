@@ -1,4 +1,4 @@
-"""What a step's derivatives make of rows of vectors: pulled back through F, and of the removed samples alone."""
+"""Products with the derivatives of a step: what they are made of, and rows of vectors taken through one graph."""
 
 from __future__ import annotations
 
@@ -11,21 +11,6 @@ from torch import Tensor
 from lightning_acc.core.losses.tracing import quiet
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.process import is_out_of_memory
-
-
-def each_row(pull: Callable[[State, bool, bool], tuple[Tensor, ...]], adjoints: State, at_once: int) -> list[Tensor]:
-    """What ``pull`` makes of each row of ``adjoints``, (n, p) each, ``at_once`` of them together."""
-    try:
-        parts = []
-        with quiet():
-            for part in zip(*(adjoint.split(at_once) for adjoint in adjoints), strict=True):
-                parts.append(pull(part, True, True))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        rows = zip(*adjoints, strict=True)
-        parts = [tuple(found[None] for found in pull(row, False, True)) for row in rows]
-    return [torch.cat(found) for found in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +49,21 @@ class Removed:
         return curved
 
 
+def each_row(pull: Callable[[State, bool, bool], tuple[Tensor, ...]], adjoints: State, at_once: int) -> list[Tensor]:
+    """What ``pull`` makes of each row of ``adjoints``, (n, p) each, ``at_once`` of them together."""
+    try:
+        parts = []
+        with quiet():
+            for part in zip(*(adjoint.split(at_once) for adjoint in adjoints), strict=True):
+                parts.append(pull(part, True, True))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        rows = zip(*adjoints, strict=True)
+        parts = [tuple(found[None] for found in pull(row, False, True)) for row in rows]
+    return [torch.cat(found) for found in zip(*parts, strict=True)]
+
+
 def products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
     """``cotangents`` (n, p) through the graph from ``inputs`` to ``outputs``, all rows at once where vmap can."""
     if not outputs.requires_grad:
@@ -76,6 +76,8 @@ def products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
         return product
 
     try:
+        if len(cotangents) == 1:
+            return pull(cotangents[0], False)[None]
         with quiet():
             return pull(cotangents, True)
     except RuntimeError as error:
