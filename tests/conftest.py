@@ -18,6 +18,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray reads this once in a process: clusters of all tests must agree, and those of several nodes here have no token to share.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # the machine may be busy
+# A process that has met Ray forks workers of a DataLoader later, in which gRPC would start its threads anew, and crash.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("LIGHTNING_ACC_TRUST", "problems")  # for processes that open a run without importing its module
 torch.set_num_threads(1)  # small products on several threads wait for each other
 

@@ -20,6 +20,7 @@ from lightning_acc.judge import exports
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 NAN, INF = float("nan"), float("inf")
+NO_DEVICE = ["x", "gpu", "cpu:0", "cuda:x", "cuda:", "cuda:99", "meta", "", 3, True]
 HUGE = 10**5000  # which Python refuses to print
 
 
@@ -76,6 +77,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "query": [3, None, "test", "", ["val"], losses, b"val", "../val"],
         "readout": ["x", 3, ["exact"], True, ""],
         "dtype": ["x", "int64", torch.float64, 3, ["float64"], {}, np.float64],
+        "device": [*NO_DEVICE, None, ["cpu"], torch.device("cpu"), b"cpu", f"cuda:{10**50}", np.array(["auto", "cpu"])],
         "memory_gb": [NAN, INF, -INF, 0, -1, "2", None, True, [2], 1j, np.array([1.0, 2.0])],
         "at": ["x", "along:0", 0, -1, 1.5, True, None, [], [0], ["x"], {}, HUGE, [NAN], b"end"],
         "bank_gb": [NAN, INF, -1, "2", None, True, [1]],
@@ -92,6 +94,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "seeds": [0, 1, -1, 2.5, NAN, "2", True, None, [0, 1]],
         "test": [3, "x", ["val"]],
         "controls": ["random", ["x"], 3, [3], None],
+        "device": NO_DEVICE,
         "memory_gb": [NAN, INF, 0, "2"],
         "ray_address": [5, "nowhere"],
     },
@@ -99,6 +102,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "removals": [3, "x", [N]],
         "query": [3, "x"],
         "dtype": ["x", 3],
+        "device": NO_DEVICE,
         "workers": [0, -1, 1.5, "2", True, NAN],
         "memory_gb": [NAN, INF, 0, -1, "2"],
         "ray_address": [5, "nowhere"],
@@ -123,6 +127,7 @@ OTHERS: dict[str, Callable[[la.Run], Any]] = {
         )
         for examples in (3, "all", [-1], [0.5], [True], [None], [10**9], [[0]], b"1")
     },
+    **{f"score_matrix device={d!r}": lambda run, d=d: la.score_matrix(run, device=d, ray_address=None) for d in NO_DEVICE},
     **{f"score_matrix of {path!r}": lambda _, path=path: la.score_matrix(path) for path in (3, None)},
     **{f"plan {path!r}": lambda _, path=path: la.plan(path) for path in (3, None)},
     **{f"clean {path!r}": lambda _, path=path: la.clean(path) for path in (3, None)},

@@ -256,7 +256,7 @@ def test_a_ranking_is_that_of_the_method_as_usual(tmp_path: Path) -> None:
     la.score(run, "acc-sgd-ie", query=other, ray_address=None, check=0)
     for method in ("sgd-ie", "acc-sgd-ie"):
         expected = np.argsort(la.score(run, method, ray_address=None, check=0, save=False).values, kind="stable")
-        assert np.array_equal(cleaning._ranking([run], method, "end", None, 2.0, False)[1], expected)
+        assert np.array_equal(cleaning._ranking([run], method, "end", ray_address=None, progress=False)[1], expected)
     assert len(odd) == 60
 
 

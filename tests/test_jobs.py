@@ -133,7 +133,7 @@ def test_a_job_submitted_on_the_command_line(nodes: Any, jobs: Any, alone: np.nd
     run = forgotten()
     there = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://{nodes.webui_url}"}
     words = of_the_readme("ray job submit ")
-    done = subprocess.run(words, cwd=project, env=there, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(words, cwd=project, env=there, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"Scores\(acc-sgd-ie: {N} removals", done.stdout)
     assert np.array_equal(scores.read(run.store, "acc-sgd-ie").estimates, alone)

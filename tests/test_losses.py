@@ -361,11 +361,6 @@ class Contrasted(Squared):
         return F.cross_entropy(out @ out.T, torch.arange(len(out)))
 
 
-class Shrunk(Squared):
-    def loss(self, batch: Any) -> Any:
-        return super().loss(batch) + 1e-2 * self.next.weight.square().sum() + 1e-2 * self.number.weight.square().sum()
-
-
 class ByItsOwnSize(Squared):
     """Each sample leaves the divisor with its loss, which no fixed weight says."""
 
@@ -394,7 +389,6 @@ REFUSED = {
     Decayed: r"adds a squared penalty on the weights.*Use the optimizer's weight_decay",
     TwiceDropped: r"draw different random numbers.*the same layers in the same order",
     Contrasted: r"samples of a batch are coupled: .*mean over samples",
-    Shrunk: r"adds a term to the loss that no sample is in.*weight_decay",
     ByItsOwnSize: r"coupled by their loss: it is divided by what is made of means or sums over the samples",
     ByAnother: r"coupled by their loss: it is multiplied by what is made of means or sums over the samples",
     WrongShape: r"returned a tuple of 2 \(a tensor of shape \(5, 2\), a tensor of shape \(5,\)\) for a batch of 5 samples",

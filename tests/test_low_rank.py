@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.low_rank import basis, entry
+from lightning_acc.methods.low_rank import basis, budget
 from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.scoring import score as scoring
 from lightning_acc.scoring import work
@@ -165,7 +165,7 @@ def test_the_basis_holds_the_top_eigenvectors_of_the_averaged_hessian(tmp_path: 
 
 def test_pieces_are_the_whole(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    each, at_a_step = entry.bytes_needed(Replay(run))
+    each, at_a_step = budget.bytes_needed(Replay(run))
     passes = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "compute", lambda job, part, *rest: passes.append(len(part)) or work.compute(job, part, *rest))
@@ -190,25 +190,6 @@ def test_stored_scores_in_other_directions_are_not_taken(tmp_path: Path) -> None
         "acc-low-rank.4-directions.linear.parquet",
         "acc-low-rank.9-directions.linear.parquet",
     }
-
-
-@pytest.mark.parametrize(
-    ("module", "options", "words"),
-    [
-        (
-            {"optimizer": {"class": "AdamW", "lr": 0.01}},
-            {},
-            "its optimizer is not affine in the gradient, as SGD is. Use acc-sgd-ie",
-        ),
-        ({}, {"gradient_clip_val": 0.5}, "its gradients are clipped"),
-    ],
-)
-def test_what_it_does_not_follow_is_refused(
-    tmp_path: Path, module: dict[str, Any], options: dict[str, Any], words: str
-) -> None:
-    run = record(tmp_path / "run", make(**module), **options)
-    with pytest.raises(la.RequestError, match=words):
-        whole(run)
 
 
 class Grouped(Net):

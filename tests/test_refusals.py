@@ -91,11 +91,6 @@ class DrawingInPython(Drawing):
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "penalty": (
-        lambda: StepOnly(penalty=0.01),
-        {},
-        r"term to the loss that no sample is in.*weight_decay",
-    ),
     "coupled step": (lambda: StepOnly(contrast=True), {}, r"samples of a batch are coupled.*cosine.*mean over samples"),
     "coupled losses": (Contrastive, {}, r"samples of a batch are coupled.*cosine"),
     "batch norm": (Normalised, {}, r"'net.0' is a BatchNorm1d in training mode.*GroupNorm"),
@@ -120,13 +115,6 @@ class ByEpoch(Net):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
 
 
-class ByStep(Net):
-    """Another loss from a certain step on."""
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        return super().per_sample_loss(batch) * (1.0 if self.global_step < 6 else 0.5)
-
-
 class Freezing(Net):
     """Stops training its first layer after an epoch."""
 
@@ -147,8 +135,11 @@ class Shrinking(pl.Callback):
 
 
 LATE: dict[str, tuple[Any, tuple[Any, ...], str]] = {
-    "loss by the epoch": (ByEpoch, (), r"has become another .* in step 4 their gradients differ by 50 %.*self.current_epoch"),
-    "loss by the step": (ByStep, (), r"depends on self.global_step, which no replay knows: in step 7"),
+    "loss by the epoch": (
+        ByEpoch,
+        (),
+        r"has become another .* step 4 their gradients differ by 50 %.*let per_sample_loss.*change",
+    ),
     "layer frozen on the way": (Freezing, (), r"in step 4 their gradients differ .*what is trained"),
     "callback at the end of an epoch": (Net, (Shrinking(),), r"Step 3 moved the parameters otherwise"),
 }

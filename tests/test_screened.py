@@ -12,7 +12,7 @@ from problems import N, Net, data, make, record
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.low_rank import entry, screened
+from lightning_acc.methods.low_rank import budget, screened
 from lightning_acc.methods.low_rank.entry import LowRank
 from lightning_acc.scoring.trust.figures import rmse, spearman
 
@@ -20,7 +20,7 @@ ROUND_OFF = 1e-12
 
 
 def found(run: la.Run, followed: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
-    followed = entry.most_followed(run) if followed is None else followed
+    followed = budget.most_followed(run) if followed is None else followed
     options = {"ray_address": None, "save": False, **options}
     return la.score(run, "acc-low-rank", removals, followed=followed, **options, check=0)
 
@@ -136,13 +136,13 @@ def test_late_visits_are_modelled_and_no_more_than_is_affordable() -> None:
 def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4))
     assert LowRank().settled(run, keep_shifts=False).form == "tracked"
-    monkeypatch.setattr(entry, "TRACKED_WORK", 0.0)
-    monkeypatch.setattr(entry, "FOLLOWED_WORK", 0.0)
+    monkeypatch.setattr(budget, "TRACKED_WORK", 0.0)
+    monkeypatch.setattr(budget, "FOLLOWED_WORK", 0.0)
     assert LowRank().settled(run, keep_shifts=False).form == "screened"
     scores = la.score(run, "acc-low-rank", ray_address=None, check=0)
     assert scores.conditions["form"] == "screened"
     assert scores.conditions["readout"] == "exact"
-    assert scores.conditions["followed_exactly"] == entry.FEWEST_FOLLOWED
+    assert scores.conditions["followed_exactly"] == budget.FEWEST_FOLLOWED
     assert la.score(run, "acc-low-rank", ray_address=None, keep_shifts=True, check=0).conditions["form"] == "tracked"
     assert la.score(run, "acc-low-rank", ray_address=None, directions=3, check=0).conditions["form"] == "tracked"
     with pytest.raises(la.RequestError, match="the shifts of a few removals alone"):
@@ -155,8 +155,8 @@ def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_rough_shifts_are_screened_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=8), data(n=40), batch_size=4, max_epochs=8)
-    monkeypatch.setattr(entry, "MOST_DIRECTIONS", 3)
-    monkeypatch.setattr(entry, "MOST_FOLLOWED", 3)
+    monkeypatch.setattr(budget, "MOST_DIRECTIONS", 3)
+    monkeypatch.setattr(budget, "MOST_FOLLOWED", 3)
     with pytest.warns(UserWarning, match=r"In 3 directions .* the most influential removals were followed instead"):
         some = la.score(run, "acc-low-rank", ray_address=None, save=False, check=0)
     assert (some.conditions["fallback"], some.conditions["followed_exactly"]) == ("screened", 3)

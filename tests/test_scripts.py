@@ -41,6 +41,19 @@ def test_bench_methods_measures_memory(capsys: pytest.CaptureFixture[str]) -> No
         assert 0 < peaks[method] < 1.5 * 0.5, printed
 
 
+def test_bench_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("bench_defect")
+    script.CELLS = {"digits": script.Cell(script.data.DigitsDataModule, 40, (4,), 20, 2, 1e-2)}
+    monkeypatch.setattr(sys, "argv", ["bench_defect.py"])
+    script.main()
+    rows = re.findall(
+        r"^\| digits \| ([^|]+) \| (\d*) \| (-?[\d.]+) \| [\d.]+ \| \d+ \|$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == list(script.METHODS)
+    assert {name: followed for name, followed, _ in rows if followed} == dict.fromkeys(list(script.METHODS)[1:3], "40")
+    assert float(rows[-1][2]) == 1.0
+
+
 def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
     load("bench_recorder", HIDDEN={"tiny": (2,)}, STEPS={"tiny": 12}, PAIRS=1, FEATURES=20, BATCH=16, BATCHES=4).main()
     row = r"tiny +(SGD|AdamW) +(\w+) +[\d.]+ ms +[\d.]+ ms +(?:-?[\d.]+ % +){3}-?[\d.]+ +([\d,]+)"
@@ -51,7 +64,7 @@ def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
 def script(name: str, *arguments: str) -> str:
     """What a script prints, run as people do."""
     words = [sys.executable, str(SCRIPTS / name), *arguments]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

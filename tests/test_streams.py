@@ -117,9 +117,14 @@ def text_ids(batch: Any) -> list[str]:
     return [f"doc-{KEYS.index(key)}" for key in batch["id"].tolist()]
 
 
+def text_in(found: list[Row]) -> list[Row]:
+    return [{**row, "id": f"doc-{KEYS.index(row['id'])}"} for row in found]
+
+
 SOURCES: dict[str, tuple[Callable[[list[Row]], Any], Any]] = {
     "iterable": (lambda found: DataLoader(Stream(found), 5), "id"),
     "texts": (lambda found: DataLoader(Stream(found), 5), text_ids),
+    "texts in the batch": (lambda found: DataLoader(Stream(text_in(found)), 5), "id"),
     "workers": (lambda found: DataLoader(Stream(found), 4, num_workers=2), "id"),
     "map-style": (lambda found: DataLoader(Rows(found), 5, shuffle=True), "id"),
     "hugging face": (hugging_face, "id"),
@@ -158,12 +163,17 @@ def test_what_is_recorded_of_a_stream_is_its_training(tmp_path: Path, source: st
     assert run.audit().max_abs_error == 0
     names = run.sample_names
     assert names is not None
-    expected = [f"doc-{i}" for i in range(N)] if sample_id is text_ids else KEYS
+    texts = "texts" in source
+    expected = [f"doc-{i}" for i in range(N)] if texts or sample_id is text_ids else KEYS
     assert sorted(names) == sorted(expected)
     place = {name: i for i, name in enumerate(expected)}
     for t, step in enumerate(run.steps):  # what each row is called is what the batch itself says of it
         (leaves,) = run.batches(t)
-        assert leaves["id"].tolist() == [KEYS[place[names[i]]] for i in step.sample_ids.tolist()]
+        if source != "texts in the batch":
+            assert leaves["id"].tolist() == [KEYS[place[names[i]]] for i in step.sample_ids.tolist()]
+        assert torch.equal(leaves["x"], torch.stack([rows()[place[names[i]]]["x"] for i in step.sample_ids.tolist()])) or (
+            source == "no loader"
+        )
     firsts = list(dict.fromkeys(i for step in run.steps for i in step.sample_ids.tolist()))
     assert firsts == list(range(N))  # numbers are in the order of the first visit
 

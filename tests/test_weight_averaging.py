@@ -363,3 +363,15 @@ def test_two_averages_and_their_names_where_scores_are_shown(tmp_path: Path) -> 
     assert dashboard._label(run, checked.conditions) == "acc-sgd-ie (exact, at ema)"
     main(["score", str(tmp_path / "run"), "--method=tracin", "--at=ema", "--check=0", "--ray-address=null"])
     assert (tmp_path / "run" / "scores" / "tracin.ema.parquet").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork", "ignore:.*sync_dist", "ignore:'set_vital' is deprecated")
+def test_two_processes_keep_one_average(tmp_path: Path) -> None:
+    arguments = {"loss": "squared", "optimizer": SGD}
+    run = record(tmp_path / "run", make(**arguments), callbacks=(ema(),), strategy="ddp_fork", devices=2)
+    average = run.averages["ema"]
+    assert average["steps"].tolist() == list(range(1, run.n_steps + 1))
+    theta = sum(w * run.parameters(t) for t, w in zip(average["steps"].tolist(), average["weights"].tolist(), strict=True))
+    assert (theta - average["theta"]).abs().max() < 1e-12
+    truth, estimate = (scored(run, method, at="ema").values for method in ("loo", "acc-sgd-ie"))
+    np.testing.assert_allclose(estimate, truth, rtol=0, atol=1e-11)  # which it is on a linear model with squared loss

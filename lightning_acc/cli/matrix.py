@@ -15,6 +15,7 @@ def matrix(
     examples: str = "worst:20",
     at: str = "end",
     dtype: Literal["float32", "float64"] | None = None,
+    device: str = "auto",
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     check: str = "auto",
@@ -33,6 +34,7 @@ def matrix(
         examples: all; worst:N, those with the highest loss at the end of the run; or their numbers, from 0, with commas.
         at: when they are read, as for score.
         dtype: precision of the replay; by default as recorded.
+        device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
         check: how many removals to retrain without, as for score.
@@ -55,6 +57,7 @@ def matrix(
         None,
         dtype,
         ray_address,
+        device=device,
         check=int(check) if check.isdecimal() else check,
         memory_gb=memory_gb,
     )

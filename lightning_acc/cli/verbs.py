@@ -58,6 +58,7 @@ def plan(
     removals: str = "all",
     query: str = "val",
     dtype: Literal["float32", "float64"] | None = None,
+    device: str = "auto",
     ray_address: str | None = "local",
     workers: int | None = None,
     memory_gb: float = 2.0,
@@ -70,6 +71,7 @@ def plan(
         removals: all, random:N, top:N@METHOD, group:COLUMN, or a file with one removal on each line.
         query: a query recorded with the run.
         dtype: precision of the replay; by default as recorded.
+        device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: where it would be computed: local, auto, ray://host:port, or null for this process.
         workers: how many workers there are; by default as many as this machine has cores.
         memory_gb: budget of each process.
@@ -81,7 +83,9 @@ def plan(
 
     opened = Run(run)
     wanted = select(opened, removals)
-    print(forecast(opened, wanted, query, dtype, ray_address, at=moment(at), workers=workers, memory_gb=memory_gb))
+    print(
+        forecast(opened, wanted, query, dtype, ray_address, device=device, at=moment(at), workers=workers, memory_gb=memory_gb)
+    )
 
 
 def score(
@@ -92,6 +96,7 @@ def score(
     at: str = "end",
     readout: Literal["exact", "linear"] | None = None,
     dtype: Literal["float32", "float64"] | None = None,
+    device: str = "auto",
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     check: str = "auto",
@@ -115,8 +120,9 @@ def score(
         at: when it is read: end; along, the mean over every 20th step, 20 at least (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
         readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
-            default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin.
+            default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin, and for acc-low-rank of Adam and the like.
         dtype: precision of the replay; by default as recorded.
+        device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
         check: how many removals to retrain without, so that the scores say how far they hold; auto for as many as the time
@@ -124,7 +130,7 @@ def score(
         directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and can be
             afforded.
         followed: of acc-low-rank: how many of the most influential samples it follows exactly; large runs are done so by
-            default.
+            default. Of Adam and the like, and where gradients are clipped: how many it takes through the optimizer's updates.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
     """
@@ -143,6 +149,7 @@ def score(
         readout,
         dtype,
         ray_address,
+        device=device,
         at=moment(at),
         check=int(check) if check.isdecimal() else check,
         directions=directions,
@@ -158,6 +165,7 @@ def retrain(
     removals: str = "all",
     query: str = "val",
     dtype: Literal["float32", "float64"] | None = None,
+    device: str = "auto",
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     at: str = "end",
@@ -173,11 +181,12 @@ def retrain(
         at: when it is read: end; along, the mean over every 20th step, 20 at least (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
         dtype: precision of the replay; by default as recorded.
+        device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
         at: when the query is read, as for score.
     """
-    score(run, "loo", removals, query, at, None, dtype, ray_address, memory_gb)
+    score(run, "loo", removals, query, at, None, dtype, device, ray_address, memory_gb)
 
 
 def evaluate(run: str) -> None:
@@ -198,6 +207,7 @@ def clean(
     fractions: list[float] = [0.05, 0.1, 0.2],  # noqa: B006
     seeds: int = 5,
     test: str | None = None,
+    device: str = "auto",
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     at: str | None = None,
@@ -210,6 +220,7 @@ def clean(
         fractions: of the training samples to drop.
         seeds: how many trainings, each from new initial parameters and in a new order.
         test: the recorded query to test on; by default test where there is one, else val.
+        device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
         at: when the rankings read their query, as for score; by default at the end, where methods are named.
@@ -219,7 +230,7 @@ def clean(
     from lightning_acc.scoring.selection import moment
 
     when = None if at is None else moment(at)
-    print(as_text(compute(run, method, fractions, seeds, test, ray_address, at=when, memory_gb=memory_gb)))
+    print(as_text(compute(run, method, fractions, seeds, test, ray_address, device=device, at=when, memory_gb=memory_gb)))
 
 
 def study(study: Study, ray_address: str | None = "local") -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_acc.core.devices import recorded_on
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.process import as_recorded
 from lightning_acc.core.replay import Replay, explained
@@ -77,7 +78,7 @@ def audit(run: Record) -> AuditReport:
     The optimizer's slots are carried along by the replay. An error therefore points at the step that made it, or, where the
     parameters were not written at every step, at the one before the snapshot that shows it.
     """
-    replay = Replay(run, as_trained=True)
+    replay = Replay(run, device=recorded_on(run), as_trained=True)
     state = replay.initial
     roundoff, common = RoundOff(replay.initial, replay.rounded_to), _Common(replay.dtype)
     snapshots = set(run.snapshots)
@@ -92,7 +93,7 @@ def audit(run: Record) -> AuditReport:
             state = step.update(state, gradient)
             if t + 1 not in snapshots:
                 continue
-            recorded = run.snapshot(t + 1).to(replay.dtype)
+            recorded = replay.placed(run.snapshot(t + 1))
             error = state[0] - recorded
             allowed = roundoff.allowed
             worst = max(worst, float(error.abs().max().nan_to_num(torch.inf)))
@@ -160,10 +161,11 @@ class _Common:
         """One comparison; all (p,)."""
         if not bool(error.any()) or not bool(torch.isfinite(error).all()):
             return
-        weight = 1 / allowed.double().clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-        columns = torch.stack([moved, lr * theta]).double() * weight
+        error, allowed, moved, theta = (one.double().cpu() for one in (error, allowed, moved, theta))
+        weight = 1 / allowed.clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
+        columns = torch.stack([moved, lr * theta]) * weight
         self._normal += columns @ columns.T
-        self._right += columns @ (error.double() * weight)
+        self._right += columns @ (error * weight)
 
     def found(self) -> str | None:
         """In words, what all errors have in common; None where it may be chance."""
@@ -184,7 +186,7 @@ def confirm_average(replay: Replay, name: str, theta: Tensor) -> None:
     Raises:
         RunError: it is not, as where the rule that made it is not the one that was seen.
     """
-    recorded = replay.run.averages[name]["theta"].to(replay.dtype)
+    recorded = replay.placed(replay.run.averages[name]["theta"])
     way = float((recorded - replay.initial[0]).norm())
     rounding = OF_AN_AVERAGE * torch.finfo(replay.rounded_to).eps * float(recorded.norm())
     off = float((theta - recorded).norm())
@@ -206,7 +208,7 @@ def confirm(replay: Replay, theta: Tensor) -> None:
         RunError: the record does not reproduce the training.
     """
     run = replay.run
-    first, last = (run.snapshot(t).to(replay.dtype) for t in (0, replay.checked_at))
+    first, last = (replay.placed(run.snapshot(t)) for t in (0, replay.checked_at))
     if replay.checked_at and float((theta - last).norm()) <= DOUBT * float((last - first).norm()):  # which NaN is not
         return
     report = audit(run)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_acc.core.devices import CPU, generators_kept
 from lightning_acc.core.losses.per_sample import Losses, Reduction, Source, losses_of
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.modules.checkpointing import kept_activations
 from lightning_acc.core.modules.compiled import eagerly
 from lightning_acc.core.modules.precision import PRECISIONS, default_dtype
 from lightning_acc.core.process import is_out_of_memory
-from lightning_acc.core.stand_in import Attributes, silent_copy, trainer_of
+from lightning_acc.core.stand_in import Attributes, Place, silent_copy, trainer_of
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure, TakenApart
 
@@ -70,8 +71,10 @@ class Objective:
         evaluation_modules: names of the submodules that are in evaluation mode during training.
         tensors: values of buffers and untrained parameters, by name.
         dtype: floating-point dtype of the computation.
+        device: where it is done.
         independent_rows: whether the loss of a sample alone equals its loss within a batch, so that single samples may
             be taken out of a batch to save time.
+        penalised: whether the loss of a batch has terms that no sample is in.
         vectorised: whether many parameter vectors may be evaluated at once; one by one is slower.
         precision: Lightning's name for how training computes. What it casts to a narrower dtype (mixed precision) is cast
             from float32 alone: in float64 everything is computed in full, as are queries.
@@ -89,7 +92,9 @@ class Objective:
         evaluation_modules: list[str] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
         independent_rows: bool = False,
+        penalised: bool = False,
         vectorised: bool = True,
         precision: str = "32-true",
         trainer: Mapping[str, Any] | None = None,
@@ -98,10 +103,11 @@ class Objective:
         self.structure = structure
         self.source = source
         self.reduction = reduction
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.independent_rows = independent_rows
+        self.penalised = penalised
         module = silent_copy(module, trainer)
-        module.to("cpu", dtype).train()  # before the values: a narrower dtype would round them
+        module.to(device, dtype).train()  # before the values: a narrower dtype would round them
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
         for name in evaluation_modules or []:
             module.get_submodule(name).training = False
@@ -129,14 +135,14 @@ class Objective:
         """The same, but what the module keeps of it in its attributes is there for the next call."""
         pieces = self.layout.named(theta) if isinstance(theta, Tensor) else theta
         named = {f"module.{name}": value for name, value in pieces.items()}
-        narrower = torch.autocast("cpu", self._autocast, enabled=self._autocast is not None, cache_enabled=False)
+        narrower = torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None, cache_enabled=False)
         with narrower, default_dtype(self._default), kept_activations(), eagerly(), batches.put_together(batch) as whole:
             return torch.func.functional_call(self._call, named, (function, whole))
 
-    def taken(self, source: Source, reduction: Reduction) -> Objective:
+    def taken(self, source: Source, reduction: Reduction, penalised: bool = False) -> Objective:
         """The same module, whose losses are taken in another way."""
         other = copy.copy(self)
-        other.source, other.reduction = source, reduction
+        other.source, other.reduction, other.penalised = source, reduction, penalised
         return other
 
     @property
@@ -160,16 +166,24 @@ class Objective:
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
         """The losses (B,) of a batch, for ``call``."""
-        return losses_of(module, batch, self.source, self.reduction).losses
+        return self.weighted_loss(module, batch).losses
 
     def weighted_loss(self, module: nn.Module, batch: Any) -> Losses:
         """The losses of a batch and their weights in its loss, for ``call``."""
-        return losses_of(module, batch, self.source, self.reduction)
+        return losses_of(module, batch, self.source, self.reduction, self.penalised)
 
     def losses(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """Per-sample losses (B,) at ``theta`` (p,), in training mode."""
         losses: Tensor = self.call(theta, self.loss, TakenApart(leaves, self.structure))
         return losses
+
+    def terms(self, theta: Parameters, leaves: Leaves) -> Tensor:
+        """The losses, and last, where the objective is penalised, the penalty: (B,) or (B + 1,)."""
+        if not self.penalised:
+            return self.losses(theta, leaves)
+        found: Losses = self.call(theta, self.weighted_loss, TakenApart(leaves, self.structure))
+        penalty = torch.zeros_like(found.losses[0]) if found.penalty is None else found.penalty
+        return torch.cat([found.losses, penalty.to(found.losses.dtype)[None]])
 
     def weights(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """What each sample weighs in the loss of its batch, (B,)."""
@@ -186,6 +200,10 @@ class Objective:
         """Losses (n, B) at each of ``thetas`` (n, p); with ``own_rows`` the leaves are (n, B, ...), a batch for each."""
         return self.each(self.losses, thetas, leaves, own_rows)
 
+    def terms_each(self, thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
+        """``terms`` at each of ``thetas`` (n, p): (n, B) or (n, B + 1)."""
+        return self.each(self.terms, thetas, leaves, own_rows)
+
     def each(self, function: Callable[..., Tensor], thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """``function(theta, leaves)`` for each row of ``thetas``: vectorised, or one by one where the module resists."""
         if self._vmap:
@@ -199,7 +217,7 @@ class Objective:
                 self._vmap = False
         results = []
         for i, theta in enumerate(thetas):
-            again = torch.random.fork_rng(devices=[], enabled=i < len(thetas) - 1)  # the same random numbers for each
+            again = generators_kept(self.device, enabled=i < len(thetas) - 1)  # the same random numbers for each
             with again, traceable():  # these too may be differentiated twice
                 results.append(function(theta, batches.rows(leaves, torch.tensor(i)) if own_rows else leaves))
         return torch.stack(results)
@@ -224,6 +242,18 @@ class Objective:
             value = function(leaf, batches.rows(leaves, torch.tensor(i)))
             found.append(torch.autograd.grad(value, leaf)[0] if value.requires_grad else torch.zeros_like(theta))
         return torch.stack(found)
+
+    @contextmanager
+    def within(self, place: Place) -> Iterator[None]:
+        """In here the module reads that the training is at this step and epoch; else, as a query, where ``trainer`` says."""
+        before = None if self.trainer is None else self.trainer.place
+        if self.trainer is not None:
+            self.trainer.place = lambda: place
+        try:
+            yield
+        finally:
+            if self.trainer is not None and before is not None:
+                self.trainer.place = before
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial, wraps
 from typing import Any, TypeVar, cast
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_acc import arguments
+from lightning_acc.core.devices import CPU, generators_kept, recorded_on
 from lightning_acc.core.modules.precision import PRECISIONS, rounded_to
 from lightning_acc.core.objective import Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
 from lightning_acc.core.process import as_recorded, is_out_of_memory
 from lightning_acc.core.rebuild import module_of
+from lightning_acc.core.stand_in import place_in
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
@@ -23,8 +26,9 @@ from lightning_acc.record.record import Record, opened
 from lightning_acc.record.schema.keys import DTYPES, SCORED
 from lightning_acc.record.steps import StepRecord
 
-CACHE_BYTES = 2**20
-"""Activations that Hessian-vector products work on at once: what a core's second-level cache holds. More is slower."""
+CACHE_BYTES = defaultdict(lambda: 2**28, cpu=2**20)
+"""Activations that Hessian-vector products work on at once, by kind of device: what a core's second-level cache holds, where
+more is slower; what keeps a card busy."""
 
 
 class Replay:
@@ -34,6 +38,7 @@ class Replay:
         run: the record.
         dtype: what they are computed in; None as trained, or in float32 where that was narrower (``Record.scored_in``).
         until: the first so many of them; None: all.
+        device: where, see ``core.devices.chosen``; all that is computed with is moved there, and nothing else is.
         as_trained: in the training's own dtype and precision, however narrow, instead: what the record is held against.
 
     Raises:
@@ -41,8 +46,16 @@ class Replay:
         RunError: the module cannot be rebuilt here.
     """
 
-    def __init__(self, run: Record, dtype: str | None = None, until: int | None = None, *, as_trained: bool = False) -> None:
-        self.run = run
+    def __init__(
+        self,
+        run: Record,
+        dtype: str | None = None,
+        until: int | None = None,
+        *,
+        device: torch.device = CPU,
+        as_trained: bool = False,
+    ) -> None:
+        self.run, self.device = run, device
         self._until = run.n_steps if until is None else min(until, run.n_steps)
         name = arguments.choice("dtype", run.scored_in if dtype is None else dtype, SCORED, " to replay in")
         self.dtype = DTYPES[run.dtype if as_trained else name]
@@ -63,7 +76,9 @@ class Replay:
                 evaluation_modules=manifest["evaluation_modules"],
                 tensors=frozen,
                 dtype=self.dtype,
+                device=device,
                 independent_rows=manifest["loss"]["independent_rows"],
+                penalised=manifest["loss"].get("penalised", False),
                 vectorised=manifest["loss"]["vectorised"],
                 precision=precision if as_trained else PRECISIONS[precision].scored_as or precision,
                 trainer=manifest.get("trainer"),
@@ -72,6 +87,8 @@ class Replay:
             if is_out_of_memory(error):
                 raise
             raise RunError(_not_the_module(run, " ".join(str(error).split())[:300])) from error
+        if self.objective.trainer is not None:  # what a query reads
+            self.objective.trainer.place = lambda: place_in(run.steps[len(self) - 1].groups[0])
         optimizer = manifest["optimizer"]
         self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])
 
@@ -95,13 +112,17 @@ class Replay:
 
     def state(self, theta: Tensor) -> State:
         """The state with parameters ``theta`` and empty slots."""
-        return self.update.initial(theta.to(self.dtype))
+        return self.update.initial(self.placed(theta))
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """Recorded numbers, as they are computed with."""
+        return tensor.to(self.device, self.dtype)
 
     @cached_property
     def activation_bytes(self) -> int:
         """Bytes autograd keeps for one forward pass over the run's largest batch, beside the batch itself."""
         largest = max(range(len(self)), key=lambda t: len(self.run.steps[t].sample_ids))
-        leaves = [batches.cast(leaves, self.dtype) for leaves in self.run.batches(largest)]
+        leaves = [batches.cast(leaves, self.dtype, self.device) for leaves in self.run.batches(largest)]
         shared = [*self.objective.tensors(), *(leaf for batch in leaves for leaf in batch.values())]
         total = 0
         for batch in leaves:
@@ -118,7 +139,7 @@ class Replay:
             record.sample_ids,
             record.weights,
             record.groups,
-            rows_at_once=max(16, CACHE_BYTES // max(1, self.activation_bytes)),
+            rows_at_once=max(16, CACHE_BYTES[self.device.type] // max(1, self.activation_bytes)),
         )
 
 
@@ -168,14 +189,14 @@ def explained(verb: Verb) -> Verb:
 
 
 def _refuse_unusable(run: Record) -> None:
-    replay = Replay(run, as_trained=True)
+    replay = Replay(run, device=recorded_on(run), as_trained=True)
     theta = replay.initial[0].detach().requires_grad_()
 
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with generators_kept(replay.device), torch.enable_grad():
         for t in range(len(replay)):
             try:
                 for leaves in run.batches(t):
-                    losses = replay.objective.losses(theta, batches.cast(leaves, replay.dtype))
+                    losses = replay.objective.losses(theta, batches.cast(leaves, replay.dtype, replay.device))
                     torch.autograd.grad(losses.sum(), theta)
             except InfluenceError:
                 raise
@@ -197,12 +218,12 @@ def parameters_at(run: Record, t: int) -> Tensor:
         raise RunError(f"There are no parameters at step {t}: this run has the steps 0 to {run.n_steps}.")
     if t in run.snapshots:
         return run.snapshot(t)
-    replay = Replay(run, as_trained=True)
+    replay = Replay(run, device=recorded_on(run), as_trained=True)
     state = replay.initial
     with as_recorded(run.manifest):
         for earlier in range(t):
             state = replay.step(earlier)(state)
-    return state[0]
+    return state[0].cpu()
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Iterable[Tensor] = ()) -> int:
@@ -215,7 +236,7 @@ def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Ite
         return tensor
 
     leaf = theta.detach().requires_grad_()
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with generators_kept(theta.device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = function(leaf)
     for tensor in (leaf, *shared):
         kept.pop(tensor.untyped_storage().data_ptr(), None)

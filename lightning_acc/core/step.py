@@ -1,9 +1,10 @@
 """F: one training step as a pure function, and its derivatives.
 
-    F_t(s, w) = U_t(s, G_t(theta, w)),      G_t(theta, w) = d/dtheta  sum_i w_i l_i(theta)
+    F_t(s, w) = U_t(s, G_t(theta, w)),      G_t(theta, w) = d/dtheta  (sum_i w_i l_i(theta) + r(theta))
 
-``s = (theta, slots)`` is the state, ``w`` the loss weights of the recorded batch, ``l_i`` the per-sample losses. It is
-defined here and nowhere else: the audit, the retraining and every estimator use it.
+``s = (theta, slots)`` is the state, ``w`` the loss weights of the recorded batch, ``l_i`` the per-sample losses, ``r`` the
+penalty, which no sample is in and most losses do without. F is defined here and nowhere else: the audit, the retraining and
+every estimator use it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_acc.core.derivatives import Pulled, Removed, each_row, products
 from lightning_acc.core.losses.per_sample import LossFunction
-from lightning_acc.core.losses.tracing import quiet, traceable
+from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
-from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.removals import Removals
+from lightning_acc.core.stand_in import place_in
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, TakenApart
 
@@ -50,7 +52,7 @@ class Step:
     """The recorded step ``t``.
 
     Args:
-        objective: the per-sample losses.
+        objective: the per-sample losses; batches and weights are moved to where it computes.
         update: the optimizer's U.
         accumulated: the batches whose gradients are accumulated; usually one. Their samples together are B occurrences.
         sample_ids: whose occurrence each row is, (B,).
@@ -72,13 +74,16 @@ class Step:
         own_rows: bool = False,
     ) -> None:
         self.objective = objective
-        self.accumulated = [Batch(batches.cast(batch.leaves, objective.dtype), batch.rng) for batch in accumulated]
+        dtype, device = objective.dtype, objective.device
+        self.accumulated = [Batch(batches.cast(batch.leaves, dtype, device), batch.rng) for batch in accumulated]
         self.sample_ids = sample_ids
-        self.weights = weights.to(objective.dtype)
+        self.weights = weights.to(device, dtype)
+        self._recorded = weights
         self.groups = groups
         # Under 16-mixed the loss was scaled on its way back, so that small gradients are numbers of float16.
         self.scale = float(groups[0].get("loss_scale", 1.0))
         self.rows_at_once = rows_at_once
+        self._place = place_in(groups[0])
         self._own_rows = own_rows
         self._update = update
         update.check(groups)
@@ -94,7 +99,8 @@ class Step:
     def gradient(self, theta: Tensor) -> Tensor:
         """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
         theta = theta.detach().requires_grad_()
-        return torch.autograd.grad((self.scale * self.weights * self.losses(theta)).sum(), theta)[0] * (1 / self.scale)
+        weights = self.scale * self.with_shares(self.weights)
+        return torch.autograd.grad((weights * self.terms(theta)).sum(), theta)[0] * (1 / self.scale)
 
     def at(self, state: State) -> Point:
         """The step linearised at the state ``s_t`` of the recorded run."""
@@ -103,7 +109,8 @@ class Step:
     def gradients(self, thetas: Tensor, weights: Tensor) -> Tensor:
         """G_t at n parameter vectors (n, p), each with its own loss weights (n, B); returns (n, p)."""
         thetas = thetas.detach().requires_grad_()
-        return torch.autograd.grad((self.scale * weights * self.losses_each(thetas)).sum(), thetas)[0] * (1 / self.scale)
+        weights = self.scale * self.with_shares(weights)
+        return torch.autograd.grad((weights * self.terms_each(thetas)).sum(), thetas)[0] * (1 / self.scale)
 
     def response(self) -> tuple[Tensor, Tensor]:
         """What the update makes of a change of one number, where it is affine: see ``Update.response``."""
@@ -113,26 +120,45 @@ class Step:
         """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
         return self._together(lambda batch: self.objective.losses(theta, batch.leaves))
 
+    def terms(self, theta: Parameters) -> Tensor:
+        """The losses and, after those of each batch, its penalty, where the objective is penalised: see ``with_shares``."""
+        return self._together(lambda batch: self.objective.terms(theta, batch.leaves))
+
+    def terms_each(self, thetas: Tensor) -> Tensor:
+        """The same at each of ``thetas`` (n, p); a row for each."""
+        return self._together(lambda batch: self.objective.terms_each(thetas, batch.leaves, self._own_rows), 1)
+
+    def with_shares(self, weights: Tensor) -> Tensor:
+        """Loss weights (..., B) and, after those of each batch, what its penalty weighs, where the objective is penalised.
+
+        That is the part that the whole batch has in the step, whichever of its samples are removed.
+        """
+        if not self.objective.penalised:
+            return weights
+        sizes = [batches.batch_size(batch.leaves) for batch in self.accumulated]
+        sizes = sizes if len(sizes) > 1 else [weights.shape[-1]]
+        parts = []
+        for some, recorded in zip(weights.split(sizes, -1), self._recorded.split(sizes, -1), strict=True):
+            share = recorded.amax(-1, True) if self.objective.reduction == "sum" else recorded.sum(-1, True)
+            parts += [some, share.to(some).expand(*some.shape[:-1], 1)]
+        return torch.cat(parts, -1)
+
     def evaluate(self, theta: Parameters, function: LossFunction) -> Tensor:
         """``function(module, batch)``, (B, ...), at parameters ``theta``, (p,) or by name; of all accumulated batches."""
         structure = self.objective.structure
         return self._together(lambda batch: self.objective.call(theta, function, TakenApart(batch.leaves, structure)))
 
-    def _together(self, evaluated: Callable[[Batch], Tensor]) -> Tensor:
-        """What is computed of each accumulated batch, (B, ...), under the random numbers of its forward pass."""
+    def _together(self, evaluated: Callable[[Batch], Tensor], dim: int = 0) -> Tensor:
+        """What is computed of each accumulated batch, B along ``dim``, under the random numbers of its forward pass."""
         parts = []
         for batch in self.accumulated:
-            with batch.random_numbers():
+            with batch.random_numbers(), self.objective.within(self._place):
                 parts.append(evaluated(batch))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
     def losses_each(self, thetas: Tensor) -> Tensor:
         """Per-sample losses (n, B) at each of ``thetas`` (n, p)."""
-        parts = []
-        for batch in self.accumulated:
-            with batch.random_numbers():
-                parts.append(self.objective.losses_each(thetas, batch.leaves, self._own_rows))
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return self._together(lambda batch: self.objective.losses_each(thetas, batch.leaves, self._own_rows), 1)
 
     def single_samples(self, positions: Tensor) -> Leaves | None:
         """The samples at ``positions``, of any shape, taken out of their batches; None where that would change their loss."""
@@ -163,7 +189,7 @@ class Point:
         self._leaf = state[0].detach().requires_grad_()
         self._weights = step.weights.detach().requires_grad_()
         with traceable():
-            loss = (self._weights * step.losses(self._leaf)).sum()
+            loss = (step.with_shares(self._weights) * step.terms(self._leaf)).sum()
         (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
         self.gradient = self._graph.detach()
 
@@ -179,7 +205,7 @@ class Point:
         """
         if not len(shifts):
             return shifts
-        parts = [_products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
+        parts = [products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def removed(self, removals: Removals, curved: bool = False) -> Removed:
@@ -203,7 +229,8 @@ class Point:
         if own is not None:
             weights = step.weights.new_zeros(columns.shape)
             weights[inverse, slot] = step.weights[position]
-            losses = step.objective.losses_each(thetas, own, own_rows=True)
+            with step.objective.within(step._place):
+                losses = step.objective.losses_each(thetas, own, own_rows=True)
         else:
             weights = step.weights.new_zeros(len(touched), len(step.sample_ids))
             weights[inverse, position] = step.weights[position]
@@ -228,76 +255,5 @@ class Point:
         if adjoint[0].ndim == 1:
             *back, slopes, gamma = pull(adjoint, False, False)
         else:
-            *back, slopes, gamma = _each_row(pull, adjoint, self.step.rows_at_once)
+            *back, slopes, gamma = each_row(pull, adjoint, self.step.rows_at_once)
         return Pulled(tuple(back), gamma, slopes)
-
-
-def _each_row(pull: Callable[[State, bool, bool], tuple[Tensor, ...]], adjoints: State, at_once: int) -> list[Tensor]:
-    """What ``pull`` makes of each row of ``adjoints``, (n, p) each, ``at_once`` of them together."""
-    try:
-        parts = []
-        with quiet():
-            for part in zip(*(adjoint.split(at_once) for adjoint in adjoints), strict=True):
-                parts.append(pull(part, True, True))
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        rows = zip(*adjoints, strict=True)
-        parts = [tuple(found[None] for found in pull(row, False, True)) for row in rows]
-    return [torch.cat(found) for found in zip(*parts, strict=True)]
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """What a step makes of an adjoint ``lambda_{t+1}`` on the way back.
-
-    Attributes:
-        adjoint: ``lambda_t = (dF/ds)^T lambda_{t+1}``, a state.
-        gamma: ``gamma_t = (dU/dG)^T lambda_{t+1}``, (..., p).
-        slopes: ``(dG/dw)^T gamma_t``, which is ``<g_i, gamma_t>`` of each occurrence, (..., B).
-    """
-
-    adjoint: State
-    gamma: Tensor
-    slopes: Tensor
-
-
-class Removed:
-    """The removed samples of a step: ``sum_i w_i g_i`` over those of each removal, and products with their Hessians.
-
-    Attributes:
-        removals: indices (m,) of the removals the batch contains something of.
-        gradients: their sums ``sum_i w_i g_i``, (m, p).
-    """
-
-    def __init__(self, removals: Tensor, thetas: Tensor, graph: Tensor) -> None:
-        self.removals = removals
-        self.gradients = graph.detach()
-        self._thetas, self._graph = thetas, graph
-
-    def hessian_product(self, shifts: Tensor) -> Tensor:
-        """``sum_i w_i H_i D`` for the shift D of each of the m removals, (m, p)."""
-        if not self._graph.requires_grad:
-            return torch.zeros_like(shifts)
-        (curved,) = torch.autograd.grad(self._graph, self._thetas, shifts, retain_graph=True, materialize_grads=True)
-        return curved
-
-
-def _products(outputs: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
-    """``cotangents`` (n, p) through the graph from ``inputs`` to ``outputs``, all rows at once where vmap can."""
-    if not outputs.requires_grad:
-        return torch.zeros_like(cotangents)
-
-    def pull(rows: Tensor, batched: bool) -> Tensor:
-        (product,) = torch.autograd.grad(
-            outputs, inputs, rows, is_grads_batched=batched, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product
-
-    try:
-        with quiet():
-            return pull(cotangents, True)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return torch.stack([pull(row, False) for row in cotangents])

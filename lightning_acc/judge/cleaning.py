@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from lightning_acc import arguments
-from lightning_acc.core import queries, rebuild
+from lightning_acc.core import devices, queries, rebuild
 from lightning_acc.core.process import threads
 from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
@@ -54,13 +55,15 @@ class _Job:
     run: Record
     test: Query
     memory: int
+    device: torch.device
     added: str = ""
     """Fingerprint of the validation examples, where they are trained on."""
 
     @property
     def kind(self) -> str:
-        """What trainings of the same kind have in common: the run, the test and the code."""
+        """What trainings of the same kind have in common: the run, the test, the code and the kind of device."""
         same = [self.run.hash, self.test.fingerprint, importlib.metadata.version("lightning-acc")]
+        same += [] if self.device == devices.CPU else [self.device.type]
         return f"cleaning-{digest(json.dumps(same).encode())[:16]}"
 
 
@@ -73,6 +76,7 @@ def clean(
     test: str | Query | None = None,
     ray_address: str | None = "local",
     *,
+    device: str = "auto",
     at: At | None = None,
     controls: Sequence[str] = CONTROLS,
     memory_gb: float = DEFAULT_MEMORY_GB,
@@ -91,6 +95,7 @@ def clean(
         test: a query recorded with the run, or a Query, to test on; None takes ``test`` where it is recorded, else ``val``,
             which the rankings have seen.
         ray_address: where to compute, as for ``score``.
+        device: on what, as for ``score``.
         at: when the rankings read their query, as for ``score``; ``loo`` reads it then too. None for along the run where no
             method is named, else for its end.
         controls: which of none, random, loss, self-influence, cleanlab, validation, validation added, loo and oracle to show
@@ -133,13 +138,15 @@ def clean(
         )
     seeds = arguments.whole("seeds", seeds, "gives no interval", least=2)
     ray_address, memory = arguments.ray_address(ray_address), arguments.memory_bytes(memory_gb)
-    job = _Job(rebuild.portable(run), _test_query(run, test), memory)
+    place = devices.chosen(device, run)
+    job = _Job(rebuild.portable(run), _test_query(run, test), memory, place)
     at = list(at) if np.iterable(at) and not isinstance(at, str) else at
     when = moments.find(run, at).name
-    orders = dict(_ranking(runs, name, at, ray_address, memory_gb, progress) for name in methods)
+    shared = {"device": device, "ray_address": ray_address, "memory_gb": memory_gb, "progress": progress}
+    orders = dict(_ranking(runs, name, at, **shared) for name in methods)
     missing: dict[str, str] = {}
     ranked = [name for name in controls if name not in ("none", "random", ADDED, *methods)]
-    beside = rankings(run, ranked, job.memory, missing, when)
+    beside = rankings(run, ranked, job.memory, missing, when, job.device)
     orders.update({cleaning_table.label(name, when) if registry.is_truth(name) else name: beside[name] for name in beside})
     if ADDED in controls and (why := why_not_added(run, job.test)) is not None:
         missing[ADDED] = why
@@ -197,11 +204,9 @@ def _test_query(run: Record, test: str | Query | None) -> Query:
     return queries.find(run, test)
 
 
-def _ranking(
-    runs: list[Record], method: str, at: At, ray_address: str | None, memory_gb: float, progress: bool | None
-) -> tuple[str, np.ndarray]:
+def _ranking(runs: list[Record], method: str, at: At, **shared: Any) -> tuple[str, np.ndarray]:
     """What the table calls the ranking, and all samples, the most harmful first; scored as by default, where not stored."""
-    scores = score(runs, method, at=at, ray_address=ray_address, memory_gb=memory_gb, progress=progress, check=0)
+    scores = score(runs, method, at=at, check=0, **shared)
     name = cleaning_table.label(method, scores.conditions["at"], len(runs))
     return name, np.argsort(scores.estimates, kind="stable")
 
@@ -247,7 +252,9 @@ def _train_all(
     amount = sum(len(piece.dropped) for piece in left)
     failures: list[tuple[int, str]] = []
     with Progress(f"cleaning · {amount} trainings", len(left), progress, amount, "trainings") as bar:
-        for piece, result in cluster.each(_test_retrained, job, left, ray_address, bar, _halves):
+        gpu = devices.share(job.device, job.memory)
+        job = job if ray_address is None else replace(job, device=devices.of_worker(job.device))
+        for piece, result in cluster.each(_test_retrained, job, left, ray_address, bar, _halves, gpu):
             if isinstance(result, cluster.Failure):
                 failures.append((piece.seed, result.reason))
                 continue
@@ -281,8 +288,8 @@ def _test_retrained(job: _Job, retraining: Retraining, progress: Callable[[float
     """Test loss and accuracy (NaN where there is none) of each training."""
     with threads(1):
         pool = with_validation(job.run) if retraining.validation_added else None
-        thetas = retrain(job.run, retraining, job.memory, progress, pool)
-        replay = Replay(job.run)
+        replay = Replay(job.run, device=job.device)
+        thetas = replay.placed(retrain(job.run, retraining, job.memory, progress, pool, job.device))
         losses = job.test.values(replay.objective, thetas).tolist()
         accuracy = Query("accuracy", (batches.TakenApart(leaves, s) for leaves, s in job.test.batches), correct)
         try:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_acc.contract import HasPerSampleAccuracy
 from lightning_acc.core import queries
+from lightning_acc.core.devices import CPU
 from lightning_acc.core.queries.moments import END, file_part
 from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.judge.agreement import stored_scores
@@ -25,7 +26,12 @@ FOLDS = 5
 
 
 def rankings(
-    run: Record, names: list[str], memory: int, missing: dict[str, str] | None = None, at: str = END
+    run: Record,
+    names: list[str],
+    memory: int,
+    missing: dict[str, str] | None = None,
+    at: str = END,
+    device: torch.device = CPU,
 ) -> dict[str, np.ndarray]:
     """The samples in the order each of the controls would drop them, as far as what it needs is there.
 
@@ -36,6 +42,7 @@ def rankings(
         memory: bytes to compute with.
         missing: gets, for each that cannot be had, why.
         at: the name of the steps at which loo reads its query.
+        device: where to train.
     """
     missing = {} if missing is None else missing
     orders = {}
@@ -45,17 +52,17 @@ def rankings(
         orders["loss"] = _highest_first(losses_at(replay.objective, theta.to(replay.dtype), own_samples(run)))
     if "self-influence" in names:
         try:
-            orders["self-influence"] = _highest_first(self_influence(run, memory))
+            orders["self-influence"] = _highest_first(self_influence(run, memory, device))
         except NoLearningRate:
             missing["self-influence"] = "its optimizer has no learning rate"
     if "validation" in names:
         try:
-            orders["validation"] = _highest_first(validation_losses(run, memory))
+            orders["validation"] = _highest_first(validation_losses(run, memory, device))
         except Untrainable as why:
             missing["validation"] = str(why)
     if "cleanlab" in names:
         try:
-            orders["cleanlab"] = np.argsort(_label_quality(run, memory), kind="stable")
+            orders["cleanlab"] = np.argsort(_label_quality(run, memory, device), kind="stable")
         except ModuleNotFoundError:
             missing["cleanlab"] = "the package cleanlab is not installed (pip install cleanlab)"
         except NotAClassifier as error:
@@ -128,7 +135,7 @@ def correct(module: torch.nn.Module, batch: Any) -> Tensor:
     return (logits.argmax(-1) == labels).to(logits.dtype)
 
 
-def _label_quality(run: Record, memory: int) -> np.ndarray:
+def _label_quality(run: Record, memory: int, device: torch.device) -> np.ndarray:
     """cleanlab's label quality (n_samples,) from out-of-sample predicted probabilities; 1 for samples never trained on.
 
     Of cleanlab's rankings it is the normalized margin, of probabilities adjusted by each class's average confidence.
@@ -142,7 +149,7 @@ def _label_quality(run: Record, memory: int) -> np.ndarray:
     visited = visited_samples(run).numpy()
     fold_of = np.random.default_rng(0).permutation(len(visited)) % FOLDS
     folds = [frozenset(visited[fold_of == fold].tolist()) for fold in range(FOLDS)]
-    thetas = retrain(run, Retraining(0, folds), memory)
+    thetas = retrain(run, Retraining(0, folds), memory, device=device)
     replay = Replay(run)
     samples = contents(run)
     probabilities: np.ndarray | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_acc.core import rebuild
+from lightning_acc.core import devices, rebuild
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
@@ -68,6 +68,7 @@ def retrain(
     memory: int,
     progress: Callable[[float], None] = lambda _: None,
     pool: Pool | None = None,
+    device: torch.device = devices.CPU,
 ) -> Tensor:
     """Final parameters (m, p) of the m trainings of ``job``.
 
@@ -77,12 +78,13 @@ def retrain(
         memory: bytes to compute with; the trainings are batched as far as they fit.
         progress: told the fraction done.
         pool: what to train on; None: the run's own samples.
+        device: where.
 
     Raises:
         RunError: the module cannot be built anew.
     """
     pool = own_samples(run) if pool is None else pool
-    replay = Replay(run)
+    replay = Replay(run, device=device)
     start = fresh_parameters(run, replay, job.seed)
     size = chunk_size(replay, "training anew", TRAINING, memory)
     finals = []
@@ -92,7 +94,7 @@ def retrain(
         def report(done: float, first: int = first, n: int = len(part)) -> None:
             progress((first + done * n) / len(job.dropped))
 
-        finals.append(_train(replay, start, pool, part, job.seed, report))
+        finals.append(_train(replay, start, pool, part, job.seed, report).cpu())
     return torch.cat(finals)
 
 
@@ -107,17 +109,18 @@ def _train(
     run = replay.run
     sizes = [len(step.sample_ids) for step in run.steps]
     orders = torch.stack([_order(pool, without, sum(sizes), seed) for without in dropped])
-    state = replay.update.initial(start.expand(len(dropped), -1))
+    state = replay.update.initial(replay.placed(start).expand(len(dropped), -1))
     position = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout: the same for all trainings from this seed
+    with devices.generators_kept(replay.device):
+        devices.seed(replay.device, seed)  # dropout: the same for all trainings from this seed
         for t, size in enumerate(sizes):
             record = run.steps[t]
             ids = orders[:, position : position + size]
             position += size
             # The batch's recorded weights sum to 1 for a mean, to its size for a sum: shared out evenly.
-            weights = torch.full((len(dropped), size), float(record.weights.sum()) / size, dtype=replay.dtype)
-            leaves = batches.rows(pool.leaves, ids)
+            share = float(record.weights.sum()) / size
+            weights = torch.full((len(dropped), size), share, dtype=replay.dtype, device=replay.device)
+            leaves = batches.cast(batches.rows(pool.leaves, ids), replay.dtype, replay.device)
             if replay.objective.reduction == "weighted":
                 weights = float(record.weights.sum()) * replay.objective.weights_each(state[0], leaves)
             step = Step(replay.objective, replay.update, [Batch(leaves)], ids, weights, record.groups, own_rows=True)

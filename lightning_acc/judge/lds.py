@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_acc.core import devices
 from lightning_acc.core.queries import moments
 from lightning_acc.core.removals import Removal
 from lightning_acc.methods.registry import TRUTH
@@ -63,14 +64,13 @@ def _of_stored_matrix(run: Record, name: str, estimate: Scores, groups: list[Rem
     if name not in matrices.names(run.store) or c["query"] not in run.query_names() or "run_hashes" in c:
         return None
     matrix = matrices.read(run.store, name, run.n_samples)
-    if any(str(matrix.conditions.get(key)) != str(c.get(key)) for key in shards.SAME):
+    if not (shards.same(matrix.conditions, c) and devices.count(shards.device_of(c))):
         return None
     at = selection.moment(c["at"])
     if not Bank(run, c, 0).holds(moments.find(run, at).steps, groups):
         return None
-    truths = score_matrix(
-        run, TRUTH, c["query"], matrix.examples, groups, at, dtype=c["dtype"], ray_address=None, progress=False
-    )
+    where = {"dtype": c["dtype"], "device": shards.device_of(c)}
+    truths = score_matrix(run, TRUTH, c["query"], matrix.examples, groups, at, **where, ray_address=None, progress=False)
     return of_matrix(matrix, truths)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_acc.core.devices import CPU
 from lightning_acc.core.optimizers import Hyperparameters
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
@@ -22,7 +23,7 @@ class NoLearningRate(Exception):
     """An optimizer whose hyper-parameters have no ``lr``."""
 
 
-def self_influence(run: Record, memory: int) -> np.ndarray:
+def self_influence(run: Record, memory: int, device: torch.device = CPU) -> np.ndarray:
     """Self-influence (n_samples,) of every training sample on the recorded run; 0 for samples no step saw.
 
     A step adds ``sum_k lr_k |w_i g_i|_k^2``: ``w_i g_i`` is the gradient of the sample's loss at the recorded parameters with
@@ -32,12 +33,13 @@ def self_influence(run: Record, memory: int) -> np.ndarray:
     Args:
         run: a recorded run; it is taken forward once.
         memory: bytes to compute with; the gradients of a step are taken in pieces that fit.
+        device: where.
 
     Raises:
         NoLearningRate: the optimizer has none.
         RequestError: not even the gradient of one sample fits into ``memory``.
     """
-    replay = Replay(run)
+    replay = Replay(run, device=device)
     size = chunk_size(replay, "self-influence", TRAINING, memory)
     found = torch.zeros(run.n_samples, dtype=torch.float64)
     state = replay.initial
@@ -47,7 +49,7 @@ def self_influence(run: Record, memory: int) -> np.ndarray:
         point = step.at(state)
         for ids in torch.unique(step.sample_ids).split(size):
             removed = point.removed(Removals([(i,) for i in ids.tolist()]))
-            found[ids[removed.removals]] += removed.gradients.square().matmul(rates).double()
+            found[ids[removed.removals]] += removed.gradients.square().matmul(rates).double().cpu()
         state = point.next()
     values: np.ndarray = found.numpy()
     return values
@@ -59,4 +61,4 @@ def _rates(replay: Replay, groups: list[Hyperparameters]) -> Tensor:
         raise NoLearningRate
     update = replay.update
     of_each = torch.tensor([float(groups[group]["lr"]) for group in update.group_of], dtype=replay.dtype)
-    return of_each.repeat_interleave(torch.tensor(update.layout.sizes))
+    return replay.placed(of_each.repeat_interleave(torch.tensor(update.layout.sizes)))

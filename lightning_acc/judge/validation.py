@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lightning_acc.core import queries
+from lightning_acc.core.devices import CPU
 from lightning_acc.core.objective import Objective
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
@@ -31,7 +32,7 @@ class Untrainable(Exception):
     """Why the validation examples cannot be trained on as the training samples are, as part of a sentence."""
 
 
-def validation_losses(run: Record, memory: int) -> np.ndarray:
+def validation_losses(run: Record, memory: int, device: torch.device = CPU) -> np.ndarray:
     """Losses (n_samples,) of the training samples under models trained on the validation examples alone.
 
     These are trained by the recorded recipe, over as many steps of the same sizes, from ``SEEDS`` seeds; the losses are
@@ -40,13 +41,15 @@ def validation_losses(run: Record, memory: int) -> np.ndarray:
     Args:
         run: a recorded run.
         memory: bytes to compute with.
+        device: where to train.
 
     Raises:
         Untrainable: the run has no such examples, or they are not of the kind of the training samples.
     """
     own = own_samples(run)
     pool = validation_pool(run, own)
-    thetas = torch.cat([retrain(run, Retraining(seed, [frozenset()]), memory, pool=pool) for seed in range(SEEDS)])
+    trainings = [Retraining(seed, [frozenset()]) for seed in range(SEEDS)]
+    thetas = torch.cat([retrain(run, one, memory, pool=pool, device=device) for one in trainings])
     objective = Replay(run).objective
     losses: np.ndarray = np.mean([losses_at(objective, theta, own) for theta in thetas], axis=0)
     return losses

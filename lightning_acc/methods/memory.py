@@ -108,7 +108,7 @@ def query_rows(replay: Replay, query: Query, memory: int) -> int:
 def _query_saved(replay: Replay, query: Query, without_data: bool = False) -> int:
     """Bytes autograd would keep for the largest batch of the query, with or without the batch itself."""
     leaves, structure = max(query.batches, key=lambda batch: batches.batch_size(batch[0]))
-    leaves = batches.cast(leaves, replay.dtype)
+    leaves = batches.cast(leaves, replay.dtype, replay.device)
     objective = replay.objective
     shared = [*objective.tensors(), *leaves.values()] if without_data else []
     with query.reading(objective):

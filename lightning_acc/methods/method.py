@@ -59,6 +59,12 @@ class Answer:
     details: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Tensor] = field(default_factory=dict)
 
+    def on_cpu(self) -> Answer:
+        """The same, wherever it was computed."""
+        shifts, thetas = (None if part is None else part.cpu() for part in (self.shifts, self.thetas))
+        more = {name: figures.cpu() for name, figures in self.more.items()}
+        return replace(self, scores=self.scores.cpu(), shifts=shifts, thetas=thetas, more=more)
+
 
 class Method(ABC):
     """An entry of the registry.

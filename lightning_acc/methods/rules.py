@@ -154,7 +154,8 @@ class TracIn(LinearisedRule):
         removed = point.removed(removals)
         still = tuple(torch.zeros_like(removed.gradients) for _ in shifts)
         source = _update_tangent(point, still, -removed.gradients)
-        return tuple(shift.index_add(0, removed.removals, part) for shift, part in zip(shifts, source, strict=True))
+        rows = removed.removals.to(removed.gradients.device)
+        return tuple(shift.index_add(0, rows, part) for shift, part in zip(shifts, source, strict=True))
 
 
 def _update_tangent(point: Point, shifts: State, change: Tensor) -> State:
@@ -195,7 +196,7 @@ class AdjointSgdIe:
         adjoint, scores = carry
         pulled = point.pullback(adjoint)
         self.see(point, pulled.gamma, pulled.slopes)
-        scores.index_add_(-1, point.step.sample_ids, -point.step.weights * pulled.slopes)
+        scores.index_add_(-1, point.step.sample_ids.to(scores.device), -point.step.weights * pulled.slopes)
         return (pulled.adjoint if self.propagates else adjoint), scores
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:

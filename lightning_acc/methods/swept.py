@@ -94,7 +94,7 @@ class Swept(Method):
         """The scores of one piece."""
         back = self._back(question)
         if back is not None:
-            per_sample = sweeps.reverse(replay, back(), question, progress)
+            per_sample = sweeps.reverse(replay, back(), question, progress).cpu()
             return Answer(torch.stack([per_sample[..., list(removal)].sum(-1) for removal in removals]))
         reading = Reading(replay, question)
         _, _, bend = sweeps.forward(

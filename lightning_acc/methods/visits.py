@@ -32,5 +32,5 @@ class AdjointVisits(AdjointSgdIe):
         ids = point.step.sample_ids
         seen = self.samples[torch.isin(self.samples, ids)]
         if len(seen):
-            terms = gamma.new_zeros(self._n_samples).index_add_(0, ids, -point.step.weights * slopes)
+            terms = gamma.new_zeros(self._n_samples).index_add_(0, ids.to(gamma.device), -point.step.weights * slopes).cpu()
             self.visits.append((self._step, seen, terms[seen]))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_acc.core.devices import CPU, wait_for
 from lightning_acc.core.queries import Query
 from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal, Removals
@@ -66,6 +67,7 @@ class Calibration:
         memory: bytes of each process's budget.
         removals: whose cost is asked for.
         moments: when the query is read; None for at the end. What comes later in the run is not taken.
+        device: where; what a GPU takes is seconds of a clock, as the thread that asks it does not wait.
     """
 
     def __init__(
@@ -76,13 +78,19 @@ class Calibration:
         memory: int,
         removals: Sequence[Removal],
         moments: Moments | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.query, self.memory = query, memory
         self.readings, until = (1, None) if moments is None else (moments.readings, moments.last)
         self.cpu = self.wall = 0.0
-        Replay(run, dtype)  # imports what the module needs, once and for all
-        self.load = self.seconds(lambda: Replay(copy.copy(run), dtype, until).activation_bytes)  # a copy has read nothing yet
-        self.replay = Replay(copy.copy(run), dtype, until)
+        self._device = device
+        Replay(run, dtype, device=device)  # imports what the module needs, once and for all
+
+        def opened() -> Replay:  # by a copy, which has read nothing yet
+            return Replay(copy.copy(run), dtype, until, device=device)
+
+        self.load = self.seconds(lambda: opened().activation_bytes)
+        self.replay = opened()
         (self.sizes, seen), self.scan = self._once(self._read_steps)
         self.visited = [removal for removal in removals if any(seen[i] for i in removal)]
         self.share_visited = len(self.visited) / max(1, len(removals))
@@ -106,9 +114,13 @@ class Calibration:
         return [int(steps[i * (len(steps) - 1) // 4]) for i in (1, 3) for steps in alike]
 
     def _once(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        wait_for(self._device)
         cpu, wall = time.thread_time(), time.perf_counter()
         result = work()
+        wait_for(self._device)
         cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
+        if self._device != CPU:
+            cpu = wall
         self.cpu += cpu
         self.wall += wall
         return result, cpu

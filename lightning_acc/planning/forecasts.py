@@ -12,10 +12,10 @@ from lightning_acc.core import replay as replays
 from lightning_acc.core.removals import Removals
 from lightning_acc.methods import memory
 from lightning_acc.methods.low_rank import basis as bases
-from lightning_acc.methods.low_rank import entry as low_rank
-from lightning_acc.methods.low_rank import screened, tracked
-from lightning_acc.methods.low_rank.entry import LowRank
+from lightning_acc.methods.low_rank import budget, defect, screened, tracked
+from lightning_acc.methods.low_rank.entry import DEFECT, SCREENED, LowRank
 from lightning_acc.methods.method import Method
+from lightning_acc.methods.rules import AdjointSgdIe
 from lightning_acc.methods.swept import Swept
 from lightning_acc.planning.calibration import Calibration, Cost
 
@@ -107,11 +107,11 @@ class Back(Forecast):
 
 
 class LowRankPass(Forecast):
-    """One sweep back, the basis and one pass forward, in the form that ``score`` would choose."""
+    """One sweep back, the basis and one pass forward, in a form that ``score`` would choose."""
 
     def __init__(self, calibration: Calibration, method: LowRank) -> None:
         super().__init__(calibration)
-        self.screens = method.settled(self.replay.run, keep_shifts=False).form == low_rank.SCREENED
+        self.screens = method.form == SCREENED
 
     def cost(self) -> Cost:
         """Seconds, measured."""
@@ -132,17 +132,17 @@ class LowRankPass(Forecast):
     def _tracked(self) -> tuple[float, int, int]:
         """Seconds of the basis and the pass, how many are read exactly, and how many are tracked together."""
         c, replay, theta = self.c, self.replay, self.replay.initial[0]
-        size, most = low_rank.removals_at_once(replay, c.memory), low_rank.most_directions(replay.run)
+        size, most = budget.removals_at_once(replay, c.memory), budget.most_directions(replay.run)
         vectors = torch.linalg.qr(self._directions(most).T)[0].contiguous()
         shifts = tracked.Shifts(Removals(c.visited[:size]), vectors, len(replay.initial), len(replay))
         forward = c.over_the_run(lambda t: c.seconds(lambda: shifts.advance(t, replay.step(t), replay.initial, theta)))
         basis = 0.0 if most == len(theta) else self._basis(most, bases.MOST_STEPS)
-        return basis + forward, low_rank.read_exactly(replay.run, len(c.visited), c.query, c.readings), size
+        return basis + forward, budget.read_exactly(replay.run, len(c.visited), c.query, c.readings), size
 
     def _screened(self) -> tuple[float, int, int]:
         """The same where few removals are followed."""
         c, replay, n = self.c, self.replay, len(self.c.visited)
-        followed, modelled = screened.counts(replay, n, c.memory, low_rank.most_followed(replay.run))
+        followed, modelled = screened.counts(replay, n, c.memory, budget.most_followed(replay.run))
         directions, some = self._directions(followed), followed + modelled
         share = 1 + screened.FRESH_SHARE * bool(modelled)
 
@@ -169,20 +169,72 @@ class LowRankPass(Forecast):
 
     def bytes(self, removals: int) -> int:
         """Bytes the pass adds; what the sweep back kept is given back before the pass forward."""
-        replay, budget = self.replay, self.c.memory
+        replay, allowed = self.replay, self.c.memory
         vector, state = replay.initial[0].nbytes, sum(part.nbytes for part in replay.initial)
-        each, at_a_step = low_rank.bytes_needed(replay)
+        each, at_a_step = budget.bytes_needed(replay)
         if self.screens:
-            followed, modelled = screened.counts(replay, removals, budget, low_rank.most_followed(replay.run))
+            followed, modelled = screened.counts(replay, removals, allowed, budget.most_followed(replay.run))
             forward = (3 * followed + 2 * modelled) * state + 3 * screened.DIRECTIONS * bool(modelled) * vector
         else:
-            forward = 4 * low_rank.most_directions(replay.run) * vector + at_a_step + each * removals
-        return max(replays.kept(replay, budget) * state + at_a_step, forward)
+            forward = 4 * budget.most_directions(replay.run) * vector + at_a_step + each * removals
+        return max(replays.kept(replay, allowed) * state + at_a_step, forward)
+
+
+class DefectPass(Forecast):
+    """One sweep back, and passes forward with the removals that follow the update."""
+
+    def __init__(self, calibration: Calibration, method: LowRank) -> None:
+        super().__init__(calibration)
+        self.method = method
+
+    def cost(self) -> Cost:
+        """Seconds, measured."""
+        c, replay, start, n = self.c, self.replay, self.replay.initial, len(self.c.visited)
+        ahead = self.taken_once()
+        if not n:
+            return Cost(c.load, ahead + c.scan, 0.0, None)
+        gradient, rule = c.query.gradient(replay.objective, start[0]), AdjointSgdIe()
+        carry = rule.init(gradient, start, replay.run.n_samples)
+
+        def back(t: int) -> Tensor:
+            point = replay.step(t).at(start)
+            rule.advance(point, carry)
+            return defect.through_the_update(point, carry[0])
+
+        shared = c.readings * c.seconds(lambda: c.query.gradient(replay.objective, start[0]))
+        shared += (1 + replays.taken_again(replay, c.memory)) * ahead + c.over_the_run(lambda t: c.seconds(lambda: back(t)))
+        at_once = budget.removals_at_once(replay, c.memory)
+        followed = n if self.method.most is None else min(n, self.method.most)
+        passes = -(-followed // at_once)
+        each = -(-followed // passes)
+        a, slope, m = c.line(partial(self._step, c.largest_step), each, passes * len(replay))
+        scale = c.over_the_run(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
+        if self.method.is_relative:
+            return Cost(c.load, shared + scale * (passes * a + followed * slope), 0.0, None)
+        return Cost(c.load, shared + scale * a, c.share_visited * scale * slope, at_once if n > at_once else None)
+
+    def _step(self, t: int, m: int) -> float:
+        """Seconds of step t with m removals, all of them in a window."""
+        total, start = len(self.replay), self.replay.initial
+        adjoints = defect.AdjointDefect(total, [], start[0].expand(total, -1))
+        shifts = defect.UpdateAlone(self.c.sample(t, m), adjoints, start, total)
+        shifts.begin(t, torch.arange(m), start)
+        return self.c.seconds(lambda: shifts.advance(t, self.replay.step(t).at(start)))
+
+    def bytes(self, removals: int) -> int:
+        """Bytes the passes add; what the sweep back kept is given back before."""
+        replay, allowed = self.replay, self.c.memory
+        each, at_a_step = budget.bytes_needed(replay)
+        followed = removals if self.method.most is None else min(removals, self.method.most)
+        together = min(followed, budget.removals_at_once(replay, allowed))
+        states = replays.kept(replay, allowed) * sum(part.nbytes for part in replay.initial)
+        return at_a_step + max(states, each * together)
 
 
 def forecast(method: Method, calibration: Calibration) -> Forecast:
     """The forecast for the way in which a method runs."""
     if isinstance(method, LowRank):
-        return LowRankPass(calibration, method)
+        settled = method.settled(calibration.replay.run, keep_shifts=False)
+        return (DefectPass if settled.form == DEFECT else LowRankPass)(calibration, settled)
     assert isinstance(method, Swept)
     return Forward(calibration, method) if method.reverse is None else Back(calibration, method)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from lightning_acc import arguments
-from lightning_acc.core import queries
+from lightning_acc.core import devices, queries
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.process import as_scored, resident_bytes
 from lightning_acc.core.queries import Query, moments
@@ -134,6 +134,7 @@ def plan(
     dtype: str | None = None,
     ray_address: str | None = "local",
     *,
+    device: str = "auto",
     at: At = moments.END,
     workers: int | None = None,
     memory_gb: float = 2.0,
@@ -149,6 +150,7 @@ def plan(
         query: as for ``score``.
         dtype: as for ``score``.
         ray_address: as for ``score``.
+        device: as for ``score``.
         at: as for ``score``: the run is taken no further than to the last of these steps, and the query is read at each.
         workers: how many compute at the same time; None: as many as Ray starts here, one for each core, or one without Ray.
         memory_gb: as for ``score``.
@@ -156,7 +158,7 @@ def plan(
 
     Raises:
         RunError: the run directory cannot be read.
-        RequestError: there is no such query, sample or dtype, or not as many workers or as much memory.
+        RequestError: there is no such query, sample, dtype or device, or not as many workers or as much memory.
     """
     if workers is not None:
         workers = arguments.whole("workers", workers, "cannot compute anything", least=1)
@@ -165,13 +167,13 @@ def plan(
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
     run = opened(run)
     distinct = list(dict.fromkeys(removal_sets.named(removals, run)[0]))
-    query, when = queries.find(run, query), moments.find(run, at)
+    query, when, place = queries.find(run, query), moments.find(run, at), devices.chosen(device, run)
     n = len(distinct)
     costs: dict[str, Cost] = {}
     peaks: dict[str, int] = {}
     reasons: list[str] = []
     with as_scored(), Progress("plan", 1 + len(METHODS), progress) as bar:
-        calibration = Calibration(run, query, dtype, memory, distinct, when)
+        calibration = Calibration(run, query, dtype, memory, distinct, when, place)
         for i, method in enumerate(METHODS.values()):
             bar.update(i, 1.0)
             try:
@@ -192,7 +194,8 @@ def plan(
     resident, disk = resident_bytes(), _table_bytes(distinct)
     rows = []
     for name, method in METHODS.items():
-        row: dict[str, Any] = {"method": name, "readout": method.readout, "n": n, "disk_gb": disk / 2**30}
+        readout = method.settled(run, keep_shifts=False).default_readout(keep_shifts=False)
+        row: dict[str, Any] = {"method": name, "readout": readout, "n": n, "disk_gb": disk / 2**30}
         if name in costs:
             row["disk_gb"] += method.scratch_bytes(calibration.replay) / 2**30
             cost = costs[name]

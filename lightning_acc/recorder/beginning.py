@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_acc.core import stand_in
 from lightning_acc.core.losses.per_sample import (
-    Reduction,
     Source,
     even,
     gives_weights,
@@ -28,7 +27,7 @@ from lightning_acc.record.batches import Structure
 from lightning_acc.recorder import description
 from lightning_acc.recorder.checks import causes, decomposition, refusals
 from lightning_acc.recorder.checks.carried import refuse_carried
-from lightning_acc.recorder.checks.penalty import refuse_penalty
+from lightning_acc.recorder.checks.penalty import refuse_dependent_penalty, refuse_penalty
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.optimizer import TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
@@ -138,6 +137,8 @@ def understand(
         precision=str(trainer.precision),
         trainer=stand_in.facts(trainer),
     )
+    if objective.trainer is not None:
+        objective.trainer.place = lambda: stand_in.place_in(groups[0])
     first_step = _FirstStep(trainer, objective, optimizer, groups, everyone, theta, optimizer.gradient(number), number)
     whole_batches = bool(refusals.batch_norms(module))
     refuse_carried(objective, theta, _batch(everyone[0]))
@@ -191,34 +192,32 @@ class _FirstStep:
         assembly, found = self._assembled(source, tolerance)
         step, objective, first = assembly.step(self._groups, self.batches), assembly.objective, self.batches[0]
         vectorised = decomposition.can_be_vectorised(step, self.theta, found)
-        if source != "per_sample_loss":
+        if objective.penalised:
+            refuse_dependent_penalty(objective, self.theta, _batch(first))
+        elif source != "per_sample_loss":
             refuse_penalty(objective, self.theta, first.leaves, tolerance)
         independent = decomposition.rows_are_independent(objective, self.theta, _batch(first), whole_batches)
         about = {"source": source, "reduction": objective.reduction, "independent_rows": independent, "vectorised": vectorised}
-        return assembly, about
+        return assembly, {**about, **({"penalised": True} if objective.penalised else {})}
 
-    def assembly(self, source: Source, reduction: Reduction) -> Assembly:
-        """What makes steps of losses that are taken so."""
-        return Assembly(self._trainer, self.objective.taken(source, reduction), self._optimizer)
-
-    def step(self, source: Source, reduction: Reduction) -> Step:
-        """This step, of losses that are taken so."""
-        return self.assembly(source, reduction).step(self._groups, self.batches)
+    def assembly(self, objective: Objective) -> Assembly:
+        """What makes steps of these losses."""
+        return Assembly(self._trainer, objective, self._optimizer)
 
     def tried(self, source: Source) -> Step:
         """This step, of losses from ``source`` in the first way that seemed possible."""
-        return self.step(source, self._possible(source)[0])
+        return self.assembly(self._possible(source)[0]).step(self._groups, self.batches)
 
     def _assembled(self, source: Source, tolerance: float) -> tuple[Assembly, Tensor]:
         """What makes steps whose gradient is the training's, and the gradient (p,) of this one."""
-        reductions = self._possible(source)
-        for i, reduction in enumerate(reductions):
-            assembly = self.assembly(source, reduction)
+        possible = self._possible(source)
+        for i, objective in enumerate(possible):
+            assembly = self.assembly(objective)
             try:
                 step = assembly.step(self._groups, self.batches)
                 found = decomposition.compare_gradients(step, self.theta, self.gradient, self.number, tolerance)
             except RunError:
-                if i == len(reductions) - 1:
+                if i == len(possible) - 1:
                     raise
             else:
                 break
@@ -227,17 +226,19 @@ class _FirstStep:
             batch.weights = batch.weights if assembly.weighted else None
         return assembly, found
 
-    def _possible(self, source: Source) -> list[Reduction]:
+    def _possible(self, source: Source) -> list[Objective]:
         """How losses from ``source`` may make that of a batch."""
         first = self.batches[0]
         size, leaves = len(first.ids), batches.cast(first.leaves, self.objective.dtype)
         batch, theta = batches.TakenApart(leaves, self.objective.structure), self.theta.detach().requires_grad_()
         with _batch(first).random_numbers(), decomposition.computing(self.objective.taken(source, "mean")):
             if source == "reductions":
-                return [reduction_of(self.objective.call(theta, observed, batch), size)]
+                reduced = self.objective.call(theta, observed, batch)
+                penalised = reduced.penalty is not None and reduced.penalty.requires_grad
+                return [self.objective.taken(source, reduction_of(reduced, size), penalised)]
             if source == "per_sample_loss" and self.objective.call(self.theta, gives_weights, batch):
-                return ["weighted"]
-        return ["mean", "sum"]
+                return [self.objective.taken(source, "weighted")]
+        return [self.objective.taken(source, "mean"), self.objective.taken(source, "sum")]
 
     def _observable(self, assembly: Assembly) -> bool:
         """Whether the reductions of ``training_step`` show the same weights; compiled, it would be compiled anew for that."""

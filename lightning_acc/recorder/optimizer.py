@@ -12,6 +12,7 @@ from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import RULES, Numbers, State, Update
+from lightning_acc.core.stand_in import place_in
 from lightning_acc.errors import RunError
 from lightning_acc.record.schema.keys import DTYPES
 from lightning_acc.record.writer import NotFinite
@@ -127,6 +128,7 @@ class TrainedOptimizer:
         algorithm = self._trainer.gradient_clip_algorithm
         for_all = {
             "step": step + 1,
+            **place_in(self._trainer),
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),

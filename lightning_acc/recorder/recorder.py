@@ -37,10 +37,10 @@ class TrajectoryRecorder(Callback):
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, every optimizer of
     ``torch.optim`` but LBFGS and SparseAdam, and Lion, with parameter groups (others by ``register_optimizer``) under any
     learning-rate scheduler, gradient accumulation and clipping, map-style datasets under any sampler, streams whose
-    batches hold ids of their samples (``sample_id``), weighted means, dropout, every precision of torch's own (a step that
-    a loss scaler leaves out is none), ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``), weight averaging
-    (the trained weights are recorded, ``at="ema"`` reads the averaged ones), callbacks that look for a learning rate or a
-    batch size, and callbacks and module hooks that leave gradients and weights alone, which is checked.
+    batches hold ids of their samples (``sample_id``), weighted means, penalties, dropout, every precision of torch's own (a
+    step that a loss scaler leaves out is none), ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``), weight
+    averaging (the trained weights are recorded, ``at="ema"`` reads the averaged ones), callbacks that look for a learning
+    rate or a batch size, and callbacks and module hooks that leave gradients and weights alone, which is checked.
 
     Example::
 

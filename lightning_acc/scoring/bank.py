@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc import arguments
+from lightning_acc.core.devices import CPU
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal
@@ -36,7 +37,7 @@ FOLDER = "bank"
 DEFAULT_GB = 1.0
 REMEDY = "delete it; what it held is retrained where it is needed"
 SAME = ("manifest_hash", "dtype", "convention", "version")
-"""Conditions under which two shifts of one removal are the same."""
+"""Conditions under which two shifts of one removal are the same, beside a device that is not the CPU."""
 
 
 def budget(bank_gb: float) -> int:
@@ -63,6 +64,8 @@ class Bank:
     def __init__(self, run: Record, conditions: dict[str, Any], budget: int) -> None:
         self._run, self._budget = run, budget
         self._same = {name: str(conditions[name]) for name in SAME}
+        if shards.device_of(conditions) != CPU.type:
+            self._same["device"] = shards.device_of(conditions)
         self._key = digest(json.dumps(self._same).encode())[:16]
         self._left: int | None = None
 
@@ -164,6 +167,6 @@ def _read(replay: Replay, question: Question, tensors: dict[str, Tensor], steps:
     with as_scored():
         for t in question.moments.steps:
             place = steps.index(t)
-            reading(t, tensors["thetas"][place], tensors["shifts"][place][rows])
+            reading(t, replay.placed(tensors["thetas"][place]), replay.placed(tensors["shifts"][place][rows]))
     assert reading.scores is not None
-    return reading.scores
+    return reading.scores.cpu()

@@ -56,6 +56,7 @@ def each(
     address: str | None,
     bar: Progress,
     split: Split = lambda piece: [piece],
+    gpu: float = 0.0,
 ) -> Iterator[tuple[Any, Any]]:
     """``work(job, piece, progress)`` for every piece: yields each with its result, as they are done.
 
@@ -66,9 +67,10 @@ def each(
         address: of the Ray cluster, see ``connect``; None does it in this process.
         bar: is told how far the pieces are.
         split: makes smaller pieces of one that ran out of memory; these are yielded in its place.
+        gpu: what each asks of a card for itself, from 0 for none to 1.
 
     Raises:
-        RequestError: the cluster cannot be reached or has no CPU.
+        RequestError: the cluster cannot be reached, or has no CPU, or no GPU where one is asked for.
         InfluenceError: what a piece raised; the others are stopped.
     """
     if address is None:
@@ -77,7 +79,9 @@ def each(
     elif pieces:
         bar.note(f"connecting to Ray ({address})")
         with connect(address) as ray:
-            yield from _Farm(ray, work, job, bar, split).run(pieces)
+            if gpu and not ray.cluster_resources().get("GPU", 0):
+                raise RequestError(f"The Ray cluster at {address!r} has no GPU: add a node with one, or give device='cpu'.")
+            yield from _Farm(ray, work, job, bar, split, gpu).run(pieces)
 
 
 def _here(
@@ -130,7 +134,7 @@ class _Task:
 
 
 class _Farm:
-    def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split) -> None:
+    def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split, gpu: float) -> None:
         self._ray, self._bar, self._split = ray, bar, split
         try:
             # In bytes, as whoever unpacks it must have set up its path before.
@@ -141,7 +145,7 @@ class _Farm:
                 "larger object_store_memory."
             ) from error
         # Tries are counted here: Ray's own would neither split a piece nor notice one that hangs.
-        options = {"num_cpus": 1, "max_retries": 0}
+        options = {"num_cpus": 1, "num_gpus": gpu, "max_retries": 0}
         self._remote = ray.remote(work_in_steps).options(num_returns="streaming", **options)
         self._desk: Any = None
         self._by_ray_client = ray.util.client.ray.is_connected()  # ray://, which has no streams

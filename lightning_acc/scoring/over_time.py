@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lightning_acc.core import queries
+from lightning_acc.core import devices, queries
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.removals import parse
@@ -29,7 +29,12 @@ SCHEMA = pa.schema([("sample", pa.int64()), ("step", pa.int64()), ("score", pa.f
 
 
 def influence_over_time(
-    run: Record, samples: Iterable[int], query: str | Query = "val", memory_gb: float = 2.0, dtype: str | None = None
+    run: Record,
+    samples: Iterable[int],
+    query: str | Query = "val",
+    memory_gb: float = 2.0,
+    dtype: str | None = None,
+    device: str = "auto",
 ) -> pa.Table:
     """What each visit of ``samples`` contributed to their scores by ``sgd-ie`` with linear readout.
 
@@ -42,6 +47,7 @@ def influence_over_time(
         query: name of a query recorded with the run, or a ``Query``.
         memory_gb: budget for the states kept for the sweep back.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
+        device: as for ``score``.
 
     Returns:
         One row per visit, in step order: ``sample`` (int64), ``step`` (int64), ``score`` (float64, what that visit
@@ -49,12 +55,12 @@ def influence_over_time(
         is one visit. Samples that no step saw have no row.
 
     Raises:
-        RequestError: there is no such sample, query or dtype, or the loss cannot be differentiated twice, or the optimizer's
-            update not once.
+        RequestError: there is no such sample, query, dtype or device, or the loss cannot be differentiated twice, or the
+            optimizer's update not once.
     """
     wanted = sorted({i for (i,) in parse([[int(sample)] for sample in samples], run.n_samples)})
     query = queries.find(run, query)
-    replay = Replay(run, dtype)
+    replay = Replay(run, dtype, device=devices.chosen(device, run))
     refuse_without_derivative(replay, "Influence over time")
     question = Question(query, moments.find(run, moments.END), "linear", False, int(memory_gb * 2**30))
     rule = AdjointVisits(torch.tensor(wanted, dtype=torch.int64), run.n_samples, len(replay))

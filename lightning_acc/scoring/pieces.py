@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+from lightning_acc.core import devices
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RunError
@@ -44,7 +46,11 @@ def compute_all(
         # A single piece gains nothing from workers that would have to be started first.
         alone = ray_address is None or (ray_address == "local" and len(pieces) < 2)
         here = partial(_here, work, replay) if alone else work
-        for piece, result in cluster.each(here, job, pieces, None if alone else ray_address, bar, partial(_smaller, job)):
+        gpu = devices.share(job.device, job.question.memory)
+        if not alone:
+            job = replace(job, device=devices.of_worker(job.device))
+        where = None if alone else ray_address
+        for piece, result in cluster.each(here, job, pieces, where, bar, partial(_smaller, job), gpu):
             if isinstance(result, cluster.Failure):
                 failed.append((piece, result.reason))
             else:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from lightning_acc import arguments
-from lightning_acc.core import queries, rebuild
+from lightning_acc.core import devices, queries, rebuild
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal
-from lightning_acc.core.replay import Replay, explained
+from lightning_acc.core.replay import explained
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
 from lightning_acc.record.record import Record, opened
@@ -41,6 +41,7 @@ def score(
     dtype: str | None = None,
     ray_address: str | None = "local",
     *,
+    device: str = "auto",
     at: At = moments.END,
     check: Check = "auto",
     directions: int | None = None,
@@ -68,14 +69,18 @@ def score(
         readout: ``"exact"`` evaluates the query at the shifted parameters; ``"linear"`` takes the shift's product with its
             gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
             ``tracin``, whose one reverse sweep then answers for all samples; asked for ``"exact"`` these carry shifts too.
-            For ``acc-low-rank`` None is exact, for the most influential removals where there are too many to read all so.
+            For ``acc-low-rank`` None is exact, for the most influential removals where there are too many to read all so;
+            of an optimizer whose update is not affine (Adam, or any that clips) it is linear.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
+        device: ``"cpu"``, ``"cuda"`` or one of several GPUs (``"cuda:1"``); ``"auto"`` is the GPU where there is one. What
+            drew random numbers (dropout) is replayed on the kind of device they were drawn on. Not yet run on a GPU.
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
         directions: of ``acc-low-rank``: in how many it follows the contraction of the training, 0 in none. None, without
             ``followed`` either, chooses by the size of the run; see ``lightning_acc.methods.low_rank.entry``.
         followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; a few hundred
-            more are corrected by what these tell, the rest keep SGD-IE's scores.
+            more are corrected by what these tell, the rest keep SGD-IE's scores. Where the update is not affine: how many it
+            takes through the optimizer's updates, the rest keeping SGD-IE's scores (``lightning_acc.methods.low_rank.defect``).
         at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over every twentieth step, and 20
             at least, spread evenly over the run: what the samples did to the learning curve, which the last steps' noise weighs
             less in (``"along:K"``: over K); a step, or a list of steps: their mean; a name in ``run.checkpoints``, such as
@@ -87,7 +92,7 @@ def score(
         confirm: so many of the most harmful removals are also retrained without. Estimates screen, the truth confirms.
         keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``; of an
             average, its own.
-        memory_gb: budget of each process for what it computes with, beyond the run's data itself.
+        memory_gb: budget of each process for what it computes with, beyond the run's data itself; on a GPU, of its memory.
         bank_gb: how much the run directory may hold of what retraining ended with (``bank/``): from this, removals that were
             retrained without answer another query at no training, of ``score`` or of ``score_matrix``.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
@@ -99,8 +104,8 @@ def score(
 
     Raises:
         RunError: the run directory cannot be read.
-        RequestError: there is no such method, query, sample, readout or dtype; or groups too large for an estimate take more
-            than an hour to be retrained without.
+        RequestError: there is no such method, query, sample, readout, dtype or device; or groups too large for an estimate
+            take more than an hour to be retrained without.
     """
     assert not isinstance(run, (list, tuple))  # they are taken apart before
     run = opened(run)
@@ -113,8 +118,8 @@ def score(
     check = checks.parse(check)
     wanted, names = removal_sets.named(removals, run)
     question = Question(queries.find(run, query), moments.find(run, at), readout, keep_shifts, memory)
-    job = Job(rebuild.portable(run), chosen, question, dtype)
-    replay = Replay(run, dtype, question.moments.last)  # refuses what cannot be replayed before any worker starts
+    job = Job(rebuild.portable(run), chosen, question, dtype, devices.chosen(device, run))
+    replay = job.replay()  # refuses what cannot be replayed before any worker starts
     distinct = list(dict.fromkeys(wanted))
     started = time.perf_counter()
     conditions = job.conditions(distinct)
@@ -175,8 +180,8 @@ def score(
 
         def retrain(some: list[Removal]) -> Scores:
             return score(
-                run, registry.TRUTH, some, query, at=at, dtype=dtype, ray_address=ray_address, memory_gb=memory_gb,
-                bank_gb=bank_gb, save=save, progress=progress,
+                run, registry.TRUTH, some, query, at=at, dtype=dtype, device=device, ray_address=ray_address,
+                memory_gb=memory_gb, bank_gb=bank_gb, save=save, progress=progress,
             )  # fmt: skip
 
         seconds = scores.conditions["wall_seconds"]

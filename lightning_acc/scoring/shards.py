@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from typing import Any, TypeVar
 
+from lightning_acc.core.devices import CPU
 from lightning_acc.core.removals import Removal
 from lightning_acc.record import seal
 from lightning_acc.record.record import Record
@@ -43,16 +44,28 @@ SAME = (
     "among",
     "run_hashes",
 )
-"""Conditions under which two scores of one removal are the same number."""
+"""Conditions under which two scores of one removal are the same number, beside the device."""
 
 COST = ("seconds", "wall_seconds", "peak_memory_gb")
 FREE = {"n": 0, **dict.fromkeys(COST, 0.0)}
 """Of what was there already."""
 
 
+def device_of(conditions: Mapping[str, Any]) -> str:
+    """The kind of device that scores were computed on; what does not say was the CPU's."""
+    return str(conditions.get("device", CPU.type))
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether scores under these conditions are the same numbers."""
+    alike = all(str(one.get(name)) == str(other.get(name)) for name in SAME)
+    return alike and device_of(one) == device_of(other)
+
+
 def key(conditions: dict[str, Any]) -> str:
     """Short hash of the conditions that matter."""
-    return digest(json.dumps([conditions.get(name) for name in SAME]).encode())[:16]
+    device = [] if device_of(conditions) == CPU.type else [device_of(conditions)]
+    return digest(json.dumps([conditions.get(name) for name in SAME] + device).encode())[:16]
 
 
 def write(run: Record, shard: Scores) -> None:
@@ -104,7 +117,7 @@ def _table(run: Record, conditions: dict[str, Any], name: str) -> Scores | None:
     if name not in scores.names(run.store):
         return None
     table = intact(run, f"scores/{name}.parquet", partial(scores.read, run.store, name, n_samples=run.n_samples))
-    return table if table is not None and _same(table, conditions) else None
+    return table if table is not None and same(table.conditions, conditions) else None
 
 
 def _part(run: Record, conditions: dict[str, Any], part: str) -> Scores:
@@ -114,13 +127,9 @@ def _part(run: Record, conditions: dict[str, Any], part: str) -> Scores:
         DamagedResult: it is not what was written, or under other conditions.
     """
     shard = scores.read(run.store, part, FOLDER, run.n_samples)
-    if not _same(shard, conditions):
+    if not same(shard.conditions, conditions):
         raise seal.damaged(run.store, f"{FOLDER}/{part}.parquet", scores.REMEDY)
     return shard
-
-
-def _same(table: Scores, conditions: dict[str, Any]) -> bool:
-    return all(str(table.conditions.get(one)) == str(conditions.get(one)) for one in SAME)
 
 
 def intact(run: Record, file: str, read: Callable[[], T]) -> T | None:

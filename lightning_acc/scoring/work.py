@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_acc.core.process import as_scored, peak_memory_gb
+from lightning_acc.core.devices import peak_gb
+from lightning_acc.core.process import as_scored
 from lightning_acc.core.queries import moments
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
@@ -38,6 +39,11 @@ class Job:
     method: Method
     question: Question
     dtype: str | None
+    device: torch.device
+
+    def replay(self) -> Replay:
+        """The run, as the question asks for it: up to the last step that it is about."""
+        return Replay(self.run, self.dtype, self.question.moments.last, device=self.device)
 
     def conditions(self, distinct: Sequence[Removal]) -> dict[str, Any]:
         """What is known of the scores of these removals before they are computed."""
@@ -53,6 +59,7 @@ class Job:
             # Some scores depend on what else was asked: they are never mixed with those of other removals.
             **({"among": digest(json.dumps(distinct).encode())[:16]} if self.method.is_relative else {}),
             "dtype": self.dtype or self.run.scored_in,
+            "device": self.device.type,
             # Of a narrow training the scores are those of the same training without rounding: see ``keys.SCORED``.
             **({} if self.run.dtype in SCORED else {"trained_in": self.run.dtype}),
             "convention": CONVENTION,
@@ -72,7 +79,7 @@ class Result:
         shifts: (steps, n, p), where they were asked for.
         thetas: (steps, p), beside them.
         seconds: of this process.
-        peak_memory_gb: of this process so far.
+        peak_memory_gb: of this process so far, or of the card it computes on.
         details: how it was done, see ``Method.details``.
         more: further figures for each removal, (n,).
     """
@@ -106,15 +113,15 @@ def compute(job: Job, removals: list[Removal], progress: Callable[[float], None]
     """Score one piece of removals in this process, as ``core.process.as_scored`` computes."""
     started = time.perf_counter()
     with as_scored(), twice_differentiable(job.method.name):
-        replay = replay or Replay(job.run, job.dtype, job.question.moments.last)
-        answer = job.method.answer(replay, removals, job.question, progress)
+        replay = replay or job.replay()
+        answer = job.method.answer(replay, removals, job.question, progress).on_cpu()
     progress(1.0)
     return Result(
         scores=answer.scores.double().numpy(),
         shifts=answer.shifts,
         thetas=answer.thetas,
         seconds=time.perf_counter() - started,
-        peak_memory_gb=peak_memory_gb(),
+        peak_memory_gb=peak_gb(replay.device),
         details=answer.details,
         more={name: _plain(figures) for name, figures in answer.more.items()},
     )

@@ -44,6 +44,7 @@ class Influence:
         query: name of the recorded query.
         at: when it is read: end, along, along:K, a step, several with commas between, or a checkpoint such as best.
         dtype: None as recorded, or float64.
+        device: auto, cpu, cuda, or one of several, such as cuda:1.
         ray_address: local, auto, ray://..., or None for this process.
         memory_gb: budget of each process.
         examples: of the query whose predictions are explained (by sgd-ie): all, worst:N, numbers with commas; null for none.
@@ -60,6 +61,7 @@ class Influence:
     query: str = "val"
     at: str = "end"
     dtype: str | None = None
+    device: str = "auto"
     ray_address: str | None = "local"
     memory_gb: float = DEFAULT_MEMORY_GB
     examples: str | None = "worst:60"
@@ -207,6 +209,7 @@ def _score_and_evaluate(recorded: Run, options: Any) -> list[dict[str, Any]] | N
 
 def _score_all(recorded: Run, options: Any) -> None:
     removals, at = select(recorded, options.removals), moment(options.at)
+    shared = {name: getattr(options, name) for name in ("device", "ray_address", "memory_gb")}
     for method in options.methods:
         scores = score(
             recorded,
@@ -215,17 +218,13 @@ def _score_all(recorded: Run, options: Any) -> None:
             options.query,
             at=at,
             dtype=options.dtype,
-            ray_address=options.ray_address,
-            memory_gb=options.memory_gb,
+            **shared,
         )
         print(f"{scores}\n{duration(scores.conditions['seconds'])} of work")
     if options.examples:
         examples = some_examples(recorded, options.query, options.examples)
-        memory: dict[str, Any] = {"ray_address": options.ray_address, "memory_gb": options.memory_gb}
-        print(score_matrix(recorded, query=options.query, examples=examples, at=at, dtype=options.dtype, **memory))
+        print(score_matrix(recorded, query=options.query, examples=examples, at=at, dtype=options.dtype, **shared))
     if options.clean_fractions:
         when, seeds = moment(options.clean_at), options.clean_seeds
-        cleaned = clean(
-            recorded, options.clean_methods, options.clean_fractions, seeds, ray_address=options.ray_address, at=when
-        )
+        cleaned = clean(recorded, options.clean_methods, options.clean_fractions, seeds, at=when, **shared)
         print(as_lines(cleaned))

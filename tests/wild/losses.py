@@ -178,6 +178,30 @@ class Tasks(Network):
         return (torch.exp(-self.log_variance) * parts + self.log_variance).sum()
 
 
+class TasksByHand(LeavesOut, Tasks):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        parts = torch.stack([self.mean(part) for part in self.parts(batch)])
+        return (torch.exp(-self.log_variance) * parts + self.factor * self.log_variance).sum()
+
+
+class ElasticNet(Network):
+    """Its parameters are penalised in the step, by size and by square."""
+
+    def penalty(self) -> Tensor:
+        return sum(1e-3 * p.abs().sum() + 1e-2 * p.square().sum() for p in self.parameters())
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) + self.penalty()
+
+
+class ElasticNetByHand(LeavesOut, ElasticNet):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.mean(F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")) + self.factor * self.penalty()
+
+
 class TwoLosses(Tasks):
     """Named losses in a dict, weighted and summed, as detection models return them."""
 
@@ -245,7 +269,14 @@ SETUPS: dict[str, Setup] = {
     "positive weights": setup("`BCEWithLogitsLoss(pos_weight=...)` over three labels", PosWeight, several, PosWeightByHand),
     "quantile regression": setup("pinball losses, summed over quantiles", Quantiles, numbers, QuantilesByHand),
     "Gaussian likelihood": setup("`gaussian_nll_loss`, mean and variance predicted", Gaussian, numbers, GaussianByHand),
-    "uncertainty weighting": setup("two tasks, weights learned", Tasks, classes, refused="no sample is in"),
+    "uncertainty weighting": setup(
+        "two tasks, weights learned; the query reads the losses without what no sample is in",
+        Tasks,
+        classes,
+        TasksByHand,
+        scores=False,
+    ),
+    "elastic net": setup("the sizes and squares of all weights are added to the loss", ElasticNet, classes, ElasticNetByHand),
     "losses in a dict": setup("two losses by name, weighted and summed, `log_dict`", TwoLosses, classes, TwoLossesByHand),
     "torchmetrics": setup("metrics in the step, logged as objects; a collection of them", Metrics, classes, MetricsByHand),
     "torchmetrics as the loss": setup(

@@ -46,36 +46,55 @@ def negated(seen: Seen, call: Call) -> Any:
 
 
 def added(seen: Seen, call: Call) -> Any:
-    """``a + b`` and ``a - b``, or ``b - a``, with a factor ``alpha`` of the second term."""
-    a, b = call.operands
-    differentiable = [isinstance(operand, Tensor) and operand.requires_grad for operand in (a, b)]  # before ``a += b``
+    """``a + b`` and ``a - b``, or ``b - a``, with a factor ``alpha`` of the second term.
+
+    A term that is made of the module's own tensors alone is a penalty, which no sample is in.
+    """
+    terms = call.operands
+    reduced = [seen.of(term) for term in terms]
+    if not any(reduced):
+        why = seen.why_lost(*terms)
+        return seen.lose(call.result, why) if why else call.result
+    for term, known in zip(terms, reduced, strict=True):
+        if known is None and not accounted_for(seen, term):
+            return seen.lose(call.result, seen.why_lost(term) or NO_SAMPLES)
+    # As they are now: ``a += b`` writes the sum to ``a``.
+    apart = [term.clone() if isinstance(term, Tensor) and seen.apart(term) else None for term in terms]
     result = call.result
-    first, second = seen.of(a), seen.of(b)
-    if first is None and second is None:
-        why = seen.why_lost(a, b)
-        return seen.lose(result, why) if why else result
-    for operand, known, depends in zip((a, b), (first, second), differentiable, strict=True):
-        if known is None and depends and not seen.nothing(operand):
-            return seen.lose(result, seen.why_lost(operand) or NO_SAMPLES)
+    made = common([known for known in reduced if known is not None])
+    if any(known is not None and known.contributions is None for known in reduced):
+        return seen.keep(result, made)
     alpha = call.kwargs.get("alpha", 1.0)
     factors = {"sub": (1.0, -alpha), "isub": (1.0, -alpha), "subtract": (1.0, -alpha), "rsub": (-alpha, 1.0)}.get(
         call.name, (1.0, alpha)
     )
-    parts = [(known, factor) for known, factor in zip((first, second), factors, strict=True) if known is not None]
-    made = common([known for known, _ in parts])
-    if all(known.contributions is not None for known, _ in parts):
-        terms = [factor * aligned(known.contributions, result) for known, factor in parts if known.contributions is not None]
-        made = replace(made, contributions=sum(terms[1:], terms[0]).expand(seen.size, *result.shape))
-    return seen.keep(result, made)
+    contributions, penalties = [], []
+    for known, penalty, factor in zip(reduced, apart, factors, strict=True):
+        if known is not None and known.contributions is not None:
+            contributions.append(factor * aligned(known.contributions, result))
+            penalty = known.penalty
+        if penalty is not None:
+            penalties.append(factor * penalty)
+    summed = sum(contributions[1:], contributions[0]).expand(seen.size, *result.shape)
+    together = sum(penalties[1:], penalties[0]).expand(result.shape) if penalties else None
+    return seen.keep(result, replace(made, contributions=summed, penalty=together))
+
+
+def accounted_for(seen: Seen, term: object) -> bool:
+    """Whether a term of a sum that was not reduced over the samples is known all the same.
+
+    It is a penalty, is multiplied by 0, or is no function of the parameters.
+    """
+    return not (isinstance(term, Tensor) and term.requires_grad) or seen.apart(term) or seen.nothing(term)
 
 
 def common(parts: list[Reduced]) -> Reduced:
     """The weights of a sum of reductions: those that all parts have, else those of a plain mean."""
     if len(parts) == 1 or all(part.total for part in parts):
-        return replace(parts[0], contributions=None)
+        return replace(parts[0], contributions=None, penalty=None)
     first = parts[0].weights
     if first is not None and all(part.weights is first for part in parts):
-        return replace(parts[0], contributions=None)
+        return replace(parts[0], contributions=None, penalty=None)
     return Reduced(None)
 
 
@@ -101,7 +120,7 @@ def multiplied(seen: Seen, call: Call) -> Any:
     assert known is not None
     if seen.why_lost(factor):
         return seen.lose(result, Lost("it is multiplied by what is made of means or sums over the samples", True))
-    return seen.keep(result, known.mapped(lambda c: (aligned(c, result) * factor).expand(seen.size, *result.shape)))
+    return seen.keep(result, known.mapped(lambda c: (aligned(c, result) * factor).expand(len(c), *result.shape)))
 
 
 def divided(seen: Seen, call: Call) -> Any:
@@ -136,14 +155,21 @@ def stacked(seen: Seen, call: Call) -> Any:
     parts = [seen.of(tensor) for tensor in tensors]
     if not any(parts) or any(tensor.ndim for tensor in tensors):
         return result
+    for tensor, part in zip(tensors, parts, strict=True):
+        if part is None and not accounted_for(seen, tensor):
+            return seen.lose(result, seen.why_lost(tensor) or NO_SAMPLES)
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts) and any(t.requires_grad for t, part in zip(tensors, parts, strict=True) if part is None):
-        return seen.lose(result, seen.why_lost(*tensors) or NO_SAMPLES)
     made = common(known)
     if all(part.contributions is not None for part in known):
-        zero = result.new_zeros(seen.size)
-        columns = [zero if part is None or part.contributions is None else part.contributions for part in parts]
-        made = replace(made, contributions=torch.stack(columns, 1))
+        none, nothing = result.new_zeros(seen.size), result.new_zeros(())
+        columns = [none if part is None or part.contributions is None else part.contributions for part in parts]
+        apart = [
+            part.penalty if part is not None else tensor if seen.apart(tensor) else None
+            for tensor, part in zip(tensors, parts, strict=True)
+        ]
+        some = any(one is not None for one in apart)
+        penalty = torch.stack([nothing if one is None else one for one in apart]) if some else None
+        made = replace(made, contributions=torch.stack(columns, 1), penalty=penalty)
     return seen.keep(result, made)
 
 

@@ -1,4 +1,4 @@
-"""The losses of the samples of a batch, and what each weighs in its loss: ``loss = sum_i w_i l_i``.
+"""The losses of the samples of a batch, and what each weighs in its loss: ``loss = sum_i w_i l_i``, and a penalty, if any.
 
 They are taken in one of three ways: by the module's own ``per_sample_loss``; by observing the reductions of one
 ``training_step`` over the whole batch; or by ``training_step`` on batches of one sample.
@@ -7,7 +7,7 @@ They are taken in one of three ways: by the module's own ``per_sample_loss``; by
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,10 +29,11 @@ Reduction = Literal["mean", "sum", "weighted"]
 
 
 class Losses(NamedTuple):
-    """The losses (B,) of the samples of a batch, and their weights (B,)."""
+    """The losses (B,) of the samples of a batch, their weights (B,), and the scalar that no sample is in, if there is one."""
 
     losses: Tensor
     weights: Tensor
+    penalty: Tensor | None = None
 
 
 def sources_of(module: nn.Module) -> tuple[Source, ...]:
@@ -40,8 +41,8 @@ def sources_of(module: nn.Module) -> tuple[Source, ...]:
     return ("per_sample_loss",) if isinstance(module, HasPerSampleLoss) else ("reductions", "training_step")
 
 
-def losses_of(module: nn.Module, batch: Any, source: Source, reduction: Reduction) -> Losses:
-    """The losses of the samples of a batch.
+def losses_of(module: nn.Module, batch: Any, source: Source, reduction: Reduction, penalised: bool = False) -> Losses:
+    """The losses of the samples of a batch, and the penalty where there may be one.
 
     Raises:
         NotSeparable: its reductions do not show them.
@@ -50,12 +51,12 @@ def losses_of(module: nn.Module, batch: Any, source: Source, reduction: Reductio
     if source == "per_sample_loss":
         losses, weights = of_per_sample_loss(module, batch)
     elif source == "reductions":
-        return separated(observed(module, batch), size_of(batch), reduction)
+        return separated(observed(module, batch, penalised), size_of(batch), reduction)
     else:
         losses, weights = of_single_samples(module, batch), None
     if weights is not None:
         return Losses(losses, shares(weights).to(losses.dtype))
-    return Losses(losses, even(size_of(batch), reduction, losses.dtype))
+    return Losses(losses, even(size_of(batch), reduction, losses.dtype).to(losses.device))
 
 
 def even(size: int, reduction: Reduction, dtype: torch.dtype) -> Tensor:
@@ -102,16 +103,24 @@ def gives_weights(module: nn.Module, batch: Any) -> bool:
     return of_per_sample_loss(module, batch)[1] is not None
 
 
-def observed(module: nn.Module, batch: Any) -> Reduced:
-    """How ``training_step`` reduces the whole batch to its loss.
+def observed(module: nn.Module, batch: Any, penalised: bool = True) -> Reduced:
+    """How ``training_step`` reduces the whole batch to its loss, to which terms may be added that no sample is in.
+
+    Not to look for these, where it is known that there are none, takes less time.
 
     Raises:
         NotSeparable: that is not seen.
     """
-    with Reductions(size_of(batch)) as reductions:
+    with Reductions(size_of(batch), own=own_tensors(module) if penalised else ()) as reductions:
         loss = whole_loss_of_training_step(module, batch)
     found: Reduced = reductions.seen.found(loss)
     return found
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module, as they are while it is called."""
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def reduction_of(reduced: Reduced, size: int) -> Reduction:
@@ -120,7 +129,7 @@ def reduction_of(reduced: Reduced, size: int) -> Reduction:
         return "sum"
     if reduced.weights is None:
         return "mean"
-    uneven = not torch.allclose(reduced.weights.double(), torch.full((size,), 1 / size, dtype=torch.float64))
+    uneven = not torch.allclose(reduced.weights.double(), torch.full_like(reduced.weights, 1 / size, dtype=torch.float64))
     return "weighted" if reduced.counted or uneven else "mean"
 
 
@@ -132,12 +141,13 @@ def weights_of(reduced: Reduced, size: int, reduction: Reduction, dtype: torch.d
 
 
 def separated(reduced: Reduced, size: int, reduction: Reduction) -> Losses:
-    """The losses ``c_i / w_i`` of samples that contribute c_i; 0 where the weight is."""
+    """The losses ``c_i / w_i`` of samples that contribute c_i, 0 where the weight is; and the penalty."""
     assert reduced.contributions is not None
     contributions = reduced.contributions.reshape(size)
-    weights = weights_of(reduced, size, reduction, contributions.dtype)
+    weights = weights_of(reduced, size, reduction, contributions.dtype).to(contributions.device)
     some = weights != 0
-    return Losses(torch.where(some, contributions / torch.where(some, weights, 1), 0), weights)
+    losses = torch.where(some, contributions / torch.where(some, weights, 1), 0)
+    return Losses(losses, weights, None if reduced.penalty is None else reduced.penalty.reshape(()))
 
 
 def of_single_samples(module: nn.Module, batch: Any) -> Tensor:

@@ -11,7 +11,7 @@ is so the recorder checks (``recorder.checks.decomposition``). Which functions o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -54,20 +54,25 @@ class Reduced:
     """A result of reductions over a batch, of shape S, by what each sample contributes to it.
 
     Attributes:
-        contributions: (B, *S), whose sum over the samples is the result; None where it is not asked for.
+        contributions: (B, *S), whose sum over the samples is the result, but for the penalty; None where it is not asked for.
         weights: what each sample weighs in the mean that the result is, (B,), with the sum 1; None where all weigh the same.
         counted: whether these may be others in the next batch: tokens, masks, classes are counted.
         total: whether the result is a sum over the samples, in which each has the weight 1.
+        penalty: the terms of the result that no sample is in, S; None where there are none, or they are not asked for.
     """
 
     contributions: Tensor | None
     weights: Tensor | None = None
     counted: bool = False
     total: bool = False
+    penalty: Tensor | None = None
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Reduced:
-        """With other contributions; weights as they are."""
-        return self if self.contributions is None else replace(self, contributions=function(self.contributions))
+        """With what ``function``, which is linear, makes of the contributions and of the penalty; weights as they are."""
+        if self.contributions is None:
+            return self
+        penalty = None if self.penalty is None else function(self.penalty[None])[0]
+        return replace(self, contributions=function(self.contributions), penalty=penalty)
 
 
 class Seen:
@@ -76,16 +81,19 @@ class Seen:
     Args:
         size: B, the number of samples.
         weights_only: see the weights of the samples alone, and leave every number exactly as it is.
+        own: the module's own tensors. What is made of these alone is in no sample; without them, that is not followed.
     """
 
-    def __init__(self, size: int, weights_only: bool = False) -> None:
+    def __init__(self, size: int, weights_only: bool = False, own: Iterable[Tensor] = ()) -> None:
         self.size = size
         self.weights_only = weights_only
         self._reduced: dict[int, Reduced] = {}
         self._lost: dict[int, Lost] = {}
         self._nothing: set[int] = set()
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor] = [*own]
         """Alive, so that no other tensor gets the identity of one of these."""
+        self._apart = set(map(id, self._kept))
+        self._follows = bool(self._apart)
 
     def of(self, thing: object) -> Reduced | None:
         """How a tensor was reduced over the samples; None where it was not, or is no tensor."""
@@ -127,6 +135,22 @@ class Seen:
         """Whether a tensor is such a multiple."""
         return id(thing) in self._nothing
 
+    def apart(self, thing: object) -> bool:
+        """Whether a tensor is made of the module's own tensors alone, so that no sample is in it."""
+        return id(thing) in self._apart
+
+    def follow(self, call: Call, result: Any) -> None:
+        """See whether ``result`` is made of the module's own tensors alone."""
+        if not self._follows:
+            return
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if call.function not in OF_DATA and all(map(self.apart, tensors_in((call.args, call.kwargs)))):
+            for tensor in tensors_in(results):
+                self._kept.append(tensor)
+                self._apart.add(id(tensor))
+        else:  # what was apart may have been written to
+            self._apart.difference_update(map(id, tensors_in((*call.args[: call.writes], *results))))
+
     def why_lost(self, *operands: object) -> Lost | None:
         """Why the first of these that is no sum over the samples is none."""
         return next((self._lost[id(operand)] for operand in operands if id(operand) in self._lost), None)
@@ -161,9 +185,30 @@ class Call:
         return str(self.function.__name__).strip("_")
 
     @property
+    def writes(self) -> int:
+        """How many of its first arguments the function may write to."""
+        name = str(self.function.__name__)
+        return 1 if name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) else 0
+
+    @property
     def operands(self) -> tuple[Any, Any]:
         """Of a function of two."""
         return self.args[0], self.args[1] if len(self.args) > 1 else self.kwargs["other"]
+
+
+OF_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor)
+"""What makes tensors of Python's or NumPy's data, which may be that of the samples."""
+
+
+def tensors_in(things: Any) -> Iterator[Tensor]:
+    """The tensors in arguments, lists and dicts of them."""
+    if isinstance(things, Tensor):
+        yield things
+    elif isinstance(things, (tuple, list)):
+        for thing in things:
+            yield from tensors_in(thing)
+    elif isinstance(things, dict):
+        yield from tensors_in(list(things.values()))
 
 
 Rule = Callable[[Seen, Call], Any]

@@ -5,6 +5,7 @@ reduced, what each sample contributes to its result.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_acc.core.losses import linear
 from lightning_acc.core.losses.linear import others, shaped
-from lightning_acc.core.losses.reduced import Call, Lost, Reduced, Rule, Seen, shares
+from lightning_acc.core.losses.reduced import Call, Lost, Reduced, Rule, Seen, shares, tensors_in
 
 
 class Reductions(TorchFunctionMode):
@@ -23,16 +24,19 @@ class Reductions(TorchFunctionMode):
     Args:
         size: B, the number of samples.
         weights_only: see the weights of the samples alone, and leave every number exactly as it is.
+        own: the module's own tensors, to see what is made of them alone.
     """
 
-    def __init__(self, size: int, weights_only: bool = False) -> None:
+    def __init__(self, size: int, weights_only: bool = False, own: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.seen = Seen(size, weights_only)
+        self.seen = Seen(size, weights_only, own)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = Call(function, args, kwargs or {})
         try:
-            return RULES.get(function, others)(self.seen, call)
+            result = RULES.get(function, others)(self.seen, call)
+            self.seen.follow(call, result)
+            return result
         except Exception as error:
             # A training goes on, whatever the observer did not foresee; what torch itself refuses, it refuses once more.
             if not (self.seen.weights_only or isinstance(error, NOT_FORESEEN)):
@@ -50,6 +54,8 @@ def loss(seen: Seen, call: Call) -> Any:
     bound.apply_defaults()
     given = bound.arguments
     reduction = given["reduction"]
+    if all(map(seen.apart, tensors_in(given))):
+        return call.result
     if reduction == "none" or given.get("size_average") is not None or given.get("reduce") is not None:
         return call.result
     counts = target_counts(given) if function in (F.cross_entropy, F.nll_loss) else None
@@ -112,10 +118,10 @@ def reduction(seen: Seen, call: Call) -> Any:
         result = call.result
         if before.contributions is None:
             return seen.keep(result, before)
-        kept = before.contributions.sum([d + 1 for d in dims]) if dims else before.contributions
         number = values.numel() / max(1, result.numel()) if mean else 1.0
-        return seen.keep(result, before.mapped(lambda _: shaped(kept / number, result)))
-    if 0 not in dims:
+        over = [d + 1 for d in dims]
+        return seen.keep(result, before.mapped(lambda c: shaped((c.sum(over) if over else c) / number, result)))
+    if 0 not in dims or seen.apart(values):
         return call.result
     mine = seen.by_sample(values)
     if mine is None:

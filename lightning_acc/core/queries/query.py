@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.arguments import shown
+from lightning_acc.core.devices import CPU, generators_kept, seed
 from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.objective import Objective
 from lightning_acc.core.process import is_out_of_memory
@@ -44,7 +45,7 @@ class Query:
         name: what tables call it: letters, digits, ``_``, ``.`` and ``-``.
         data: batches as the module is given them: a DataLoader, or any iterable of batches.
         function: takes the module and a batch, returns values of shape (B,), or one value, which counts for all B
-            examples. None is the loss the module is trained with.
+            examples. None is the loss the module is trained with, without what no sample is in.
         like: how a batch of the training is built, where that is known: what belongs to no sample there does not here.
 
     Raises:
@@ -66,6 +67,7 @@ class Query:
         self.name = name
         self.function = function
         self.batches: list[tuple[Leaves, Structure]] = []
+        self._moved: dict[tuple[int, torch.dtype, torch.device], Leaves] = {}
         for batch in data:
             leaves, structure = batches.flatten(batch, like=like)
             like = like or structure
@@ -116,11 +118,9 @@ class Query:
         """
         parts = []
         with self.reading(objective):
-            for leaves, structure in self._with_same_noise():
+            for leaves, structure in self._with_same_noise(objective):
                 read = partial(self._batch_values if each else self.batch_sum, objective, structure=structure)
-                values = objective.each(
-                    lambda theta, batch, read=read: read(theta, batch), thetas, batches.cast(leaves, objective.dtype)
-                )
+                values = objective.each(lambda theta, batch, read=read: read(theta, batch), thetas, leaves)
                 parts.append(values.detach())  # a step that takes gradients itself hands out tensors with a graph
         return torch.cat(parts, 1) if each else sum(parts, thetas.new_zeros(len(thetas))) / self.n_examples
 
@@ -142,8 +142,8 @@ class Query:
         total = torch.zeros_like(theta)
         leaf = theta.detach().requires_grad_()
         with self.reading(objective):
-            for leaves, structure in self._with_same_noise():
-                value = self.batch_sum(objective, leaf, batches.cast(leaves, objective.dtype), structure)
+            for leaves, structure in self._with_same_noise(objective):
+                value = self.batch_sum(objective, leaf, leaves, structure)
                 if not value.requires_grad:
                     raise RequestError(
                         f"The function of the query {self.name!r} has no gradient: its values are detached, counted or do not "
@@ -156,19 +156,35 @@ class Query:
         """Gradients (examples, p) at ``theta`` (p,) of what the query averages over, each example taken by itself."""
         parts = []
         with self.reading(objective):
-            for leaves, structure in self._with_same_noise():
-                single = {name: leaf.unsqueeze(1) for name, leaf in batches.cast(leaves, objective.dtype).items()}
+            for leaves, structure in self._with_same_noise(objective):
+                single = {name: leaf.unsqueeze(1) for name, leaf in leaves.items()}
                 parts.append(objective.gradient_of_each(partial(self.batch_sum, objective, structure=structure), theta, single))
         if not any(part.any() for part in parts):
             self.gradient(objective, theta)  # which says so, where there is none
         return torch.cat(parts)
 
-    def _with_same_noise(self) -> Iterator[tuple[Leaves, Structure]]:
-        """The batches; for each, a function that draws random numbers draws the same at any parameters."""
-        for i, batch in enumerate(self.batches):
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(i)
-                yield batch
+    def _with_same_noise(self, objective: Objective) -> Iterator[tuple[Leaves, Structure]]:
+        """The batches, where the objective computes; for each, a function that draws random numbers draws the same at any
+        parameters.
+        """
+        for i, (_, structure) in enumerate(self.batches):
+            with generators_kept(objective.device):
+                seed(objective.device, i)
+                yield self._placed(i, objective), structure
+
+    def _placed(self, number: int, objective: Objective) -> Leaves:
+        """The leaves of a batch, as the objective computes with them; moved to a GPU once, and kept there."""
+        leaves = self.batches[number][0]
+        if objective.device == CPU:
+            return batches.cast(leaves, objective.dtype)
+        key = number, objective.dtype, objective.device
+        if key not in self._moved:
+            self._moved[key] = batches.cast(leaves, objective.dtype, objective.device)
+        return self._moved[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was moved, which stays where it is."""
+        return {**self.__dict__, "_moved": {}}
 
     def batch_sum(self, objective: Objective, theta: Tensor, leaves: Leaves, structure: Structure) -> Tensor:
         """The function summed over the examples of one batch, at parameters ``theta`` (p,).
@@ -177,7 +193,7 @@ class Query:
         """
         size, batch = batches.batch_size(leaves), TakenApart(leaves, structure)
         if self.function is None and objective.reduction == "weighted":
-            losses, weights = objective.call(theta, objective.weighted_loss, batch)
+            losses, weights, _ = objective.call(theta, objective.weighted_loss, batch)
             mean: Tensor = (weights * losses).sum()
             return size * mean
         values = self._checked(objective.call(theta, self.function or objective.loss, batch), size)

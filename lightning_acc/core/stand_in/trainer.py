@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +28,9 @@ RECORDED = (
     "precision",
 )
 """What a trainer tells that stays the same from the first step to the last."""
-AT_FIRST: dict[str, Any] = {"global_step": 0, "current_epoch": 0}
-"""What changes from step to step; a replay has it as at the first."""
+Place = dict[str, int]
+"""What a trainer tells of where it is in the training, and so of each step: see ``PLACES``."""
+PLACES = ("global_step", "current_epoch")
 OF_ONE_PROCESS: dict[str, Any] = {"global_rank": 0, "local_rank": 0, "node_rank": 0, "is_global_zero": True}
 OF_TRAINING: dict[str, Any] = {"sanity_checking": False, "testing": False, "predicting": False, "is_last_batch": False}
 
@@ -46,6 +47,13 @@ def facts(trainer: Any) -> dict[str, Any]:
         if isinstance(value, (int, str)) or (isinstance(value, float) and abs(value) != float("inf")):
             found[name] = value
     return {**found, "logger": bool(trainer.loggers)}
+
+
+def place_in(told: Any) -> Place:
+    """Where a step is, by what is ``told`` of it: a trainer, or its recorded hyper-parameters, which older records have not."""
+    if isinstance(told, Mapping):
+        return {name: told.get(name, 0) for name in PLACES}
+    return {name: int(getattr(told, name)) for name in PLACES}
 
 
 class Silent:
@@ -83,13 +91,13 @@ class Trainer:
         known: what was recorded of the trainer.
 
     Attributes:
-        read: names of what was read and is not known, or not the same in every step.
-        place: the step and the epoch it tells.
+        read: names of what was read and is not known.
+        place: gives the step and the epoch it tells.
     """
 
     def __init__(self, known: Mapping[str, Any]) -> None:
         self.read: set[str] = set()
-        self.place = dict(AT_FIRST)
+        self.place: Callable[[], Place] = lambda: dict.fromkeys(PLACES, 0)
         self._known = dict(known)
         self.logger = Silent() if self._known.pop("logger", True) else None
         self.loggers = [self.logger] if self.logger else []
@@ -128,9 +136,8 @@ class Trainer:
             return {**OF_ONE_PROCESS, **OF_TRAINING}[name]
         if name.startswith("_"):
             raise AttributeError(name)
-        if name in AT_FIRST:
-            self.read.add(f"self.{name}")
-            return self.place[name]
+        if name in PLACES:
+            return self.place()[name]
         if name in self._known:
             return self._known[name]
         raise NotInReplays(

@@ -59,9 +59,28 @@ class AdjointGammas(AdjointSgdIe):
         self.gammas[self._t] = gamma
 
 
-def scratch_bytes(replay: Replay) -> int:
-    """Of the temporary file that a sweep back keeps: ``gamma_t`` (p,) of every step."""
-    return len(replay) * int(replay.initial[0].nbytes)
+def scratch_bytes(replay: Replay, vectors: int | None = None) -> int:
+    """Of the temporary file that a sweep back keeps ``vectors`` (p,) in: unless more, one of every step."""
+    return (len(replay) if vectors is None else vectors) * int(replay.initial[0].nbytes)
+
+
+@contextmanager
+def scratch(replay: Replay, vectors: int | None = None) -> Iterator[Tensor]:
+    """Room for so many ``vectors`` (p,), (vectors, p), in a temporary file until the context is left.
+
+    Raises:
+        RequestError: there is none.
+    """
+    like, total = replay.initial[0], len(replay) if vectors is None else vectors
+    needed, free = scratch_bytes(replay, vectors), shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise RequestError(
+            f"acc-low-rank keeps a gradient for each of the {len(replay)} steps, {needed / 2**30:.2f} GB, in a temporary file, "
+            f"but {tempfile.gettempdir()} has {free / 2**30:.2f} GB free: name a folder with more in TMPDIR, or another method."
+        )
+    with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
+        array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
+        yield torch.from_numpy(array)
 
 
 @contextmanager
@@ -76,16 +95,8 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
     Raises:
         RequestError: there is no room for its temporary file.
     """
-    total, like = len(replay), replay.initial[0]
-    needed, free = scratch_bytes(replay), shutil.disk_usage(tempfile.gettempdir()).free
-    if needed > free:
-        raise RequestError(
-            f"acc-low-rank keeps a gradient for each of the {total} steps, {needed / 2**30:.2f} GB, in a temporary file, but "
-            f"{tempfile.gettempdir()} has {free / 2**30:.2f} GB free: name a folder with more in TMPDIR, or another method."
-        )
-    with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
-        array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
-        gammas = torch.from_numpy(array)
+    total = len(replay)
+    with scratch(replay) as gammas:
         slopes = Slopes(replay, question)
         tape = Tape(replay, question.memory, slopes.see)
         progress(0.25)

@@ -53,7 +53,7 @@ def find(places: Sequence[tuple[Step, State]], directions: int, enough: float = 
     like = places[0][1][0]
     p = len(like)
     if directions >= p:
-        return Basis(torch.eye(p, dtype=like.dtype), like.new_zeros(0), 0.0)
+        return Basis(torch.eye(p).to(like), like.new_zeros(0), 0.0)
     generator = torch.Generator().manual_seed(seed)
     width = min(p, directions + OVERSAMPLING)
     v = torch.randn(p, width, generator=generator, dtype=torch.float64).to(like)

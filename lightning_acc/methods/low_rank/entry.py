@@ -1,7 +1,8 @@
 """The entry of acc-low-rank: in which form it takes a run, and what it makes of the passes.
 
 Runs of moderate size are **tracked**: all removals at once, in the directions that training contracts in. Larger ones are
-**screened**: the few most influential removals are followed exactly, some hundreds more are modelled on them.
+**screened**: the few most influential removals are followed exactly, some hundreds more are modelled on them. Where the
+update is not affine, as Adam's is not, it is its **defect** that is followed.
 """
 
 from __future__ import annotations
@@ -10,26 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_acc import arguments
-from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
+from lightning_acc.methods.low_rank import budget
 from lightning_acc.methods.low_rank.back import scratch_bytes
+from lightning_acc.methods.low_rank.defect import defect, has_a_defect, window_steps
 from lightning_acc.methods.low_rank.screened import screened
 from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.methods.memory import even_pieces
 from lightning_acc.methods.method import Answer, Method, Question, one_by_one
+from lightning_acc.methods.swept import refuse_without_derivative
 from lightning_acc.record.record import Record
 
-TRACKED, SCREENED = "tracked", "screened"
-MOST_DIRECTIONS, SMALLEST_CAP = 256, 20
-TRACKED_WORK = 6e11
-"""As many directions are chosen as keep occurrences * parameters * directions below this (about a minute), where that
-leaves 20."""
-MOST_FOLLOWED, FEWEST_FOLLOWED, FOLLOWED_WORK = 256, 12, 4e11
-"""Screened, as many are followed as keep occurrences * parameters * followed below this, and at least so many."""
-EXACT_WORK = 3e11
-"""Multiplications spent on the exact readout: removals * examples * parameters."""
+TRACKED, SCREENED, DEFECT = "tracked", "screened", "defect"
 TRUSTED = 0.5
 """Largest relative error of the shifts' linear readout with which they are still used."""
 
@@ -40,8 +35,9 @@ class LowRank(Method):
     Args:
         directions: in how many it follows the contraction of the training; None chooses.
         followed: how many removals it follows exactly, the rest being screened; None chooses.
-        form: ``"tracked"`` or ``"screened"``; None until it is ``settled``.
+        form: ``"tracked"``, ``"screened"`` or ``"defect"``; None until it is ``settled``.
         unusual: whether that is not the form this run would be given by itself.
+        most: how many follow the update where its defect is; None: all.
     """
 
     name = "acc-low-rank"
@@ -49,12 +45,18 @@ class LowRank(Method):
     details = (
         *("directions_used", "largest_left_out", "shift_error", "fallback", "read_exactly"),
         *("followed_exactly", "modelled", "model_error"),
+        *("followed_by_the_update", "window"),
     )
 
     def __init__(
-        self, directions: int | None = None, followed: int | None = None, form: str | None = None, unusual: bool = False
+        self,
+        directions: int | None = None,
+        followed: int | None = None,
+        form: str | None = None,
+        unusual: bool = False,
+        most: int | None = None,
     ) -> None:
-        self.directions, self.followed, self.form, self.unusual = directions, followed, form, unusual
+        self.directions, self.followed, self.form, self.unusual, self.most = directions, followed, form, unusual, most
 
     def configured(self, **options: Any) -> LowRank:
         """With ``directions``, or with ``followed``, whole numbers from 0."""
@@ -72,12 +74,17 @@ class LowRank(Method):
         return LowRank(directions, followed)
 
     def settled(self, run: Record, keep_shifts: bool) -> LowRank:
-        """Screened as asked for, or where not all directions training contracts in are affordable; else tracked.
+        """By its defect where the update is not affine; screened as asked for, or where not all directions training contracts
+        in are affordable; else tracked.
 
         Raises:
-            RequestError: shifts are to be kept of removals that are screened.
+            RequestError: shifts are to be kept of removals that are screened, or directions or shifts are asked for where the
+                update is not affine.
         """
-        usual = SCREENED if TRACKED_WORK / training_work(run) < min(MOST_DIRECTIONS, run.n_parameters) else TRACKED
+        if has_a_defect(run):
+            return self._by_defect(run, keep_shifts)
+        affordable = budget.TRACKED_WORK / budget.training_work(run)
+        usual = SCREENED if affordable < min(budget.MOST_DIRECTIONS, run.n_parameters) else TRACKED
         form = usual
         if self.followed is not None:
             form = SCREENED
@@ -88,10 +95,24 @@ class LowRank(Method):
         asked = self.followed is not None or self.directions is not None
         return LowRank(self.directions, self.followed, form, unusual=form != usual and not asked)
 
+    def _by_defect(self, run: Record, keep_shifts: bool) -> LowRank:
+        given = f"directions={self.directions}" if self.directions is not None else f"keep_shifts={keep_shifts}"
+        if keep_shifts or self.directions is not None:
+            raise RequestError(
+                f"{given} of {self.name} is for updates that are affine, as SGD's is without clipping, which this run's are "
+                "not: leave it out, or use acc-sgd-ie."
+            )
+        most = budget.most_by_the_update(run) if self.followed is None else self.followed
+        return LowRank(None, self.followed, DEFECT, most=None if most >= run.n_samples else most)
+
     @property
     def is_relative(self) -> bool:  # type: ignore[override]
-        """Screened scores are: the most influential of those asked about are followed, the others modelled on them."""
-        return self.form == SCREENED
+        """Where the most influential of those asked about alone are followed."""
+        return self.form == SCREENED or self.most is not None
+
+    def default_readout(self, keep_shifts: bool) -> str:
+        """Linear by the defect, whose shifts are too rough for another."""
+        return "linear" if self.form == DEFECT else super().default_readout(keep_shifts)
 
     @property
     def options(self) -> dict[str, str]:
@@ -112,23 +133,34 @@ class LowRank(Method):
         """Refuse what acc-low-rank does not describe.
 
         Raises:
-            RequestError: the run's update is not affine, or not the same for all parameters.
+            RequestError: the run's update is affine, but not the same for all parameters, or nothing has a derivative.
         """
+        if has_a_defect(replay.run):
+            refuse_without_derivative(replay, self.name)
+            return
         for t in (0, len(replay) - 1):
             obstacle = replay.update.not_uniform(replay.run.steps[t].groups)
             if obstacle is not None:
-                other = "" if replay.update.rule.no_derivative else ", or sgd-ie for many samples"
                 raise RequestError(
                     f"{self.name} follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
-                    f"acc-sgd-ie{other}."
+                    "acc-sgd-ie, or sgd-ie for many samples."
                 )
 
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
-        """As many as can be tracked at once; screened, all."""
+        """As many as can be tracked at once; screened, all.
+
+        Raises:
+            RequestError: it cannot answer this question on this run.
+        """
         self.check(replay)
-        if self.form == SCREENED:
+        if self.form == DEFECT and question.readout == "exact":
+            raise RequestError(
+                f"readout='exact' takes shifts that {self.name} has of updates that are affine alone, as SGD's is without "
+                "clipping, which this run's are not: use readout='linear', or acc-sgd-ie."
+            )
+        if self.is_relative:
             return even_pieces(removals, max(1, len(removals)))
-        return even_pieces(removals, removals_at_once(replay, question.memory))
+        return even_pieces(removals, budget.removals_at_once(replay, question.memory))
 
     def blocks(
         self, replay: Replay, removals: Sequence[Removal], examples: Sequence[int], question: Question
@@ -138,7 +170,7 @@ class LowRank(Method):
 
     def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
         """Screened removals are screened together."""
-        return [piece] if self.form == SCREENED else super().smaller(piece, question)
+        return [piece] if self.is_relative else super().smaller(piece, question)
 
     def scratch_bytes(self, replay: Replay) -> int:
         """Of the sweep back."""
@@ -152,6 +184,8 @@ class LowRank(Method):
             return one_by_one(self, replay, removals, question, progress)
         if self.form == SCREENED:
             return self._screened(replay, removals, question, progress)
+        if self.form == DEFECT:
+            return self._defect(replay, removals, question, progress)
         return self._tracked(replay, removals, question, progress)
 
     def _tracked(
@@ -161,8 +195,10 @@ class LowRank(Method):
         own Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the
         uncertainty.
         """
-        n, most = len(removals), most_directions(replay.run)
-        exactly = read_exactly(replay.run, n, question.query, question.moments.readings) if question.readout == "exact" else 0
+        n, most = len(removals), budget.most_directions(replay.run)
+        exactly = 0
+        if question.readout == "exact":
+            exactly = budget.read_exactly(replay.run, n, question.query, question.moments.readings)
         passed = tracked(replay, removals, question, self.directions, most, exactly, lambda done: progress(0.9 * done))
         details: dict[str, Any] = {
             "directions_used": passed.basis.directions,
@@ -188,12 +224,25 @@ class LowRank(Method):
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
         """The same, with the most influential removals followed exactly."""
-        followed = most_followed(replay.run) if self.followed is None else self.followed
+        followed = budget.most_followed(replay.run) if self.followed is None else self.followed
         passed = screened(replay, removals, question, followed, lambda done: progress(0.99 * done))
         details: dict[str, Any] = {"followed_exactly": passed.followed, "modelled": passed.modelled}
         if passed.model_error is not None:
             details["model_error"] = passed.model_error
         return Answer(passed.scores, details=details, more={"uncertainty": passed.uncertainty})
+
+    def _defect(
+        self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+    ) -> Answer:
+        """What the update itself changed bounds, in practice, what all that is left out would."""
+        most, at_once = len(removals) if self.most is None else self.most, budget.removals_at_once(replay, question.memory)
+        window = window_steps(replay)
+        passed = defect(replay, removals, question, most, at_once, window, lambda done: progress(0.99 * done))
+        changed, sizes = (passed.scores - passed.first).abs(), passed.first.abs()
+        uncertainty = sizes * (changed.sum() / sizes[passed.followed].sum())  # of those that keep SGD-IE's score
+        uncertainty[passed.followed] = changed[passed.followed]
+        details = {"followed_by_the_update": len(passed.followed), "window": window}
+        return Answer(passed.scores, details=details, more={"uncertainty": uncertainty})
 
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """That shifts were too rough, and what the scores are instead."""
@@ -208,58 +257,3 @@ class LowRank(Method):
             f"In {failed[0]['directions_used']} directions the shifts that {self.name} takes gradients at are too rough "
             f"(relative error {error:.2f}): {instead}"
         ]
-
-
-def read_exactly(run: Record, n: int, query: Query, times: int = 1) -> int:
-    """How many of n removals are read exactly, the most influential: a minute or two of work. Others are by so much smaller,
-    and the curvature of the query along their shifts by its square.
-
-    Args:
-        run: the run.
-        n: of the removals.
-        query: what is read.
-        times: at how many steps.
-    """
-    affordable = int(EXACT_WORK / (query.n_examples * run.n_parameters * times))
-    return min(n, max(MOST_DIRECTIONS // times, affordable))
-
-
-def bytes_needed(replay: Replay) -> tuple[int, int]:
-    """Bytes for each of the removals that are tracked together, and for a step on top of them all.
-
-    That is the state, and at a step vectors and activations of those it sees, as for exact ACC.
-    """
-    vector = replay.initial[0].nbytes
-    largest = max((len(step.sample_ids) for step in replay.records), default=0)
-    return len(replay.initial) * vector, 6 * (largest * vector + replay.activation_bytes)
-
-
-def removals_at_once(replay: Replay, memory: int) -> int:
-    """How many of the removals can be tracked together within ``memory`` bytes.
-
-    Raises:
-        RequestError: not even one can.
-    """
-    each, at_a_step = bytes_needed(replay)
-    if memory < each + at_a_step:
-        raise RequestError(
-            f"acc-low-rank needs about {(each + at_a_step) / 2**30:.2g} GB for a single removal of this run, more than the "
-            f"budget of {memory / 2**30:.2g} GB: give memory_gb={1.1 * (each + at_a_step) / 2**30:.2g} or more."
-        )
-    return (memory - at_a_step) // each
-
-
-def most_directions(run: Record) -> int:
-    """The number of directions that is not exceeded unless asked for."""
-    affordable = int(TRACKED_WORK / training_work(run))
-    return min(MOST_DIRECTIONS, max(SMALLEST_CAP, affordable), run.n_parameters)
-
-
-def most_followed(run: Record) -> int:
-    """How many removals are followed exactly where they are screened, unless asked for."""
-    return min(MOST_FOLLOWED, max(FEWEST_FOLLOWED, int(FOLLOWED_WORK / training_work(run))))
-
-
-def training_work(run: Record) -> float:
-    """Occurrences * parameters of a training."""
-    return max(1.0, float(sum(len(step.sample_ids) for step in run.steps)) * run.n_parameters)

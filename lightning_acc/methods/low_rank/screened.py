@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_acc.core.derivatives import Removed
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.step import Point, Removed
+from lightning_acc.core.step import Point
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank.back import sweep_back
 from lightning_acc.methods.low_rank.tracked import updated
@@ -95,7 +96,8 @@ def screened(
         return (0.0 if read is None else moments.share * question.query.changes(objective, read[0], read[1], rows)) - linear
 
     with sweep_back(replay, question, lambda done: progress(0.15 * done)) as back:
-        first = torch.stack([back.first[list(removal)].sum() for removal in removals])
+        per_sample = back.first.cpu()
+        first = torch.stack([per_sample[list(removal)].sum() for removal in removals]).to(back.final)
         last = _last_steps(replay, removals)
         followed, most = counts(replay, len(removals), question.memory, followed)
         chosen, followed = _chosen(first, last, total, followed, most)
@@ -109,7 +111,7 @@ def screened(
             curved += curvature(0, state[0], shifts.exact[0])
         for t in range(total):
             point = replay.step(t).at(state)
-            shifts.advance(t, point, back.gammas[t])
+            shifts.advance(t, point, back.gammas[t].to(replay.device))
             state = point.next()
             if t + 1 in moments.weights:
                 curved += curvature(t + 1, state[0], shifts.exact[0])
@@ -171,7 +173,7 @@ class Shifts:
         """The rough shift in the basis."""
         self.rough_second = like.new_zeros(m)
         """The same with the rough shift, (m,)."""
-        self._since = torch.eye(parts, dtype=like.dtype).repeat(len(replay) + 1, 1, 1)
+        self._since = torch.eye(parts).to(like).repeat(len(replay) + 1, 1, 1)
         """By the step a removal was last seen at, plus 1: the product of all updates since."""
         self._seen = torch.zeros(m, dtype=torch.int64)
 
@@ -192,7 +194,7 @@ class Shifts:
         curved = point.hessian_product(torch.cat([moved, self._rows[0][fresh]]) if len(fresh) else moved)
         change = curved[: len(started)]
         if len(started) < followed:
-            change = torch.zeros_like(self.exact[0]).index_copy_(0, started, change)
+            change = torch.zeros_like(self.exact[0]).index_copy_(0, started.to(change.device), change)
         if near.any():
             shifts = torch.zeros_like(removed.gradients)
             shifts[near] = self.exact[0][who[near]]
@@ -237,7 +239,7 @@ def _chosen(first: Tensor, last: Tensor, total: int, followed: int, most: int) -
 
     Those to model are taken as long as the steps from their last visits to the end, together, are affordable.
     """
-    order = first.abs().argsort(descending=True, stable=True)
+    order = first.abs().argsort(descending=True, stable=True).cpu()
     order = order[last[order] >= 0]
     near, rest = order[:followed], order[followed:]
     ages = (total - 1 - last[near]).sum() + (total - 1 - last[rest]).cumsum(0)

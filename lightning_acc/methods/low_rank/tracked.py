@@ -103,7 +103,7 @@ def tracked(
             look(0, current[0])
         for t in range(total):
             step = replay.step(t)
-            shifts.advance(t, step, current, back.gammas[t])
+            shifts.advance(t, step, current, back.gammas[t].to(replay.device))
             current = step(current)
             if t + 1 in question.moments.weights:
                 look(t + 1, current[0])
@@ -116,7 +116,8 @@ def tracked(
 
 def _strongest(back: Back, removals: Sequence[Removal], count: int) -> Tensor:
     """The ``count`` removals of the largest scores by SGD-IE, (count,)."""
-    first = torch.stack([back.first[list(removal)].sum() for removal in removals]) if removals else back.first[:0]
+    per_sample = back.first.cpu()
+    first = torch.stack([per_sample[list(removal)].sum() for removal in removals]) if removals else per_sample[:0]
     return first.abs().argsort(descending=True, stable=True)[:count]
 
 
@@ -198,7 +199,7 @@ class Shifts:
         self._removals, self._basis = removals, basis
         self._u = basis.new_zeros(n, parts, p)
         self._z = [basis.new_zeros(n, r) for _ in range(parts)]
-        self._since = torch.eye(parts, dtype=basis.dtype).repeat(n_steps + 1, 1, 1)
+        self._since = torch.eye(parts).to(basis).repeat(n_steps + 1, 1, 1)
         """By the step a removal was last seen at, plus 1: the product of all updates since."""
         self._seen = torch.zeros(n, dtype=torch.int64)
         self.first = basis.new_zeros(n)

@@ -62,7 +62,7 @@ def unflatten(structure: Structure, leaves: Mapping[str, Any]) -> Any:
     if kind == "constant":
         return content
     if kind == "numpy":
-        return unflatten(content, leaves).detach().numpy()
+        return unflatten(content, leaves).detach().cpu().numpy()
     if kind == "tuple-of":
         found = unflatten(content, leaves)
         return found if isinstance(found, Withheld) else tuple(found)

@@ -76,16 +76,16 @@ def stacked(samples: Sequence[Leaves]) -> Leaves:
     return unpacked(packed_rows(samples))
 
 
-def cast(leaves: Leaves, dtype: torch.dtype) -> Leaves:
-    """Floating-point leaves in ``dtype``; others as they are."""
+def cast(leaves: Leaves, dtype: torch.dtype, device: torch.device | None = None) -> Leaves:
+    """Floating-point leaves in ``dtype``, others as they are; all but words, which Python reads, on ``device``."""
     found = {}
     for name, leaf in leaves.items():
-        if not leaf.is_floating_point():
-            found[name] = leaf
-        elif name.endswith(SHARED):
-            found[name] = leaf[:1].to(dtype).expand_as(leaf)
+        kind = dtype if leaf.is_floating_point() else leaf.dtype
+        place = leaf.device if device is None or name.removesuffix(LENGTH).endswith(RAGGED) else device
+        if name.endswith(SHARED):
+            found[name] = leaf[:1].to(place, kind).expand_as(leaf)
         else:
-            found[name] = leaf.to(dtype)
+            found[name] = leaf.to(place, kind)
     return found
 
 

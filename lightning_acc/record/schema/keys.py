@@ -68,6 +68,7 @@ WHERE_GIVEN: dict[str, Kind] = {
     "matmul_precision": among("highest", "high", "medium"),
     "loss.source": among("per_sample_loss", "reductions", "training_step"),
     "loss.reduction": among("mean", "sum", "weighted"),
+    "loss.penalised": FLAG,
     "loss.batch_norm": TEXT.or_none(),
     "loss.mixed_rows": TEXT,
     "sample_id": TEXT,

@@ -2,7 +2,7 @@
 
 Two things are looked for. What ``training_step`` *carries* from one step to the next: called again on one batch, after it was
 called on another, it gives another loss at the same parameters and under the same random numbers. And what it *reads* of the
-training (the step, the epoch, a learning rate, a metric), for which a replay has stand-ins.
+training (a learning rate, a metric) and no replay knows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from torch import Tensor
 
 from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
 from lightning_acc.core.objective import Objective
-from lightning_acc.core.step import Batch, Step
+from lightning_acc.core.step import Batch
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 SAME = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """Largest relative difference between the losses of two calls that counts as none."""
-ELSEWHERE = {"global_step": 12_345, "current_epoch": 678}
-"""Another place of the training."""
 
 
 def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
@@ -75,8 +73,7 @@ def refuse_read(objective: Objective, number: int = 0) -> None:
     Raises:
         RecordingRefused: something was.
     """
-    places = {f"self.{name}" for name in ELSEWHERE}
-    read = ", ".join(sorted(objective.trainer.read - places)) if objective.trainer else ""
+    read = ", ".join(sorted(objective.trainer.read)) if objective.trainer else ""
     if read:
         raise RecordingRefused(
             f"The loss is made of {read}, which no replay knows: in step {number} it is no number without. Keep it out of the "
@@ -92,39 +89,6 @@ def _tensors(objective: Objective) -> dict[str, tuple[float, float]]:
             numbers = torch.nan_to_num(torch.view_as_real(value.detach()) if value.is_complex() else value.detach()).double()
             sums[f"{kind} {name!r}"] = (float(numbers.sum()), float(numbers.abs().sum()))
     return sums
-
-
-def refuse_unknown(step: Step, theta: Tensor, found: Tensor, number: int) -> None:
-    """Refuse a loss that is made of what a replay does not know of the training; says nothing where it is not.
-
-    Args:
-        step: a step whose gradient is not that of the training.
-        theta: parameters (p,) before it.
-        found: its gradient (p,).
-        number: its index.
-
-    Raises:
-        RecordingRefused: it is.
-    """
-    trainer = step.objective.trainer
-    if trainer is None or not trainer.read:
-        return
-    if not bool(torch.isfinite(found).all()):
-        refuse_read(step.objective, number)
-    try:
-        trainer.place = dict(ELSEWHERE)
-        elsewhere = step.gradient(theta)
-    except Exception:
-        return
-    finally:
-        trainer.place = dict.fromkeys(ELSEWHERE, 0)
-    if not torch.equal(elsewhere, found):
-        words = " and ".join(sorted(trainer.read & {f"self.{name}" for name in ELSEWHERE}))
-        raise RecordingRefused(
-            f"The loss depends on {words}, which no replay knows: in step {number} its gradient is another one than at the "
-            "first. Keep the loss the same from the first step to the last; a weight that is annealed can be put into the "
-            "batch by the data set or the collate_fn."
-        )
 
 
 class Shared:

@@ -40,10 +40,9 @@ def explain(failed: Sequence[RunError], tried: Callable[[], Step], theta: Tensor
         gradient: of the training, (p,).
         random: whether the training's forward pass drew random numbers.
     """
-    for kind in (HasPenalty, Coupled):
-        found = next((error for error in failed if isinstance(error, kind)), None)
-        if found is not None:
-            return str(found)
+    found = next((error for error in failed if isinstance(error, (HasPenalty, Coupled))), None)
+    if found is not None:
+        return str(found)
     closest = min((error.difference for error in failed if isinstance(error, GradientsDiffer)), default=math.inf)
     if theta.dtype == torch.float64 and closest <= GRADIENT_TOLERANCE[torch.float32]:
         return (
@@ -62,9 +61,10 @@ def explain(failed: Sequence[RunError], tried: Callable[[], Step], theta: Tensor
     numbers = f"the gradients differ by {100 * relative_difference(mine, gradient):.2g} %"
     penalty = _penalty(gradient - mine, theta)
     if penalty and relative_difference(mine, gradient) > ROUND_OFF:
+        seen = ", or leave per_sample_loss out: then the penalty is found in training_step" if defined else ""
         return (
             f"training_step adds {penalty} to the loss, which no sample is in: {numbers}, and the rest points along it. Use "
-            "the optimizer's weight_decay instead."
+            f"the optimizer's weight_decay instead{seen}."
         )
     weights = _weights(step, theta, gradient)
     if weights is not None:

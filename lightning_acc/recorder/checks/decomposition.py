@@ -5,6 +5,7 @@ Compared are numbers of the training itself (its gradient, its parameters one st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from lightning_acc.core.objective import Objective
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.recorder.checks.carried import refuse_read, refuse_unknown
+from lightning_acc.recorder.checks.carried import refuse_read
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -49,19 +50,20 @@ class Coupled(RecordingRefused):
 
 def remedy(objective: Objective) -> str:
     """What to do where the losses of the samples do not make the loss of the training."""
-    rest = "A penalty on the weights belongs into the optimizer's weight_decay. " + COUPLED
+    rest = "A penalty on the weights belongs into the optimizer's weight_decay"
     if objective.source == "per_sample_loss":
+        rest = f"{rest}, or into training_step of a module without per_sample_loss, where it is found. {COUPLED}"
         return (
             "Let per_sample_loss give the losses whose mean (or sum) training_step returns, or a pair (losses, weights) whose "
             f"weighted mean that is, of one forward pass in the same order. {rest}"
         )
     return (
         "Define per_sample_loss(self, batch) on the module: one loss a sample, shape (B,), whose mean is what training_step "
-        f"returns, or a pair (losses, weights) whose weighted mean that is. {rest}"
+        f"returns, or a pair (losses, weights) whose weighted mean that is. {rest}. {COUPLED}"
     )
 
 
-def _tolerance(objective: Objective) -> float:
+def tolerance_of(objective: Objective) -> float:
     """What counts as round-off between two ways to compute the same number."""
     return GRADIENT_TOLERANCE[objective.dtype] if objective.full_precision else 0.05
 
@@ -93,7 +95,8 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
     difference = float((found - gradient).norm()) / scale
     if difference <= tolerance:
         return found
-    refuse_unknown(step, theta, found, number)
+    if not math.isfinite(difference):
+        refuse_read(step.objective, number)
     numbers = f"their gradients differ by {100 * difference:.2g} % (allowed {100 * tolerance:.2g} %)"
     if not least:
         raise GradientsDiffer(
@@ -103,8 +106,9 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
         )
     raise RecordingRefused(
         f"The training loss has become another than the weighted sum of per-sample losses it was at first: in step {number} "
-        f"{numbers}. A replay knows neither self.current_epoch and self.global_step nor what a hook or callback changes: "
-        "keep the loss, the layers' modes and what is trained the same from the first step to the last."
+        f"{numbers}. A replay knows what the loss reads as self.current_epoch and self.global_step, but not what a hook or "
+        "callback changes: keep the layers' modes and what is trained the same from the first step to the last, and let "
+        "per_sample_loss, where there is one, change as training_step does."
     )
 
 
@@ -141,7 +145,7 @@ def can_be_vectorised(step: Step, theta: Tensor, gradient: Tensor) -> bool:
     layout in memory, which vectorisation changes.
     """
     together = step.gradients(theta[None], step.weights[None])[0]
-    return relative_difference(together, gradient) <= _tolerance(step.objective)
+    return relative_difference(together, gradient) <= tolerance_of(step.objective)
 
 
 def rows_are_independent(objective: Objective, theta: Tensor, batch: Batch, whole_batches: bool) -> bool:
@@ -201,12 +205,12 @@ def _alike(objective: Objective, theta: Tensor, batch: Batch, copies: bool) -> b
             same = same and bool(alone.norm() == 0)
             continue
         cosine = float(within @ alone / (within.norm() * alone.norm()).clamp_min(torch.finfo(theta.dtype).tiny))
-        if not 1 - cosine <= _tolerance(objective):
+        if not 1 - cosine <= tolerance_of(objective):
             raise Coupled(
                 f"The samples of a batch are coupled: {'among copies of itself' if copies else 'alone'}, sample {row} of the "
                 f"first batch has a gradient that points elsewhere than within the batch (cosine {cosine:.4f}). {COUPLED}"
             )
-        same = same and relative_difference(alone, within) <= _tolerance(objective)
+        same = same and relative_difference(alone, within) <= tolerance_of(objective)
     return same
 
 

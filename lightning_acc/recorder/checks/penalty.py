@@ -1,8 +1,10 @@
 """Terms of a loss that no sample is in: penalties on the weights.
 
-Taken one sample at a time, ``training_step`` would give such a term to every sample, and it would vanish with the samples. So
-the first batch is followed through the loss: every tensor made of the batch, integers and all, is known by the operation that
-made it. Where the loss is a sum, one side of which the batch is not in, that side is such a term.
+Where the reductions of ``training_step`` show the samples' losses, what is added to these is taken for such a term; then it is
+the same whatever the batch, and stays where a sample is left out. Taken one sample at a time, ``training_step`` would give it
+to every sample, and it would vanish with the samples. So the first batch is followed through the loss: every tensor made of the
+batch, integers and all, is known by the operation that made it. Where the loss is a sum, one side of which the batch is not
+in, that side is such a term.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
 from lightning_acc.core.objective import Objective
+from lightning_acc.core.step import Batch
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
+from lightning_acc.recorder.checks.decomposition import COUPLED, Coupled, relative_difference, tolerance_of
 from lightning_acc.recorder.checks.refusals import RecordingRefused
 
 SUMS = ("add", "sub", "rsub", "stack", "cat")
@@ -113,6 +117,34 @@ def of_terms(made: Made) -> bool:
         return all(part.size == 1 for part in made.operands)
     inside = [operand for operand in made.operands if isinstance(operand, Made)]
     return made.operation in (*SUMS, *LINEAR) and bool(inside) and all(of_terms(part) for part in inside)
+
+
+def refuse_dependent_penalty(objective: Objective, theta: Tensor, batch: Batch) -> None:
+    """Refuse what would be taken for a penalty, but depends on the batch.
+
+    Args:
+        objective: the module's losses, penalised.
+        theta: parameters (p,).
+        batch: the first one.
+
+    Raises:
+        Coupled: its gradient is another one where each sample of the batch is the first, or the last.
+    """
+    leaves = batches.cast(batch.leaves, objective.dtype)
+    size = batches.batch_size(leaves)
+    slopes = []
+    for rows in (torch.arange(size), torch.zeros(size, dtype=torch.int64), torch.full((size,), size - 1)):
+        leaf = theta.detach().requires_grad_()
+        with batch.random_numbers():
+            penalty = objective.terms(leaf, batches.rows(leaves, rows))[-1]
+        slopes.append(torch.autograd.grad(penalty, leaf, materialize_grads=True)[0])
+    for other in slopes[1:]:
+        if not relative_difference(other, slopes[0]) <= tolerance_of(objective):
+            raise Coupled(
+                "training_step adds a term to the loss that is no mean and no sum over the samples, but changes with them: its "
+                f"gradient on the first batch is {100 * relative_difference(other, slopes[0]):.2g} % off where each of the "
+                f"samples is the same one. {COUPLED}"
+            )
 
 
 class HasPenalty(RecordingRefused):

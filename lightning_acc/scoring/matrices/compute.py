@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lightning_acc import arguments
-from lightning_acc.core import queries, rebuild
+from lightning_acc.core import devices, queries, rebuild
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
@@ -68,6 +68,7 @@ def score_matrix(
     dtype: str | None = None,
     ray_address: str | None = "local",
     *,
+    device: str = "auto",
     check: Check = "auto",
     memory_gb: float = DEFAULT_MEMORY_GB,
     bank_gb: float = bank.DEFAULT_GB,
@@ -89,6 +90,7 @@ def score_matrix(
         at: as for ``score``.
         readout: as for ``score``.
         dtype: as for ``score``; the matrix itself is float32.
+        device: as for ``score``.
         ray_address: as for ``score``; blocks are examples, for methods that sweep back, else removals.
         check: how many removals to retrain without, for the matrix' verdict: the mean over the examples of the rank correlation
             with the truth. As for ``score``, whose own check is taken where its shifts are in the bank.
@@ -99,7 +101,7 @@ def score_matrix(
 
     Raises:
         RunError: the run directory cannot be read.
-        RequestError: there is no such method, query, example, sample, readout, moment or dtype.
+        RequestError: there is no such method, query, example, sample, readout, moment, dtype or device.
     """
     run = opened(run)
     ray_address, memory = arguments.ray_address(ray_address), arguments.memory_bytes(memory_gb)
@@ -110,8 +112,8 @@ def score_matrix(
     asked = queries.find(run, query)
     columns = _examples(asked, examples)
     question = Question(asked, moments.find(run, at), readout, False, memory, each=True)
-    job = Job(rebuild.portable(run), chosen, question, dtype)
-    replay = Replay(run, dtype, question.moments.last)
+    job = Job(rebuild.portable(run), chosen, question, dtype, devices.chosen(device, run))
+    replay = job.replay()
     distinct = list(dict.fromkeys(wanted))
 
     started = time.perf_counter()
@@ -168,7 +170,7 @@ def score_matrix(
         def retrain(some: list[Removal]) -> ScoreMatrix:
             return score_matrix(
                 run, registry.TRUTH, query, columns, some, at, None, dtype, ray_address,
-                memory_gb=memory_gb, bank_gb=bank_gb, save=save, progress=progress,
+                device=device, memory_gb=memory_gb, bank_gb=bank_gb, save=save, progress=progress,
             )  # fmt: skip
 
         verdict = checks.check_matrix(
@@ -271,10 +273,7 @@ class _Kept:
     def _read(self, name: str) -> ScoreMatrix | None:
         file = f"{matrices.FOLDER}/{name}.safetensors"
         found = shards.intact(self._run, file, partial(matrices.read, self._run.store, name, self._run.n_samples))
-        same = found is not None and all(
-            str(found.conditions.get(one)) == str(self._conditions.get(one)) for one in shards.SAME
-        )
-        return found if same else None
+        return found if found is not None and shards.same(found.conditions, self._conditions) else None
 
     def keep(self, block: ScoreMatrix) -> None:
         """Store a block."""

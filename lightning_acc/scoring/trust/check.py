@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from lightning_acc import arguments
+from lightning_acc.core.devices import wait_for
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
@@ -84,9 +85,11 @@ def price(replay: Replay, memory: int, n: int) -> Price:
         carry = rule.init(replay.initial, chunk)
         steps = [replay.step(t) for t in {int(np.argmax(sizes)), total // 2}]
         rule.advance(steps[0], carry, chunk)  # warms up
+        wait_for(replay.device)
         started = time.perf_counter()
         for step in steps:
             rule.advance(step, carry, chunk)
+        wait_for(replay.device)
         each = (time.perf_counter() - started) / sum(len(step.sample_ids) for step in steps)
     return Price(each * sum(sizes), size)
 

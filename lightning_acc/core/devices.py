@@ -1,0 +1,118 @@
+"""Where a run is replayed: on the CPU, or on a GPU. ``Replay`` alone moves data there. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lightning_acc.arguments import shown
+from lightning_acc.core.process import peak_memory_gb
+from lightning_acc.errors import RequestError
+from lightning_acc.record.record import Record
+
+CPU = torch.device("cpu")
+AUTO, CUDA = "auto", "cuda"
+KINDS = [CPU.type, CUDA]
+CONTEXT_BYTES = 2**29
+"""What a process takes of a card beside its tensors."""
+
+
+def chosen(device: str, run: Record) -> torch.device:
+    """Where to replay ``run``, asked for ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+
+    A forward pass that drew random numbers draws them again on the kind of device alone that it drew them on.
+
+    Raises:
+        RequestError: there is no such device, or not the one that the random numbers were drawn on.
+    """
+    auto = isinstance(device, str) and device == AUTO
+    place = _named((CUDA if count(CUDA) else CPU.type) if auto else device)
+    bound = _bound(run, place.type)
+    if bound is None:
+        return place
+    if auto and count(bound):
+        return torch.device(bound)
+    raise RequestError(
+        f"The training of {run.path} drew random numbers (dropout) on {bound}, and {place.type} draws others: give "
+        f"device={bound!r}{'' if count(bound) else ', on a machine that has one'}."
+    )
+
+
+def recorded_on(run: Record) -> torch.device:
+    """Where the run was trained, if that is here; else the CPU."""
+    recorded = str(run.manifest.get("device", CPU.type))
+    return torch.device(recorded) if count(recorded) else CPU
+
+
+def count(kind: str) -> int:
+    """How many devices of a kind this machine has."""
+    return int(torch.get_device_module(kind).device_count())
+
+
+def _named(device: object) -> torch.device:
+    """The device of this name, where this machine has it.
+
+    Raises:
+        RequestError: it has none.
+    """
+    found = re.fullmatch(r"(\w+)(?::([0-9]{1,4}))?", device) if isinstance(device, str) else None
+    kind, number = found.groups() if found else (None, None)
+    if kind not in KINDS or (number and kind != CUDA):
+        raise RequestError(
+            f"There is no device {shown(device)}: give 'auto', 'cpu', 'cuda', or one of several GPUs, such as 'cuda:1'."
+        )
+    if int(number or 0) >= count(kind):
+        has = f"torch finds {count(kind) or 'no'} GPU here"
+        raise RequestError(f"device={device!r} cannot be used, as {has}: give device='cpu', or a machine with that GPU.")
+    return torch.device(str(device))
+
+
+def _bound(run: Record, wanted: str) -> str | None:
+    """The kind of device that the run can be replayed on alone, where that is not the one ``wanted``."""
+    recorded = str(run.manifest.get("device", CPU.type))
+    if wanted == recorded:
+        return None
+    drawn = any(state is not None for step in run.steps for state in step.rng)
+    return recorded if drawn else None
+
+
+@contextmanager
+def generators_kept(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """In here torch may draw random numbers, on the CPU and on ``device``: afterwards it goes on as if it had not."""
+    with torch.random.fork_rng([device] if device.type == CUDA else [], enabled=enabled, device_type=CUDA):
+        yield
+
+
+def seed(device: torch.device, number: int) -> None:
+    """What is drawn next, on the CPU and on ``device``, follows from this number alone."""
+    torch.default_generator.manual_seed(number)
+    if device.type == CUDA:
+        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+
+
+def of_worker(device: torch.device) -> torch.device:
+    """The same for a worker of Ray, which sees the card that it was given alone."""
+    return torch.device(device.type)
+
+
+def share(device: torch.device, memory: int) -> float:
+    """How much of a card is needed to compute with ``memory`` bytes there, from 0 for none to 1."""
+    if device.type != CUDA:
+        return 0.0
+    whole = torch.cuda.get_device_properties(device).total_memory
+    return min(1.0, math.ceil(100 * (memory + CONTEXT_BYTES) / whole) / 100)
+
+
+def peak_gb(device: torch.device) -> float:
+    """The most memory that this process had so far: its own, or that of the card it computes on."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == CUDA else peak_memory_gb()
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that it was asked: before a clock is read."""
+    if device.type == CUDA:
+        torch.cuda.synchronize(device)

@@ -1,0 +1,245 @@
+"""The update's defect: acc-low-rank for optimizers whose update is no affine function, such as Adam, and for clipping.
+
+SGD-IE linearises the gradient and the update; here the update is not linearised. With ``lambda_t`` the adjoint of SGD-IE's
+sweep back, ``gamma_t = (dU/dG)^T lambda_{t+1}`` and ``c_t = (dG/dtheta)^T gamma_t``, let ``D~`` follow a removal R by the
+update alone, exactly, and without any Hessian,
+
+    D~' = U(s_t + D~, G_t - sum_{i in R and batch t} w_i g_i) - U(s_t, G_t),
+
+from a visit until L steps after the last one. Windows that touch are one. Then
+
+    score(R) = sum over the steps t of its windows  <c_t, D~_t>  +  sum over the ends e of its windows  <lambda_e, D~_e>.
+
+Where U is affine the sum telescopes to SGD-IE's score, for any L. Where it is not, it holds what the optimizer makes of the
+removal that no derivative tells: a second moment that the sample alone had filled, a gradient that is clipped no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_acc.core.optimizers import RULES, State
+from lightning_acc.core.removals import Removal, Removals
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.step import Point
+from lightning_acc.methods import sweeps
+from lightning_acc.methods.low_rank.back import scratch
+from lightning_acc.methods.method import Question
+from lightning_acc.methods.rules import AdjointSgdIe
+from lightning_acc.record.record import Record
+
+WINDOW_EPOCHS = 2
+CACHED = 2**16
+"""Numbers of a part of the state that are taken through an update together: what stays in the caches. More is slower."""
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Scores of n removals.
+
+    Attributes:
+        scores: (n,).
+        first: what SGD-IE says of them, (n,).
+        followed: which of them were followed, the others having SGD-IE's score, (m,).
+    """
+
+    scores: Tensor
+    first: Tensor
+    followed: Tensor
+
+
+def defect(
+    replay: Replay,
+    removals: Sequence[Removal],
+    question: Question,
+    followed: int,
+    at_once: int,
+    window: int,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Defect:
+    """Score n removals by what the optimizer makes of them.
+
+    Args:
+        replay: of the run.
+        removals: n removals.
+        question: what is asked, read linearly; its memory is for the states of the sweep back.
+        followed: so many are followed, those of the largest scores by SGD-IE; the others keep these.
+        at_once: so many of them are followed in one pass.
+        window: L, the number of steps that each is followed for after a visit.
+        progress: told the fraction done.
+    """
+    ends = window_ends(replay, removals, window)
+    with scratch(replay, len(replay) + len(ends) * len(replay.initial)) as rows:
+        adjoints = AdjointDefect(len(replay), ends, rows)
+        per_sample = sweeps.reverse(replay, adjoints, question, lambda done: progress(0.2 * done))
+        first = torch.stack([per_sample[list(removal)].sum() for removal in removals])
+        chosen = first.abs().argsort(descending=True, stable=True)[:followed]
+        scores, done = first.clone(), 0
+        for part in chosen.split(at_once):
+            shifts = UpdateAlone(Removals([removals[i] for i in part]), adjoints, replay.initial, window)
+            state = replay.initial
+            for t in range(len(replay)):
+                point = replay.step(t).at(state)
+                shifts.advance(t, point)
+                state = point.next()
+                progress(0.2 + 0.8 * (done + len(part) * (t + 1) / len(replay)) / len(chosen))
+            shifts.finish(state)
+            scores[part] = shifts.scores
+            done += len(part)
+    return Defect(scores, first, chosen)
+
+
+def has_a_defect(run: Record) -> bool:
+    """Whether the update of a run is no affine function: that of its optimizer is not, or it clips."""
+    rule = RULES.get(run.manifest["optimizer"]["name"])
+    clips = any(run.steps[t].groups[0]["gradient_clip_val"] for t in (0, run.n_steps - 1))
+    return clips or rule is None or not rule.affine
+
+
+def window_steps(replay: Replay) -> int:
+    """L: the steps of two epochs."""
+    occurrences = sum(len(step.sample_ids) for step in replay.records)
+    return -(-WINDOW_EPOCHS * replay.run.n_samples * len(replay) // max(1, occurrences))
+
+
+def window_ends(replay: Replay, removals: Sequence[Removal], window: int) -> list[int]:
+    """The numbers of steps, less than all, after which a window of any of the removals ends."""
+    owners = Removals(removals)
+    last = torch.full((len(removals),), len(replay))
+    ends: set[int] = set()
+    for t, step in enumerate(replay.records):
+        visited = owners.occurrences(step.sample_ids)[0].unique()
+        before = last[visited] + window + 1
+        ends.update(before[before < t].tolist())
+        last[visited] = t
+    return sorted(end for end in ends.union((last + window + 1).tolist()) if end < len(replay))
+
+
+class AdjointDefect(AdjointSgdIe):
+    """SGD-IE's reverse sweep, which also keeps ``c_t`` of every step, and ``lambda_e`` where windows end.
+
+    Where the query is read, ``c_t`` holds its gradient, too: so a shift is read on its way through a window.
+
+    Args:
+        n_steps: T.
+        ends: see ``window_ends``.
+        rows: where to keep them, (T + len(ends) * parts of the state, p).
+
+    Attributes:
+        curvatures: ``c_t``, (T, p).
+        final: ``lambda_T``.
+    """
+
+    final: State
+
+    def __init__(self, n_steps: int, ends: Sequence[int], rows: Tensor) -> None:
+        self.curvatures, self._rows = rows[:n_steps], rows[n_steps:]
+        self._place = {end: i for i, end in enumerate(ends)}
+        self._t = n_steps
+
+    def at(self, end: int) -> State:
+        """``lambda_e`` of a window's end."""
+        if end == len(self.curvatures):
+            return self.final
+        i, parts = self._place[end], len(self.final)
+        return tuple(self._rows[i * parts : (i + 1) * parts])
+
+    def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
+        """The adjoint after the last step and the scores, none yet."""
+        carry = super().init(query_gradient, state, n_samples)
+        self.final = carry[0]
+        return carry
+
+    def advance(self, point: Point, carry: tuple[State, Tensor]) -> tuple[State, Tensor]:
+        """One step back."""
+        unmoved = through_the_update(point, carry[0])
+        adjoint, scores = super().advance(point, carry)
+        self._t -= 1
+        self.curvatures[self._t] = adjoint[0] - unmoved
+        if self._t in self._place:
+            for row, part in zip(self.at(self._t), adjoint, strict=True):
+                row.copy_(part)
+        return adjoint, scores
+
+    def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
+        """The query is read here, too."""
+        self.curvatures[self._t] += query_gradient
+        if self._t in self._place:
+            self.at(self._t)[0].add_(query_gradient)
+        return super().read_again(carry, query_gradient)
+
+
+def through_the_update(point: Point, adjoint: State) -> Tensor:
+    """``(dU/dtheta)^T adjoint`` at the step's own gradient, which stays as it is, (p,)."""
+    theta = point.state[0].detach().requires_grad_()
+    after = point.step.update((theta, *point.state[1:]), point.gradient)
+    moved = [(part, by) for part, by in zip(after, adjoint, strict=True) if part.requires_grad]
+    (pulled,) = torch.autograd.grad([part for part, _ in moved], theta, [by for _, by in moved], materialize_grads=True)
+    return pulled
+
+
+class UpdateAlone:
+    """``s + D~`` of n removals, taken forward through the run; collects their scores.
+
+    Args:
+        removals: n removals.
+        adjoints: of the sweep back.
+        state: of the run before its first step.
+        window: L.
+
+    Attributes:
+        scores: (n,).
+    """
+
+    def __init__(self, removals: Removals, adjoints: AdjointDefect, state: State, window: int) -> None:
+        self._removals, self._adjoints, self._window = removals, adjoints, window
+        self._parts = [part.repeat(len(removals), 1) for part in state]
+        self._last = torch.full((len(removals),), -1)
+        """The last step that saw each of them; -1 of those in no window, whose parts are anything."""
+        self.scores = state[0].new_zeros(len(removals))
+
+    def advance(self, t: int, point: Point) -> None:
+        """Take step t."""
+        removed = point.removed(self._removals)
+        who, gradients = removed.removals, removed.gradients
+        left = self._last + self._window + 1 == t
+        left[who] = False  # the next window begins where the last one ends: they are one
+        self._end(left & (self._last >= 0), t, point.state)
+        self.begin(t, who[self._last[who] < 0], point.state)
+        self._last[who] = t
+        inside, size = self._last >= 0, max(1, CACHED // len(point.gradient))
+        for first in range(0, len(inside), size):
+            rows = slice(first, first + size)
+            if inside[rows].any():
+                mine = (who >= first) & (who < first + size)
+                self._move(rows, who[mine] - first, gradients[mine], inside[rows], self._adjoints.curvatures[t], point)
+
+    def begin(self, t: int, who: Tensor, state: State) -> None:
+        """The windows of ``who`` begin with step t, before which the run's own state is ``state``."""
+        self._last[who] = t
+        for part, own in zip(self._parts, state, strict=True):
+            part[who] = own
+
+    def finish(self, state: State) -> None:
+        """The last windows end after the last step."""
+        self._end(self._last >= 0, len(self._adjoints.curvatures), state)
+
+    def _move(self, rows: slice, who: Tensor, gradients: Tensor, inside: Tensor, curvature: Tensor, point: Point) -> None:
+        parts = tuple(part[rows] for part in self._parts)
+        self.scores[rows] += torch.where(inside, (parts[0] - point.state[0]) @ curvature, 0.0)
+        gradient = point.gradient.repeat(len(inside), 1)
+        gradient[who] -= gradients
+        for part, moved in zip(parts, point.step.update(parts, gradient), strict=True):
+            part.copy_(moved)
+
+    def _end(self, who: Tensor, e: int, state: State) -> None:
+        """The windows of these (n,) end after e steps, where the run's own state is ``state``."""
+        ended = torch.nonzero(who)[:, 0]
+        if len(ended):
+            for part, own, adjoint in zip(self._parts, state, self._adjoints.at(e), strict=True):
+                self.scores[ended] += (part[ended] - own) @ adjoint
+            self._last[ended] = -1

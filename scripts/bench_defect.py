@@ -1,0 +1,129 @@
+"""How true acc-low-rank is where the optimizer is no SGD, beside SGD-IE and exact ACC-SGD-IE, and what each costs.
+
+    python scripts/bench_defect.py                        # all of them: half an hour of one core
+    python scripts/bench_defect.py "20 News logistic"
+
+Trains with AdamW in double precision, retrains without each sample, and prints a table: agreement with ``loo`` over all samples
+(Kendall's tau, and the RMSE in standard deviations of the true scores), and processor time in bare replays of the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+
+import lightning_acc as la
+from lightning_acc.core.replay import Replay
+from lightning_acc.scoring.trust.figures import kendall, rmse
+from lightning_acc.studies import data
+from lightning_acc.studies.models import Classifier
+
+
+class Cell(NamedTuple):
+    """A training: the data, the network, and how it is trained."""
+
+    module: Callable[..., Any]
+    n: int
+    hidden: tuple[int, ...]
+    batch_size: int
+    epochs: int
+    lr: float
+    clip: float | None = None
+
+
+CELLS = {
+    "20 News logistic": Cell(data.NewsgroupsDataModule, 200, (), 25, 10, 1e-2),
+    "Adult GELU-16": Cell(data.AdultDataModule, 400, (16,), 100, 10, 3e-3),
+    "Adult GELU-16, clipped at 0.5": Cell(data.AdultDataModule, 400, (16,), 100, 10, 3e-3, 0.5),
+    "MNIST GELU-32": Cell(data.MNISTDataModule, 250, (32,), 32, 5, 1e-3),
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "sgd-ie": {"method": "sgd-ie"},
+    "acc-low-rank": {"method": "acc-low-rank"},
+    "acc-low-rank, all followed": {"method": "acc-low-rank", "followed": 10**6},
+    "acc-sgd-ie, linear": {"method": "acc-sgd-ie", "readout": "linear"},
+    "acc-sgd-ie": {"method": "acc-sgd-ie"},
+    "loo": {"method": "loo"},
+}
+
+
+class WithAdamW(Classifier):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.sgd["lr"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", help=f"some of: {', '.join(CELLS)}")
+    chosen = parser.parse_args().cells or list(CELLS)
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    print("| training | method | followed | tau | RMSE/sd | bare replays |\n| --- | --- | --- | --- | --- | --- |")
+    for name in chosen:
+        for row in compared(CELLS[name]):
+            print("|", " | ".join([name, *row]), "|", flush=True)
+
+
+def compared(cell: Cell) -> list[list[str]]:
+    """A row for each method."""
+    with tempfile.TemporaryDirectory() as directory:
+        run = trained(cell, directory)
+        options: dict[str, Any] = {"ray_address": None, "save": False, "check": 0, "progress": False}
+        found = {}
+        for name, asked in METHODS.items():
+            before = bare_replay(run)
+            started = time.process_time()
+            scores = la.score(run, **asked, **options)
+            found[name] = scores, (time.process_time() - started) / min(before, bare_replay(run))
+        truth = found["loo"][0].values
+        spread = truth.std()
+        rows = []
+        for name, (scores, cost) in found.items():
+            followed = str(scores.conditions.get("followed_by_the_update", ""))
+            figures = (f"{kendall(scores.values, truth):.3f}", f"{rmse(scores.values, truth) / spread:.3f}", f"{cost:.0f}")
+            rows.append([name, followed, *figures])
+        return rows
+
+
+def trained(cell: Cell, directory: str) -> la.Run:
+    """The training, recorded."""
+    pl.seed_everything(0, verbose=False)
+    samples = cell.module(n_train=cell.n, batch_size=cell.batch_size)
+    samples.setup("fit")
+    module = WithAdamW(samples.n_features, len(samples.class_names), cell.hidden, lr=cell.lr)
+    pl.Trainer(
+        max_epochs=cell.epochs,
+        gradient_clip_val=cell.clip,
+        precision="64-true",
+        callbacks=[la.TrajectoryRecorder(directory)],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    ).fit(module, datamodule=samples)
+    return la.Run(directory)
+
+
+def bare_replay(run: la.Run) -> float:
+    """Seconds of processor time of the recorded training, taken again."""
+    replay = Replay(run)
+    steps, state = [replay.step(t) for t in range(len(replay))], replay.initial
+    started = time.process_time()
+    for step in steps:
+        state = step(state)
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    main()
