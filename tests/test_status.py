@@ -97,6 +97,13 @@ def test_a_record_that_is_not_finished_is_to_be_repaired(path: Path, capsys: pyt
     assert "half written" not in status(path)
 
 
+def test_a_password_in_the_address_is_not_said() -> None:
+    record(url := "memory://me:hunter2@host/status", make(hidden=4))  # type: ignore[arg-type]
+    said = status(url)
+    assert "hunter2" not in said
+    assert next_command(said)[0] == "score"
+
+
 def test_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(la.RunError, match="There is no run directory at"):
         status(tmp_path / "nowhere")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from lightning_acc import arguments
 from lightning_acc.core.rebuild import OWN, PROGRAM, TRUST_VARIABLE, place_of
+from lightning_acc.credentials import without_credentials
 from lightning_acc.judge import agreement, cleaning_table
 from lightning_acc.judge.cleaning import BEST
 from lightning_acc.methods import registry
@@ -18,6 +19,7 @@ from lightning_acc.record.store import Store
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.show.predictions import stored_matrices
 
+PAGE = "report/index.html"
 CHECKED = 64
 """Samples to retrain without, to hold all estimates against."""
 Row = tuple[str, ...]
@@ -38,14 +40,13 @@ def status(path: str | os.PathLike[str]) -> str:
     store = Store(where)
     unfinished = manifest.identify(store).get("status") == "recording"
     run = Record(where, partial=unfinished)
-    name = str(run.manifest["module"]["class"]).rpartition(":")[2]
-    head = (
-        f"{run.path}\n{run.n_samples:,} samples, {run.n_steps:,} steps, {run.n_parameters:,} parameters of {name}, {run.dtype}"
-    )
-    lines = [head, f"queries: {', '.join(run.query_names()) or 'none'}"]
+    named = shlex.quote(str(without_credentials(where)))
+    module = str(run.manifest["module"]["class"]).rpartition(":")[2]
+    sizes = f"{run.n_samples:,} samples, {run.n_steps:,} steps, {run.n_parameters:,} parameters of {module}, {run.dtype}"
+    lines = [run.path, sizes, f"queries: {', '.join(run.query_names()) or 'none'}"]
     if unfinished:
         lines.append("half written: its training goes on, or was killed; then the whole steps that are there become a run by")
-        return "\n".join([*lines, f"next: lightning-acc repair {shlex.quote(where)}"])
+        return "\n".join([*lines, f"next: lightning-acc repair {named}"])
     if run.manifest.get("stopped"):
         lines.append(f"ended early ({run.manifest['stopped']}) {run.manifest.get('reason', '')}".rstrip())
     tables = agreement.stored_scores(run)
@@ -58,7 +59,7 @@ def status(path: str | os.PathLike[str]) -> str:
         command = missing[0][2]
     verb, _, options = command.partition(" ")
     needs = _trust(run) if verb in ("score", "retrain", "matrix", "clean") else ""
-    return "\n".join([*lines, f"next: lightning-acc {verb} {shlex.quote(where)} {options}{needs}".rstrip()])
+    return "\n".join([*lines, f"next: lightning-acc {verb} {named} {options}{needs}".rstrip()])
 
 
 def _there(run: Record, tables: dict[str, Scores]) -> Iterator[Row]:
@@ -76,9 +77,6 @@ def _there(run: Record, tables: dict[str, Scores]) -> Iterator[Row]:
         yield "cleaning", "", f"{len(set(cleaned['method'].to_pylist()))} rankings"
     if run.store.exists(PAGE):
         yield "page", "", PAGE
-
-
-PAGE = "report/index.html"
 
 
 def _missing(run: Record, tables: dict[str, Scores]) -> Iterator[tuple[str, str, str]]:
