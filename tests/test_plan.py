@@ -14,9 +14,9 @@ from problems import FEATURES, N, make, record
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.core import replay as replays
+from lightning_acc.core import tape
 from lightning_acc.core.queries import moments
-from lightning_acc.core.replay import Replay, Tape
+from lightning_acc.core.replay import Replay
 from lightning_acc.methods import memory
 from lightning_acc.methods.registry import METHODS
 from lightning_acc.methods.swept import Swept
@@ -178,11 +178,9 @@ def test_a_reverse_sweep_keeps_the_states_its_tape_keeps(run: la.Run) -> None:
     state = sum(part.nbytes for part in replay.initial)
     roomy, tight = (memory.reverse_bytes(replay, memory.TRAINING, budget) for budget in (2**30, 1))
     assert tight < roomy
-    assert replays.taken_again(replay, 2**30) == 0.0
-    tight_tape = Tape(replay, 1)
-    again = len(replay) - len(tight_tape._kept)
-    assert replays.taken_again(replay, 1) == pytest.approx(again / len(replay), abs=0.2)
-    assert roomy - tight == (len(replay) - len(tight_tape._kept) - tight_tape._segment) * state
+    assert tape.taken_again(replay, 2**30) == 0.0
+    assert tape.taken_again(replay, 1) == (12 * 11 / 2 - 11) / 12  # each state from the first one
+    assert roomy - tight == (12 - 2) * state
 
 
 def test_the_peak_follows_the_budget(run: la.Run) -> None:

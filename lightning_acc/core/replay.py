@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial, wraps
@@ -258,57 +257,3 @@ def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Ite
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     del output
     return sum(kept.values())
-
-
-def segment(replay: Replay, memory: int) -> int:
-    """Every how manieth state a ``Tape`` of ``memory`` bytes keeps: each, where all T fit, else every sqrt(T)-th."""
-    total = len(replay)
-    return 1 if total * sum(part.nbytes for part in replay.initial) <= memory else math.ceil(math.sqrt(total))
-
-
-def kept(replay: Replay, memory: int) -> int:
-    """How many states a ``Tape`` holds at its fullest: those it keeps, and one segment that is computed again."""
-    total, every = len(replay), segment(replay, memory)
-    return total if every == 1 else -(-total // every) + every
-
-
-def taken_again(replay: Replay, memory: int) -> float:
-    """The fraction of its steps that a sweep back takes a second time, as its tape cannot keep all states."""
-    return 1 - 1 / segment(replay, memory)
-
-
-class Tape:
-    """The states of a replay, kept so that its steps can be visited from the last to the first.
-
-    Where the T states do not fit into ``memory`` bytes, about sqrt(T) of them are kept, evenly spaced, and the others are
-    computed again, a segment at a time. ``seen`` is told the parameters (p,) after each number of steps, from 0, on the way.
-
-    Attributes:
-        final: the state after the last step.
-        checked: the parameters (p,) at the step ``replay.checked_at``.
-    """
-
-    def __init__(self, replay: Replay, memory: int, seen: Callable[[int, Tensor], object] = lambda t, theta: None) -> None:
-        self._replay = replay
-        self._segment = segment(replay, memory)
-        self._kept: list[State] = []
-        self.final = replay.initial
-        self.checked = self.final[0]
-        seen(0, self.final[0])
-        for t in range(len(replay)):
-            if t % self._segment == 0:
-                self._kept.append(self.final)
-            self.final = replay.step(t)(self.final)
-            seen(t + 1, self.final[0])
-            if t + 1 == replay.checked_at:
-                self.checked = self.final[0]
-
-    def backwards(self) -> Iterator[tuple[Step, State]]:
-        """The steps from the last to the first, each with the state before it; can be gone through once."""
-        for first in reversed(range(0, len(self._replay), self._segment)):
-            states = [self._kept.pop()]
-            last = min(first + self._segment, len(self._replay))
-            for t in range(first, last - 1):
-                states.append(self._replay.step(t)(states[-1]))
-            for t in reversed(range(first, last)):
-                yield self._replay.step(t), states.pop()

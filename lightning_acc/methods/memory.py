@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lightning_acc.core import replay as replays
+from lightning_acc.core import tape
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay, saved_bytes
@@ -139,4 +139,4 @@ def reverse_bytes(replay: Replay, copies: Copies, memory: int) -> int:
     """Bytes a reverse sweep adds at its peak: the states it keeps, one step, and a number for every sample."""
     state = sum(part.nbytes for part in replay.initial)
     numbers = replay.run.n_samples * replay.initial[0].element_size()
-    return replays.kept(replay, memory) * state + copies.step(replay) + numbers
+    return tape.held(replay, memory) * state + copies.step(replay) + numbers

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.removals import Removal, Removals
-from lightning_acc.core.replay import Replay, Tape
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.tape import Tape
 from lightning_acc.methods.method import Question
 from lightning_acc.methods.reading import Slopes
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
@@ -98,7 +99,7 @@ def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Pr
     tape = Tape(replay, question.memory // 2 if question.each else question.memory, slopes.see)
     confirm(replay, tape.checked)
     progress(0.25)
-    carry = rule.init(slopes(len(replay), tape.final[0]), tape.final, replay.run.n_samples)
+    carry = rule.init(slopes(len(replay), tape.final), replay.initial, replay.run.n_samples)
     for done, (step, state) in enumerate(tape.backwards(), start=1):
         carry = rule.advance(step.at(state), carry)
         if len(replay) - done in question.moments.weights:

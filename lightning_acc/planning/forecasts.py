@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_acc.core import replay as replays
+from lightning_acc.core import tape
 from lightning_acc.core.removals import Removals
 from lightning_acc.methods import memory
 from lightning_acc.methods.low_rank import basis as bases
@@ -99,7 +99,7 @@ class Back(Forecast):
         query = c.seconds(lambda: c.query.gradient(replay.objective, replay.initial[0]))
         few = c.visited[:100]
         picked = c.seconds(lambda: [carry[1][list(removal)].sum() for removal in few]) / max(1, len(few))
-        ahead = (1 + replays.taken_again(replay, c.memory)) * self.taken_once()
+        ahead = (1 + tape.taken_again(replay, c.memory)) * self.taken_once()
         return Cost(c.load, ahead + back + c.readings * query, picked, None)
 
     def bytes(self, removals: int) -> int:
@@ -122,7 +122,7 @@ class LowRankPass(Forecast):
             return Cost(c.load, ahead + c.scan, 0.0, None)
         back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).pullback(replay.initial)))
         # Beside the sweep back, the run is taken forward twice: for its states, then with the shifts.
-        shared = (2 + replays.taken_again(replay, c.memory)) * ahead + back
+        shared = (2 + tape.taken_again(replay, c.memory)) * ahead + back
         seconds, read, size = self._screened() if self.screens else self._tracked()
         thetas = theta.expand(min(read, 8, memory.query_rows(replay, c.query, c.memory)), -1)
         each = c.seconds(lambda: c.query.values(replay.objective, thetas)) / len(thetas)
@@ -178,7 +178,7 @@ class LowRankPass(Forecast):
             forward = (3 * followed + 2 * modelled) * state + 3 * screened.DIRECTIONS * bool(modelled) * vector
         else:
             forward = 4 * budget.most_directions(replay.run) * vector + at_a_step + each * removals
-        return max(replays.kept(replay, allowed) * state + at_a_step, forward)
+        return max(tape.held(replay, allowed) * state + at_a_step, forward)
 
 
 class DefectPass(Forecast):
@@ -203,7 +203,7 @@ class DefectPass(Forecast):
             return defect.through_the_update(point, carry[0])
 
         shared = c.readings * c.seconds(lambda: c.query.gradient(replay.objective, start[0]))
-        shared += (1 + replays.taken_again(replay, c.memory)) * ahead + c.over_the_run(lambda t: c.seconds(lambda: back(t)))
+        shared += (1 + tape.taken_again(replay, c.memory)) * ahead + c.over_the_run(lambda t: c.seconds(lambda: back(t)))
         at_once = budget.removals_at_once(replay, c.memory)
         followed = n if self.method.most is None else min(n, self.method.most)
         passes = -(-followed // at_once)
@@ -228,7 +228,7 @@ class DefectPass(Forecast):
         each, at_a_step = budget.bytes_needed(replay)
         followed = removals if self.method.most is None else min(removals, self.method.most)
         together = min(followed, budget.removals_at_once(replay, allowed))
-        states = replays.kept(replay, allowed) * sum(part.nbytes for part in replay.initial)
+        states = tape.held(replay, allowed) * sum(part.nbytes for part in replay.initial)
         return at_a_step + max(states, each * together)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
-from lightning_acc.core.replay import Replay, Tape
+from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
+from lightning_acc.core.tape import Tape
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.method import Question
@@ -102,9 +103,9 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
         progress(0.25)
         final = tape.final
         confirm(replay, tape.checked)
-        gradients = {total: slopes(total, final[0])}
+        gradients = {total: slopes(total, final)}
         rule = AdjointGammas(gammas)
-        carry = rule.init(gradients[total], final, replay.run.n_samples)
+        carry = rule.init(gradients[total], replay.initial, replay.run.n_samples)
         wanted, places = set(bases.spread(total)), []
         for back, (step, before) in enumerate(tape.backwards(), start=1):
             if total - back in wanted:
@@ -115,4 +116,4 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
                 carry = rule.read_again(carry, gradients[total - back])
             progress(0.25 + 0.75 * back / total)
         del tape
-        yield Back(gammas, carry[1], final[0], gradients, places)
+        yield Back(gammas, carry[1], final, gradients, places)
