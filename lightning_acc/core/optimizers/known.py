@@ -16,7 +16,10 @@ def _adam_slots(h: Hyperparameters) -> tuple[str, ...]:
 
 
 _ADAM = OptimizerRule(
-    by_number.adam, _adam_slots, ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+    by_number.adam,
+    _adam_slots,
+    ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
+    one_pass=by_number.adam_in_one_pass,
 )
 RULES: dict[str, OptimizerRule] = {
     "SGD": OptimizerRule(

@@ -32,6 +32,7 @@ class OptimizerRule:
         affine: whether the update is an affine function of state and gradient, number by number, as SGD's is.
         no_derivative: why a derivative of the update says nothing of it, in words that go on after "because"; None where it
             does say something. Methods that need the derivative then refuse the run.
+        one_pass: the update of states on the CPU, of any parameters together, written over them in one pass, to round-off.
     """
 
     update: Callable[[State, Tensor, Hyperparameters], State]
@@ -41,3 +42,4 @@ class OptimizerRule:
     package: str = "torch.optim"
     affine: bool = False
     no_derivative: str | None = None
+    one_pass: Callable[[State, Tensor, Hyperparameters], None] | None = None
