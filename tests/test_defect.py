@@ -249,7 +249,7 @@ def test_it_is_nearer_to_the_truth_than_sgd_ie(tmp_path: Path, name: str) -> Non
 
 def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
-    assert budget.most_by_the_update(run) == int(20 * (250_000 / run.n_parameters + 6 / 10))  # of steps of 6 samples
+    assert budget.most_by_the_update(run) == int(20 * (200_000 + 39 * 6 / 25) / 3039)  # 39 parameters, 6 samples a step
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N
     assert "among" not in everyone.conditions
