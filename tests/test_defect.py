@@ -249,7 +249,7 @@ def test_it_is_nearer_to_the_truth_than_sgd_ie(tmp_path: Path, name: str) -> Non
 
 def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
-    assert budget.most_by_the_update(run) == int(20 * (32_000 / run.n_parameters + 6 / 25))  # of steps of 6 samples
+    assert budget.most_by_the_update(run) == int(20 * (200_000 + 39 * 6 / 25) / 3039)  # 39 parameters, 6 samples a step
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N
     assert "among" not in everyone.conditions
@@ -288,3 +288,22 @@ def test_a_plan_knows_it(tmp_path: Path) -> None:
     assert row["readout"] == "linear"
     assert row["disk_gb"] * 2**30 > run.n_steps * run.n_parameters * 8
     assert "acc-low-rank cannot" not in str(plan)
+
+
+@pytest.mark.parametrize("clipping", ["norm", "value", None])
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True}, {"class": "Adam", "weight_decay": 0.1}, {"maximize": True}], ids=str
+)
+def test_an_update_in_one_pass_is_the_update(tmp_path: Path, options: dict[str, Any], clipping: str | None) -> None:
+    clips = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": clipping} if clipping else {}
+    run = record(tmp_path / "run", make(hidden=4, optimizer={**ADAMW, **options}), max_epochs=1, **clips)
+    replay, generator = Replay(run), torch.Generator().manual_seed(0)
+    state = tuple(torch.rand(3, run.n_parameters, generator=generator, dtype=torch.float64) for _ in replay.initial)
+    gradient = torch.randn(3, run.n_parameters, generator=generator, dtype=torch.float64)
+    groups = run.steps[2].groups
+    expected = replay.update(state, gradient, groups)
+    given = gradient.clone()
+    replay.update.in_one_pass(state, gradient, groups)
+    assert torch.equal(gradient, given)
+    for found, part in zip(state, expected, strict=True):
+        torch.testing.assert_close(found, part, rtol=1e-14, atol=1e-15)

@@ -218,8 +218,8 @@ class DefectPass(Forecast):
         """Seconds of step t with m removals, all of them in a window."""
         total, start = len(self.replay), self.replay.initial
         adjoints = defect.AdjointDefect(total, [], start[0].expand(total, -1))
-        shifts = defect.UpdateAlone(self.c.sample(t, m), adjoints, start, total)
-        shifts.begin(t, torch.arange(m), start)
+        shifts = defect.UpdateAlone(self.replay, self.c.sample(t, m), adjoints, total)
+        shifts.begin(t, torch.arange(m))
         return self.c.seconds(lambda: shifts.advance(t, self.replay.step(t).at(start)))
 
     def bytes(self, removals: int) -> int:

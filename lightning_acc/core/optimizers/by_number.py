@@ -39,6 +39,28 @@ def adam(state: State, gradient: Tensor, h: Hyperparameters) -> State:
     return theta.addcdiv(mean, root.add(h["eps"]), value=-step_size), mean, square, *largest
 
 
+def adam_in_one_pass(state: State, gradient: Tensor, h: Hyperparameters) -> None:
+    """``adam``, by torch's own kernel: written over the state, contiguous tensors on the CPU."""
+    theta, mean, square, *largest = state
+    beta1, beta2 = h["betas"]
+    kernel = torch._fused_adamw_ if h["decoupled_weight_decay"] else torch._fused_adam_
+    kernel(
+        [theta],
+        [gradient],
+        [mean],
+        [square],
+        largest,
+        [torch.tensor(float(h["step"]))],
+        lr=h["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=h["weight_decay"],
+        eps=h["eps"],
+        amsgrad=bool(largest),
+        maximize=h["maximize"],
+    )
+
+
 def nadam(state: State, gradient: Tensor, h: Hyperparameters) -> State:
     """``torch.optim.NAdam``: Adam with Nesterov's momentum; ``mu_product`` is the product of the momenta so far."""
     theta, mean, square = state

@@ -20,6 +20,7 @@ _ADAM = OptimizerRule(
     _adam_slots,
     ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
     by_number=True,
+    one_pass=by_number.adam_in_one_pass,
 )
 RULES: dict[str, OptimizerRule] = {
     "SGD": OptimizerRule(

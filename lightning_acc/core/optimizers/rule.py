@@ -33,6 +33,7 @@ class OptimizerRule:
         by_number: whether it moves each number of a parameter by itself, so that it may be taken in blocks of numbers.
         no_derivative: why a derivative of the update says nothing of it, in words that go on after "because"; None where it
             does say something. Methods that need the derivative then refuse the run.
+        one_pass: the update of states on the CPU, of any parameters together, written over them in one pass, to round-off.
     """
 
     update: Callable[[State, Tensor, Hyperparameters], State]
@@ -43,3 +44,4 @@ class OptimizerRule:
     affine: bool = False
     by_number: bool = False
     no_derivative: str | None = None
+    one_pass: Callable[[State, Tensor, Hyperparameters], None] | None = None

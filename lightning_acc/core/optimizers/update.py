@@ -99,6 +99,20 @@ class Update:
         for h, g, *piece in zip(given, gradients, *(part.split(self.layout.sizes, -1) for part in state), strict=True):
             yield h, g, tuple(piece)
 
+    def in_one_pass(self, state: State, gradient: Tensor, groups: list[Hyperparameters]) -> None:
+        """The same, written over ``state`` (n, p), contiguous: to round-off, and where the rule knows how in a tenth of the
+        time.
+        """
+        h, one_pass = groups[0], self.rule.one_pass
+        alike = all(group == h for group in groups) and "dtypes" not in h
+        if one_pass is not None and alike and gradient.device.type == "cpu":
+            if h["gradient_clip_val"]:
+                (gradient,) = clip([gradient], h["gradient_clip_val"], h["gradient_clip_algorithm"])
+            one_pass(state, gradient, h)
+        else:
+            for part, updated in zip(state, self(state, gradient, groups), strict=True):
+                part.copy_(updated)
+
     def check(self, groups: list[Hyperparameters]) -> None:
         """See that the hyper-parameters of the parameter groups are such as this optimizer takes.
 

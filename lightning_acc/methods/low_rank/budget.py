@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_acc.core.optimizers import RULES
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
@@ -13,9 +14,10 @@ TRACKED_WORK = 6e11
 leaves 20."""
 MOST_FOLLOWED, FEWEST_FOLLOWED, FOLLOWED_WORK = 256, 12, 4e11
 """Screened, as many are followed as keep occurrences * parameters * followed below this, and at least so many."""
-DEFECT_TRAININGS, STEP_NUMBERS, OCCURRENCES = 20, 32_000, 25
-"""As many removals follow the update as cost so many trainings. A step of a training takes as long as the update of so many
-numbers, and of as many more as there are parameters for every 25 of its occurrences; measured with scripts/bench_defect.py."""
+DEFECT_TRAININGS, STEP_NUMBERS, OCCURRENCES, ROW_NUMBERS, PASSES = 20, 200_000, 25, 3000, 5
+"""As many removals follow the update as cost so many trainings. A step of a training takes as long as the update, in one pass,
+of so many numbers, and of as many more as there are parameters for every 25 of its occurrences; each removal takes as long as
+that of 3000 beside its own, and an update in many passes 5 times as long. Measured with scripts/bench_defect.py."""
 EXACT_WORK = 3e11
 """Multiplications spent on the exact readout: removals * examples * parameters."""
 
@@ -73,7 +75,9 @@ def most_followed(run: Record) -> int:
 def most_by_the_update(run: Record) -> int:
     """How many removals follow the update where its defect is, unless asked for."""
     step = STEP_NUMBERS + training_work(run) / run.n_steps / OCCURRENCES
-    return max(FEWEST_FOLLOWED, int(DEFECT_TRAININGS * step / run.n_parameters))
+    rule = RULES.get(run.manifest["optimizer"]["name"])
+    passes = 1 if rule and rule.one_pass else PASSES
+    return max(FEWEST_FOLLOWED, int(DEFECT_TRAININGS * step / (passes * (ROW_NUMBERS + run.n_parameters))))
 
 
 def training_work(run: Record) -> float:

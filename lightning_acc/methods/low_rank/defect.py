@@ -33,7 +33,7 @@ from lightning_acc.methods.rules import AdjointSgdIe
 from lightning_acc.record.record import Record
 
 WINDOW_EPOCHS = 2
-CACHED = 2**16
+CACHED = 2**17
 """Numbers of a part of the state that are taken through an update together: what stays in the caches. More is slower."""
 
 
@@ -75,20 +75,20 @@ def defect(
     ends = window_ends(replay, removals, window)
     with scratch(replay, len(replay) + len(ends) * len(replay.initial)) as rows:
         adjoints = AdjointDefect(len(replay), ends, rows)
-        per_sample = sweeps.reverse(replay, adjoints, question, lambda done: progress(0.2 * done))
+        per_sample = sweeps.reverse(replay, adjoints, question, lambda done: progress(0.2 * done)).cpu()
         first = torch.stack([per_sample[list(removal)].sum() for removal in removals])
         chosen = first.abs().argsort(descending=True, stable=True)[:followed]
         scores, done = first.clone(), 0
         for part in chosen.split(at_once):
-            shifts = UpdateAlone(Removals([removals[i] for i in part]), adjoints, replay.initial, window)
+            shifts = UpdateAlone(replay, Removals([removals[i] for i in part]), adjoints, window)
             state = replay.initial
             for t in range(len(replay)):
                 point = replay.step(t).at(state)
                 shifts.advance(t, point)
                 state = point.next()
                 progress(0.2 + 0.8 * (done + len(part) * (t + 1) / len(replay)) / len(chosen))
-            shifts.finish(state)
-            scores[part] = shifts.scores
+            shifts.finish()
+            scores[part] = shifts.scores.cpu()
             done += len(part)
     return Defect(scores, first, chosen)
 
@@ -185,22 +185,25 @@ def through_the_update(point: Point, adjoint: State) -> Tensor:
 class UpdateAlone:
     """``s + D~`` of n removals, taken forward through the run; collects their scores.
 
+    The run itself goes along: shifts are differences between results of the same operations, so that round-off cancels.
+
     Args:
+        replay: of the run.
         removals: n removals.
         adjoints: of the sweep back.
-        state: of the run before its first step.
         window: L.
 
     Attributes:
         scores: (n,).
     """
 
-    def __init__(self, removals: Removals, adjoints: AdjointDefect, state: State, window: int) -> None:
-        self._removals, self._adjoints, self._window = removals, adjoints, window
-        self._parts = [part.repeat(len(removals), 1) for part in state]
+    def __init__(self, replay: Replay, removals: Removals, adjoints: AdjointDefect, window: int) -> None:
+        self._replay, self._removals, self._adjoints, self._window = replay, removals, adjoints, window
+        self._own = tuple(part[None].clone() for part in replay.initial)
+        self._parts = tuple(part.repeat(len(removals), 1) for part in replay.initial)
         self._last = torch.full((len(removals),), -1)
         """The last step that saw each of them; -1 of those in no window, whose parts are anything."""
-        self.scores = state[0].new_zeros(len(removals))
+        self.scores = replay.initial[0].new_zeros(len(removals))
 
     def advance(self, t: int, point: Point) -> None:
         """Take step t."""
@@ -208,38 +211,36 @@ class UpdateAlone:
         who, gradients = removed.removals, removed.gradients
         left = self._last + self._window + 1 == t
         left[who] = False  # the next window begins where the last one ends: they are one
-        self._end(left & (self._last >= 0), t, point.state)
-        self.begin(t, who[self._last[who] < 0], point.state)
+        self._end(left & (self._last >= 0), t)
+        self.begin(t, who[self._last[who] < 0])
         self._last[who] = t
+        curvature = self._adjoints.curvatures[t].to(self._replay.device)
         inside, size = self._last >= 0, max(1, CACHED // len(point.gradient))
         for first in range(0, len(inside), size):
             rows = slice(first, first + size)
             if inside[rows].any():
-                mine = (who >= first) & (who < first + size)
-                self._move(rows, who[mine] - first, gradients[mine], inside[rows], self._adjoints.curvatures[t], point)
+                parts = tuple(part[rows] for part in self._parts)
+                scores = (parts[0] - self._own[0]) @ curvature
+                self.scores[rows] += torch.where(inside[rows].to(scores.device), scores, 0.0)
+                gradient, mine = point.gradient.repeat(len(scores), 1), (who >= first) & (who < first + size)
+                gradient[who[mine] - first] -= gradients[mine]
+                self._replay.update.in_one_pass(parts, gradient, point.step.groups)
+        self._replay.update.in_one_pass(self._own, point.gradient[None], point.step.groups)
 
-    def begin(self, t: int, who: Tensor, state: State) -> None:
-        """The windows of ``who`` begin with step t, before which the run's own state is ``state``."""
+    def begin(self, t: int, who: Tensor) -> None:
+        """The windows of ``who`` begin with step t."""
         self._last[who] = t
-        for part, own in zip(self._parts, state, strict=True):
+        for part, own in zip(self._parts, self._own, strict=True):
             part[who] = own
 
-    def finish(self, state: State) -> None:
+    def finish(self) -> None:
         """The last windows end after the last step."""
-        self._end(self._last >= 0, len(self._adjoints.curvatures), state)
+        self._end(self._last >= 0, len(self._adjoints.curvatures))
 
-    def _move(self, rows: slice, who: Tensor, gradients: Tensor, inside: Tensor, curvature: Tensor, point: Point) -> None:
-        parts = tuple(part[rows] for part in self._parts)
-        self.scores[rows] += torch.where(inside, (parts[0] - point.state[0]) @ curvature, 0.0)
-        gradient = point.gradient.repeat(len(inside), 1)
-        gradient[who] -= gradients
-        for part, moved in zip(parts, point.step.update(parts, gradient), strict=True):
-            part.copy_(moved)
-
-    def _end(self, who: Tensor, e: int, state: State) -> None:
-        """The windows of these (n,) end after e steps, where the run's own state is ``state``."""
+    def _end(self, who: Tensor, e: int) -> None:
+        """The windows of these (n,) end after e steps."""
         ended = torch.nonzero(who)[:, 0]
         if len(ended):
-            for part, own, adjoint in zip(self._parts, state, self._adjoints.at(e), strict=True):
-                self.scores[ended] += (part[ended] - own) @ adjoint
+            for part, own, adjoint in zip(self._parts, self._own, self._adjoints.at(e), strict=True):
+                self.scores[ended] += (part[ended] - own) @ adjoint.to(own)
             self._last[ended] = -1
