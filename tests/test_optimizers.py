@@ -151,6 +151,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[l
 def trainer_of(optimizer: torch.optim.Optimizer) -> Any:
     """What of a trainer is looked at for its optimizer."""
     options = {"gradient_clip_val": None, "gradient_clip_algorithm": None, "precision": "64-true"}
+    options.update(global_step=0, current_epoch=0)
     return SimpleNamespace(optimizers=[optimizer], precision_plugin=SimpleNamespace(), **options)
 
 

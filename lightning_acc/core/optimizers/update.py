@@ -14,6 +14,8 @@ from lightning_acc.core.optimizers.rule import Hyperparameters, State
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.schema.keys import DTYPES
 
+COUNTS = ("step", "global_step", "current_epoch")
+"""What is another number in every step, or epoch, whatever the optimizer."""
 BLOCK = 2**16
 """Numbers that are updated together in place: what is made on the way stays in the processor's caches."""
 
@@ -119,7 +121,7 @@ class Update:
         Raises:
             RunError: they are not, as where a record is not what a recorder writes.
         """
-        lasting = [{key: value for key, value in h.items() if key != "step"} for h in groups]
+        lasting = [{key: value for key, value in h.items() if key not in COUNTS} for h in groups]
         if lasting == self._usable:
             return
         remedy = "restore the run, or record it again"

@@ -52,8 +52,13 @@ GROUP: dict[str, Kind] = {
     "gradient_clip_algorithm": among("norm", "value"),
 }
 """What stands in the hyper-parameters of every parameter group; those of the optimizer are beside it."""
-GROUP_WHERE_GIVEN: dict[str, Kind] = {"dtypes": named(among(*DTYPES)), "loss_scale": POSITIVE}
-"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by."""
+GROUP_WHERE_GIVEN: dict[str, Kind] = {
+    "dtypes": named(among(*DTYPES)),
+    "loss_scale": POSITIVE,
+    "global_step": whole(0, 10**12),
+    "current_epoch": whole(0, 10**12),
+}
+"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by; what the trainer counted."""
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
