@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from unittest import mock
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from problems import Net, StepOnly, data, make, record
+from problems import N, Net, StepOnly, Weighted, data, fit, flat, make, record
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -30,6 +33,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 import lightning_acc as la
 from lightning_acc.core import audit, devices
 from lightning_acc.judge.self_influence import self_influence
+from lightning_acc.record import steps
+from lightning_acc.record.schema import keys, kinds
 from lightning_acc.scoring.over_time import influence_over_time
 
 NAME = "pretend"
@@ -70,7 +75,8 @@ class Pretend(Tensor):
         if function not in MOVES:
             met = [args[0], *args[2:]] if function in INDEXING else [*args, *kwargs.values()]
             tree_map(lambda one: _refuse_cpu(function, one), met)
-        out = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+        with _own_generator() if torch.Tag.nondeterministic_seeded in function.tags else nullcontext():
+            out = function(*tree_map(_held, args), **tree_map(_held, kwargs))
         if function._schema.is_mutable:  # what was changed is what was given
             return args[0] if isinstance(out, Tensor) else tree_map(_wrapped, out)
         return tree_map(_wrapped, out) if stays else out
@@ -109,8 +115,26 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 class _Module(_DummyBackendModule):
     """What stands at ``torch.pretend``."""
 
+    default_generators = (torch.Generator(),)
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.default_generators[0].manual_seed(seed)
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+
+@contextmanager
+def _own_generator() -> Iterator[None]:
+    """In here the device's generator is drawn from, and not the CPU's."""
+    theirs, ours = torch.default_generator, _Module.default_generators[0]
+    before = theirs.get_state()
+    theirs.set_state(ours.get_state())
+    try:
+        yield
+    finally:
+        ours.set_state(theirs.get_state())
+        theirs.set_state(before)
 
 
 def begin() -> torch.device:
@@ -130,6 +154,7 @@ _libraries: list[Any] = []
 
 # ---- what is asked, on both devices
 
+DRAWN_THERE = "what was drawn there cannot be drawn here"
 LEFT_BEHIND = "something was left on the CPU"
 SOME = [0, 1, 5, (2, 3, 4), 17]
 ADAMW = {"class": "AdamW", "lr": 0.02, "weight_decay": 0.1}
@@ -175,10 +200,11 @@ def texts() -> list[dict[str, Any]]:
 RUNS: dict[str, Callable[[], Any]] = {
     "sgd": lambda: make(hidden=4, activation="gelu", optimizer={"momentum": 0.9}),
     "adamw": lambda: make(hidden=4, activation="gelu", optimizer=ADAMW),
-    "dropout": lambda: make(hidden=6, dropout=0.3),
     "reductions": lambda: StepOnly().double(),
     "texts": lambda: Texts().double(),
 }
+THERE: dict[str, float] = {"there": 0.0, "dropout there": 0.3}
+"""Runs that are recorded on the pretend device, and their dropout."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2},
     "texts": {"train": texts(), "validation": False},
@@ -213,10 +239,14 @@ def banked(run: la.Run, device: str) -> np.ndarray:
 
 
 def audited(run: la.Run, device: str) -> np.ndarray:
+    """On another device than it was recorded on, an audit says so."""
     with mock.patch.object(audit, "recorded_on", return_value=torch.device(device)):
         report = run.audit()
+    recorded = run.manifest.get("device", "cpu")
+    apart = f"(recorded on {recorded}, replayed on {device}: round-off explains up to {report.tolerance:.1e})"
     assert report.ok
-    return np.array([report.max_abs_error, report.tolerance])
+    assert (apart in str(report)) == (report.apart is not None) == (device != recorded)
+    return np.array([1.0 + report.max_abs_error])
 
 
 def cleaned(run: la.Run, device: str) -> np.ndarray:
@@ -224,6 +254,34 @@ def cleaned(run: la.Run, device: str) -> np.ndarray:
     options = {"controls": controls, "test": la.Query("test", [data(n=9, seed=4).tensors]), "save": False}
     table = la.clean(run, "sgd-ie", [0.25], 2, device=device, ray_address=None, **options)
     return np.array(table["losses"].to_pylist())
+
+
+class OnPretend(CPUAccelerator):
+    """Lightning's way onto the device."""
+
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+
+def trained_there(dropout: float, *callbacks: Any, without: int | None = None) -> Tensor:
+    """Final parameters (p,) of a training on the device; one sample may have the weight 0."""
+    torch.manual_seed(0)
+    module = Weighted(hidden=5, activation="gelu", dropout=dropout, optimizer=ADAMW).double()
+    kept = torch.ones(N, dtype=torch.float64)
+    if without is not None:
+        kept[without] = 0
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data().tensors, kept), 5, shuffle=True)
+    strategy = SingleDeviceStrategy(device=torch.device(NAME, 0), accelerator=OnPretend())
+    fit(module, loader, *callbacks, strategy=strategy, accelerator="auto", gradient_clip_val=0.3)
+    return flat(module)
+
+
+def without_sample(run: la.Run, device: str) -> np.ndarray:
+    """How a sample's absence shifts the parameters: asked of Lightning itself, or of what was recorded."""
+    if device == NAME:
+        return scored(run, device, "loo", removals=[11], keep_shifts=True)
+    dropout = THERE[run.name]
+    return (trained_there(dropout, without=11) - trained_there(dropout))[None].numpy()
 
 
 CASES: dict[str, tuple[str, Callable[[la.Run, str], Any]]] = {
@@ -241,15 +299,19 @@ CASES: dict[str, tuple[str, Callable[[la.Run, str], Any]]] = {
     "texts": ("texts", partial(scored, method="acc-sgd-ie")),
     "texts, all samples": ("texts", scored),
     "reductions": ("reductions", partial(scored, method="acc-sgd-ie")),
-    "dropout": ("dropout", partial(scored, method="acc-sgd-ie")),
-    "dropout, all samples": ("dropout", scored),
     "matrix, sgd-ie": ("adamw", partial(matrix, method="sgd-ie")),
     "matrix, acc-sgd-ie": ("adamw", partial(matrix, method="acc-sgd-ie")),
     "over time": ("adamw", over_time),
     "bank": ("adamw", banked),
     "audit": ("adamw", audited),
     "self-influence": ("adamw", lambda run, device: self_influence(run, 2**28, torch.device(device))),
-    "clean": ("dropout", cleaned),
+    "clean": ("adamw", cleaned),
+    "recorded there, scored here": ("there", partial(scored, method="acc-sgd-ie")),
+    "retrained there": ("there", without_sample),
+    "retrained there, dropout": ("dropout there", without_sample),
+    "audited there, dropout": ("dropout there", lambda run, device: [1.0 + run.audit().max_abs_error * (device == NAME)]),
+    "audited here": ("there", audited),
+    DRAWN_THERE: ("dropout there", scored),
     LEFT_BEHIND: ("sgd", lambda run, device: torch.ones(2, device=device) @ torch.ones(2)),
 }
 
@@ -269,7 +331,11 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     begin()
     devices.KINDS.append(NAME)
-    devices._bound = lambda run, wanted: None  # type: ignore[assignment]  # its random numbers are the CPU's
+    keys.WHERE_GIVEN["device"], steps.RANDOM[NAME] = kinds.TEXT, f"_{NAME}"
     made = {name: record(Path(sys.argv[1]) / name, module(), **OPTIONS.get(name, {})) for name, module in RUNS.items()}
+    for name, dropout in THERE.items():
+        trained_there(dropout, la.TrajectoryRecorder(Path(sys.argv[1]) / name))
+        made[name] = la.Run(Path(sys.argv[1]) / name)
+        assert made[name].manifest["device"] == NAME
     names = sys.argv[2:] or CASES
     print(json.dumps({name: difference(made[CASES[name][0]], CASES[name][1]) for name in names}))

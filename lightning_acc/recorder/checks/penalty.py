@@ -131,7 +131,8 @@ def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, toleranc
     Raises:
         HasPenalty: there is such a term.
     """
-    inputs = {name: leaf.detach().clone() for name, leaf in batches.cast(leaves, objective.dtype).items()}
+    there = batches.cast(leaves, objective.dtype, objective.device)
+    inputs = {name: leaf.detach().clone() for name, leaf in there.items()}
     leaf = theta.detach().clone().requires_grad_()
     try:
         with Followed(inputs, leaf) as followed:
