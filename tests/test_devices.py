@@ -15,6 +15,9 @@ from test_shards import CONDITIONS
 import lightning_acc as la
 from lightning_acc.cli.main import main
 from lightning_acc.core import devices
+from lightning_acc.core.audit import ACROSS_DEVICES, IN_GRADIENT, RoundOff
+from lightning_acc.core.replay import Replay
+from lightning_acc.record.schema import files
 from lightning_acc.scoring import scores, shards
 
 HERE: dict[str, Any] = {"ray_address": None, "check": 0}
@@ -64,6 +67,19 @@ def test_what_was_scored_before_devices_were_told_is_used_again(run: la.Run, tmp
     assert np.array_equal(again.values, found.values)
 
 
+def test_a_gradient_of_another_device_may_be_rounded_otherwise(run: la.Run) -> None:
+    replay = Replay(run)
+    step, state = replay.step(0), replay.initial
+    gradient = step.gradient(state[0])
+    here, apart = (RoundOff(state, replay.dtype, apart) for apart in (False, True))
+    for one in (here, apart):
+        one.advance(step, state, gradient)
+    # SGD answers round-off in the gradient with lr times as much.
+    moved = step.groups[0]["lr"] * IN_GRADIENT * torch.finfo(replay.dtype).eps * gradient.abs().max()
+    more = apart.allowed - here.allowed
+    torch.testing.assert_close(more, torch.full_like(more, 2 * (ACROSS_DEVICES - 1) * float(moved)), rtol=0.1, atol=0)
+
+
 @no_gpu
 def test_random_numbers_are_drawn_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, dropout=0.5))
@@ -72,3 +88,16 @@ def test_random_numbers_are_drawn_where_they_were(tmp_path: Path, monkeypatch: p
     assert devices.chosen("auto", run).type == "cpu"
     with pytest.raises(la.RequestError, match=r"drew random numbers \(dropout\) on cpu, and cuda draws others: give"):
         devices.chosen("cuda", run)
+
+
+def test_states_of_a_gpus_generator_have_their_place_in_a_record(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4, dropout=0.5))
+    name = "steps/000000.safetensors"
+    tensors, metadata = run._load(name)
+    assert {"rng", "rng_batches"} <= set(tensors)  # as ever, so that what was recorded before is read
+    states = {"rng_batches_cuda": torch.tensor([0, 2]), "rng_cuda": torch.zeros(2, 16, dtype=torch.uint8)}
+    assert files.fault_of(name, {**tensors, **states}, metadata, run.manifest) is None
+    run._loaded[name] = {**tensors, **states}, metadata
+    assert [sorted(given) for step in run.steps[:3] for given in step.rng] == [["cpu", "cuda"], ["cpu"], ["cpu", "cuda"]]
+    for wrong in ({"rng_cuda": torch.zeros(2, 15, dtype=torch.uint8)}, {"rng_batches_cuda": torch.tensor([0, 99])}):
+        assert "cuda" in str(files.fault_of(name, {**tensors, **states, **wrong}, metadata, run.manifest))

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.devices import recorded_on
+from lightning_acc.core.devices import CPU, recorded_on
+from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.process import as_recorded
 from lightning_acc.core.replay import Replay, explained
 from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record.record import Record
+from lightning_acc.record.schema.keys import DTYPES
 
 IN_GRADIENT = 16
 """Round-off in a number of the gradient, in units of the last place of its largest number: what cancels is as large."""
+ACROSS_DEVICES = 16
+"""By so much more where the training was on another kind of device, which adds up in another order. Not yet seen on a GPU."""
 IN_PARAMETER = 4
 """Round-off a step leaves in a parameter by itself, in units of its last place."""
 IN_NARROW = {torch.bfloat16: 0.25, torch.float16: 0.25}
@@ -47,6 +51,7 @@ class AuditReport:
         first_bad_step: the first step whose result was outside the tolerance, or None.
         n_steps: number of steps replayed.
         tolerance: largest absolute error that was let pass for any parameter; each has one of its own.
+        apart: where the run was recorded and where it was replayed, in words, where these differ; the tolerance is larger then.
         drift: where no single error is beyond round-off, but all of them together are: what they have in common.
     """
 
@@ -56,6 +61,7 @@ class AuditReport:
     n_steps: int
     tolerance: float
     drift: str | None = None
+    apart: str | None = None
 
     def __bool__(self) -> bool:
         return self.ok
@@ -63,8 +69,10 @@ class AuditReport:
     def __str__(self) -> str:
         if self.ok:
             exact = "bit for bit" if self.max_abs_error == 0 else f"to {self.max_abs_error:.1e}"
-            return f"audit passed: {self.n_steps} steps reproduce the recorded parameters {exact}"
+            apart = f" ({self.apart}: round-off explains up to {self.tolerance:.1e})" if self.apart else ""
+            return f"audit passed: {self.n_steps} steps reproduce the recorded parameters {exact}{apart}"
         what = self.drift or f"error {self.max_abs_error:.1e}, where round-off explains at most {self.tolerance:.1e}"
+        what += f"; {self.apart}" if self.apart else ""
         return (
             f"audit FAILED: step {self.first_bad_step} of {self.n_steps} does not reproduce the recorded parameters ({what}): "
             "something outside the recorded step changed them, so no score of this run can be trusted"
@@ -80,7 +88,11 @@ def audit(run: Record) -> AuditReport:
     """
     replay = Replay(run, device=recorded_on(run), as_trained=True)
     state = replay.initial
-    roundoff, common = RoundOff(replay.initial, replay.rounded_to), _Common(replay.dtype)
+    recorded_there, apart = run.manifest.get("device", CPU.type), None
+    if recorded_there != replay.device.type:
+        apart = f"recorded on {recorded_there}, replayed on {replay.device.type}"
+    roundoff = RoundOff(replay.initial, _rounded_apart(run) if apart else replay.rounded_to, apart is not None)
+    common = _Common(replay.dtype)
     snapshots = set(run.snapshots)
     worst = tolerance = 0.0
     bad: int | None = None
@@ -107,19 +119,27 @@ def audit(run: Record) -> AuditReport:
             roundoff.restart(recorded)
             before = recorded
     drift = common.found() if worst <= tolerance else None
-    return AuditReport(bad is None, worst, bad, len(replay), tolerance, drift if bad is not None else None)
+    return AuditReport(bad is None, worst, bad, len(replay), tolerance, drift if bad is not None else None, apart)
+
+
+def _rounded_apart(run: Record) -> torch.dtype:
+    """By whose rounding the gradient of a training on another kind of device may differ; TF32 has the ten bits of float16."""
+    whole = torch.float16 if run.manifest.get("tf32") else DTYPES[run.dtype]
+    return rounded_to(run.manifest.get("precision", "32-true"), whole, True)
 
 
 class RoundOff:
-    """Tells for every parameter of a replay from ``state`` on which error round-off explains, in gradients of ``dtype``.
+    """Tells for every parameter of a replay from ``state`` on which error round-off explains, in gradients of ``dtype``,
+    which were computed ``apart``, on another kind of device.
 
     That follows from the same updates on gradients that are moved by their round-off, up and down: Adam answers a gradient
     near 0, such as that of a key's bias in attention, which is 0 but for round-off, with a step of the size of lr.
     """
 
-    def __init__(self, state: State, dtype: torch.dtype) -> None:
+    def __init__(self, state: State, dtype: torch.dtype, apart: bool = False) -> None:
         of_parameter, of_gradient = (torch.finfo(kind).eps * IN_NARROW.get(kind, 1) for kind in (state[0].dtype, dtype))
         self._in_parameter, self._in_gradient = IN_PARAMETER * of_parameter, IN_GRADIENT * of_gradient
+        self._in_gradient *= ACROSS_DEVICES if apart else 1
         self._states = (state, state)
         self._response = torch.zeros_like(state[0])
         self._rounded = torch.zeros_like(state[0])

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from lightning_acc.arguments import shown
 from lightning_acc.core.process import peak_memory_gb
-from lightning_acc.errors import RequestError
+from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.record import Record
 
 CPU = torch.device("cpu")
@@ -76,22 +77,71 @@ def _bound(run: Record, wanted: str) -> str | None:
     recorded = str(run.manifest.get("device", CPU.type))
     if wanted == recorded:
         return None
-    drawn = any(state is not None for step in run.steps for state in step.rng)
-    return recorded if drawn else None
+    drawn = {kind for step in run.steps for given in step.rng for kind in given}
+    return recorded if recorded in drawn else None
+
+
+States = dict[str, Tensor]
+"""States of random number generators, uint8, by the kind of device they are of."""
+
+
+def states(device: torch.device) -> States:
+    """Of the generators that what computes on ``device`` draws from: the CPU's and its own."""
+    return {place.type: _generator(place).get_state() for place in (CPU, device)}
+
+
+def in_use() -> torch.device:
+    """The GPU, where this process has begun to use one; else the CPU."""
+    found = torch.accelerator.current_accelerator()
+    if found is None or found.type not in KINDS or not torch.get_device_module(found).is_initialized():
+        return CPU
+    return torch.device(found.type, torch.get_device_module(found).current_device())
+
+
+@contextmanager
+def drawing(given: States, device: torch.device) -> Iterator[None]:
+    """In here generators are in these states; afterwards they are as they were before.
+
+    Raises:
+        RunError: they are of a GPU, and ``device`` is none.
+    """
+    missing = [kind for kind in given if kind not in (CPU.type, device.type)]
+    if missing:
+        raise RunError(
+            f"The forward passes of this run drew random numbers on {missing[0]}, which cannot be drawn on {device.type}: give "
+            f"device={missing[0]!r}, on a machine that has one."
+        )
+    with generators_kept(device, enabled=bool(given)):
+        for place in {CPU, device}:
+            if place.type in given:
+                _generator(place).set_state(given[place.type])
+        yield
 
 
 @contextmanager
 def generators_kept(device: torch.device, enabled: bool = True) -> Iterator[None]:
     """In here torch may draw random numbers, on the CPU and on ``device``: afterwards it goes on as if it had not."""
-    with torch.random.fork_rng([device] if device.type == CUDA else [], enabled=enabled, device_type=CUDA):
+    before = states(device) if enabled else {}
+    try:
         yield
+    finally:
+        for place in {CPU, device} if enabled else ():
+            _generator(place).set_state(before[place.type])
 
 
 def seed(device: torch.device, number: int) -> None:
     """What is drawn next, on the CPU and on ``device``, follows from this number alone."""
-    torch.default_generator.manual_seed(number)
-    if device.type == CUDA:
-        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+    for place in {CPU, device}:
+        _generator(place).manual_seed(number)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that is drawn from on a device, unless one of its own is given."""
+    if device == CPU:
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    found: torch.Generator = module.default_generators[module.current_device() if device.index is None else device.index]
+    return found
 
 
 def of_worker(device: torch.device) -> torch.device:

@@ -9,13 +9,14 @@ every estimator use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_acc.core.devices import States, drawing
 from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
@@ -33,19 +34,15 @@ class Batch:
 
     Attributes:
         leaves: its tensors, first dimension (B,).
-        rng: state of torch's random number generator before the forward pass, where that uses it.
+        rng: states of the random number generators before the forward pass, those that it draws from.
     """
 
     leaves: Leaves
-    rng: Tensor | None = None
+    rng: States = field(default_factory=dict)
 
-    @contextmanager
-    def random_numbers(self) -> Iterator[None]:
-        """In here the forward pass draws the random numbers it drew in training."""
-        with torch.random.fork_rng(devices=[], enabled=self.rng is not None):
-            if self.rng is not None:
-                torch.set_rng_state(self.rng)
-            yield
+    def random_numbers(self, device: torch.device) -> AbstractContextManager[None]:
+        """In here the forward pass, on ``device``, draws the random numbers it drew in training."""
+        return drawing(self.rng, device)
 
 
 class Step:
@@ -184,7 +181,7 @@ class Step:
         """What is computed of each accumulated batch, B along ``dim``, under the random numbers of its forward pass."""
         parts = []
         for batch in self.accumulated:
-            with batch.random_numbers(), self.objective.within(self._place):
+            with batch.random_numbers(self.objective.device), self.objective.within(self._place):
                 parts.append(evaluated(batch))
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
@@ -194,7 +191,7 @@ class Step:
 
     def single_samples(self, positions: Tensor) -> Leaves | None:
         """The samples at ``positions``, of any shape, taken out of their batches; None where that would change their loss."""
-        if not self.objective.independent_rows or any(batch.rng is not None for batch in self.accumulated):
+        if not self.objective.independent_rows or any(batch.rng for batch in self.accumulated):
             return None
         if len(self.accumulated) == 1:
             return batches.rows(self.accumulated[0].leaves, positions)

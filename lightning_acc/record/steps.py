@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from lightning_acc.record.record import Record
 
 
+RANDOM = {"cpu": "", "cuda": "_cuda"}
+"""Ends of the names of what is stored of random number generators, by the kind of their device."""
+
+
 class SeenStep(TypedDict):
     """One optimizer step: its occurrences in order, their contents and loss weights, and the hyper-parameters.
 
     ``sample_ids`` and ``contents`` are int64, ``weights`` float64, all of shape (occurrences,). ``sizes`` are those of the
-    batches it accumulated, ``rng`` the states of the random number generator before each of their forward passes, None where
-    it was not used. ``names`` are those of the samples that are new, where batches name them.
+    batches it accumulated, ``rng`` the states of the random number generators that each of their forward passes drew from,
+    before it, by the kind of their device. ``names`` are those of the samples that are new, where batches name them.
     """
 
     sample_ids: Tensor
@@ -27,7 +31,7 @@ class SeenStep(TypedDict):
     weights: Tensor
     groups: list[dict[str, Any]]
     sizes: list[int]
-    rng: list[Tensor | None]
+    rng: list[dict[str, Tensor]]
     names: list[Name]
 
 
@@ -41,8 +45,8 @@ class StepRecord:
         contents: number of each occurrence's content, for ``Record.contents``, shape (occurrences,).
         groups: hyper-parameters of each parameter group of the optimizer.
         sizes: occurrences in each of the batches whose gradients the step accumulated; usually one.
-        rng: for each of these batches, the state of torch's CPU random number generator before its forward pass, where
-            that drew from it; else None.
+        rng: for each of these batches, the states of torch's random number generators before its forward pass, by the kind of
+            their device (``"cpu"``, ``"cuda"``), of those that it drew from.
     """
 
     sample_ids: Tensor
@@ -50,7 +54,7 @@ class StepRecord:
     contents: Tensor
     groups: list[dict[str, Any]]
     sizes: list[int]
-    rng: list[Tensor | None]
+    rng: list[dict[str, Tensor]]
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -78,9 +82,11 @@ class Steps(Sequence[StepRecord]):
         tensors, i, metadata = self._record._locate(index)
         first, last = tensors["offsets"][i : i + 2].tolist()
         start, end = tensors["batch_offsets"][i : i + 2].tolist()
-        # Copies: set_rng_state crashes on memory that is not aligned, as inside a file.
-        states = {int(batch): row for row, batch in enumerate(tensors.get("rng_batches", ()))}
-        rng = [tensors["rng"][states[batch]].clone() if batch in states else None for batch in range(start, end)]
+        rng: list[dict[str, Tensor]] = [{} for _ in range(start, end)]
+        for kind, end_of_name in RANDOM.items():
+            for row, batch in enumerate(tensors.get(f"rng_batches{end_of_name}", ())):
+                if start <= batch < end:  # a copy: set_state crashes on memory that is not aligned, as inside a file
+                    rng[int(batch) - start][kind] = tensors[f"rng{end_of_name}"][row].clone()
         return StepRecord(
             sample_ids=self._record._numbers(tensors["sample_ids"][first:last]),
             weights=tensors["weights"][first:last],

@@ -29,7 +29,7 @@ from lightning_acc.record.collecting.background import Background
 from lightning_acc.record.collecting.collected import Collected
 from lightning_acc.record.collecting.numbering import Numbering
 from lightning_acc.record.samples import names
-from lightning_acc.record.steps import SeenStep
+from lightning_acc.record.steps import RANDOM, SeenStep
 from lightning_acc.record.store import Store, digest
 
 FLUSH_BYTES = 64 * 2**20
@@ -261,11 +261,11 @@ class RunWriter:
             }
             tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in records]).cumsum(0)
             tensors["batch_sizes"] = torch.tensor([size for step in records for size in step["sizes"]])
-            drawn = [state for step in records for state in step["rng"]]
-            random = [(i, state) for i, state in enumerate(drawn) if state is not None]
-            if random:
-                tensors["rng_batches"] = torch.tensor([i for i, _ in random])
-                tensors["rng"] = torch.stack([state for _, state in random])
+            drawn = [states for step in records for states in step["rng"]]
+            for device, end_of_name in RANDOM.items():
+                if random := [(i, states[device]) for i, states in enumerate(drawn) if device in states]:
+                    tensors[f"rng_batches{end_of_name}"] = torch.tensor([i for i, _ in random])
+                    tensors[f"rng{end_of_name}"] = torch.stack([state for _, state in random])
             metadata, facts = {"groups": json.dumps([step["groups"] for step in records])}, {}
             if new := [name for step in records for name in step["names"]]:
                 more, kind = names.packed(new)

@@ -72,8 +72,8 @@ class Assembly:
         if not self.weighted:
             return even(len(batch.ids), self.objective.reduction, torch.float64)
         if batch.weights is None:
-            with _batch(batch).random_numbers():
-                leaves = batches.cast(batch.leaves, self.objective.dtype)
+            with _batch(batch).random_numbers(self.objective.device):
+                leaves = batches.cast(batch.leaves, self.objective.dtype, self.objective.device)
                 batch.weights = self.objective.weights(self._optimizer.parameters(), leaves).detach().cpu().double().clone()
         return batch.weights
 
@@ -90,7 +90,7 @@ class Assembly:
 
 
 def _batch(seen: SeenBatch) -> Batch:
-    return Batch(seen.leaves, seen.rng if seen.random else None)
+    return Batch(seen.leaves, seen.rng if seen.random else {})
 
 
 def understand(
@@ -134,6 +134,7 @@ def understand(
         reduction="mean",
         evaluation_modules=evaluation_modules,
         dtype=theta.dtype,
+        device=theta.device,
         precision=str(trainer.precision),
         trainer=stand_in.facts(trainer),
     )
@@ -229,9 +230,9 @@ class _FirstStep:
     def _possible(self, source: Source) -> list[Objective]:
         """How losses from ``source`` may make that of a batch."""
         first = self.batches[0]
-        size, leaves = len(first.ids), batches.cast(first.leaves, self.objective.dtype)
+        size, leaves = len(first.ids), batches.cast(first.leaves, self.objective.dtype, self.objective.device)
         batch, theta = batches.TakenApart(leaves, self.objective.structure), self.theta.detach().requires_grad_()
-        with _batch(first).random_numbers(), decomposition.computing(self.objective.taken(source, "mean")):
+        with _batch(first).random_numbers(self.objective.device), decomposition.computing(self.objective.taken(source, "mean")):
             if source == "reductions":
                 reduced = self.objective.call(theta, observed, batch)
                 penalised = reduced.penalty is not None and reduced.penalty.requires_grad
@@ -247,9 +248,13 @@ class _FirstStep:
         if assembly.objective.source == "reductions":
             return True
         first = self.batches[0]
-        batch = batches.TakenApart(batches.cast(first.leaves, self.objective.dtype), self.objective.structure)
-        with contextlib.suppress(RunError), _batch(first).random_numbers():
+        batch = batches.TakenApart(
+            batches.cast(first.leaves, self.objective.dtype, self.objective.device), self.objective.structure
+        )
+        with contextlib.suppress(RunError), _batch(first).random_numbers(self.objective.device):
             reduced = self.objective.call(self.theta, observed, batch)
             found = weights_of(reduced, len(first.ids), "weighted", torch.float64)
-            return reduced.weights is not None and first.weights is not None and torch.allclose(found, first.weights, 1e-6)
+            return (
+                reduced.weights is not None and first.weights is not None and torch.allclose(found.cpu(), first.weights, 1e-6)
+            )
         return False

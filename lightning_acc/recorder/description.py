@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_acc.contract import DescribesExamples, DescribesSamples
 from lightning_acc.core import queries, rebuild, stand_in
+from lightning_acc.core.devices import CPU
 from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record.samples.names import COLUMN, Numbers
@@ -45,10 +46,17 @@ def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.
         "precision": str(trainer.precision),
         "matmul_precision": torch.get_float32_matmul_precision(),
         **({"compiled": True} if is_compiled(module) else {}),
+        **({} if optimizer.device == CPU else {"device": optimizer.device.type, "tf32": _is_tf32(module)}),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": [[name, list(shape)] for name, shape in optimizer.layout.shapes],
         "optimizer": {"name": optimizer.name, "group_of": optimizer.group_of, "slots": optimizer.update.slots},
     }
+
+
+def _is_tf32(module: torch.nn.Module) -> bool:
+    """Whether a GPU rounds what the layers of a module multiply to the ten bits of TF32."""
+    convolves = any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in module.modules())
+    return torch.get_float32_matmul_precision() != "highest" or (convolves and torch.backends.cudnn.allow_tf32)
 
 
 def data(trainer: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_acc.core import devices
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.steps import SeenStep
@@ -133,7 +134,7 @@ class Following:
         if not self.begun:
             self._foreign = refusals.foreign_random_state()
         self.loss.observe(len(ids) if self.begun and self._assembly.observable else None)
-        self._seen.append(SeenBatch(ids, contents, leaves, torch.get_rng_state()))
+        self._seen.append(SeenBatch(ids, contents, leaves, devices.states(self.optimizer.device)))
 
     def gradient_zeroed(self) -> None:
         """What has been accumulated and did not come to a step is forgotten."""
@@ -145,13 +146,14 @@ class Following:
             return
         if not self.begun and self._foreign != refusals.foreign_random_state():
             refuse_if(
-                "training_step draws random numbers from Python, NumPy or the GPU, which are not recorded: draw them with "
-                "torch on the CPU or in the data set, or switch dropout off on a GPU"
+                "training_step draws random numbers from Python or NumPy, which are not recorded: draw them with torch, or in "
+                "the data set"
             )
         batch = self._seen[-1]
         batch.counts = True
         batch.weights = self.loss.take()
-        batch.random = not torch.equal(batch.rng, torch.get_rng_state())
+        now = devices.states(self.optimizer.device)
+        batch.rng = {kind: state for kind, state in batch.rng.items() if not torch.equal(state, now[kind])}
 
     def step_starts(self) -> None:
         """Keep the parameters and hyper-parameters of the step; check the first ones, and some later, against F."""
@@ -184,7 +186,7 @@ class Following:
             "weights": self._assembly.weights(self._seen),
             "groups": groups,
             "sizes": [len(batch.ids) for batch in self._seen],
-            "rng": [batch.rng if batch.random else None for batch in self._seen],
+            "rng": [batch.rng for batch in self._seen],
             "names": self._write.own.names.new(),
         }
         self._within = True
@@ -270,7 +272,7 @@ class Following:
             with random_state_kept():
                 self._compare(number, groups, theta)
         if keep and main is not None:
-            main.add_state(number, theta)
+            main.add_state(number, theta.cpu())
             self.snapshots.taken(time.perf_counter() - started)
         else:
             check_finite(theta, number)  # as add_state does, so that all processes stop together

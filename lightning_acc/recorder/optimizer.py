@@ -60,18 +60,23 @@ class TrainedOptimizer:
         """Whether each parameter had a gradient in the newest step."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it trains, and where F is compared with it."""
+        return self._parameters[0].device
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of one snapshot."""
         return sum(p.numel() * p.element_size() for p in self._parameters)
 
     def parameters(self) -> Tensor:
         """A copy of the flat parameters (p,)."""
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters]).cpu()
+        return torch.cat([p.detach().reshape(-1) for p in self._parameters])
 
     def state(self) -> State:
         """The parameters and the optimizer's slots as F keeps them, flat (p,) each; 0 where it has no slot yet."""
         return self.parameters(), *(
-            torch.cat([self._slot(i, slot) for i in range(len(self._parameters))]).cpu() for slot in range(self.update.slots)
+            torch.cat([self._slot(i, slot) for i in range(len(self._parameters))]) for slot in range(self.update.slots)
         )
 
     def _slot(self, i: int, slot: int) -> Tensor:
@@ -86,7 +91,7 @@ class TrainedOptimizer:
             NotFinite: it is not finite.
         """
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradient = torch.cat([_dense(part).reshape(-1) for part in parts]).cpu()
+        gradient = torch.cat([_dense(part).reshape(-1) for part in parts])
         if getattr(self._optimizer, "_step_supports_amp_scaling", False):  # a fused one divides by the scale itself
             gradient = gradient / (self.loss_scale or 1.0)
         if not torch.isfinite(gradient).all():

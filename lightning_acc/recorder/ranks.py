@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_acc.core.devices import States
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
@@ -27,19 +28,22 @@ class SeenBatch:
         ids: its samples.
         contents: their numbers in this process's record.
         leaves: its tensors.
-        rng: state of the random number generator before it.
+        rng: states of the random number generators before it; once it had a forward pass, of those that it drew from.
         counts: whether it had a backward pass.
-        random: whether its forward pass drew random numbers.
         weights: what its samples weigh in its loss, (B,), float64, where they weigh differently and that was seen.
     """
 
     ids: list[int]
     contents: list[int]
     leaves: Leaves
-    rng: Tensor
+    rng: States
     counts: bool = False
-    random: bool = False
     weights: Tensor | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether its forward pass drew random numbers."""
+        return self.counts and bool(self.rng)
 
 
 def gather(seen: list[SeenBatch] | None, processes: int) -> list[SeenBatch]:

@@ -226,7 +226,7 @@ class Writers:
     def _finish_main(self, final: Final, facts: dict[str, Any]) -> None:
         assert self.main is not None
         if final.theta is not None and self.own.n_steps not in self.main.snapshots:
-            self.main.add_state(self.own.n_steps, final.theta)
+            self.main.add_state(self.own.n_steps, final.theta.cpu())
         self.main.wait()
         description.write_frozen(self.main, final.state)  # again, for running statistics have moved
         n_steps = self.own.n_steps

@@ -42,6 +42,10 @@ RANDOM: dict[str, tuple[torch.dtype, Shape]] = {
     "rng_batches": (torch.int64, ("random batches",)),
     "rng": (torch.uint8, ("random batches", "state")),
 }
+RANDOM_ON_GPU: dict[str, tuple[torch.dtype, Shape]] = {
+    "rng_batches_cuda": (torch.int64, ("random batches on a GPU",)),
+    "rng_cuda": (torch.uint8, ("random batches on a GPU", "state on a GPU")),
+}
 NAMED: dict[str, tuple[torch.dtype, Shape]] = {
     "names": (torch.uint8, ("bytes of names",)),
     "name_ends": (torch.int64, ("names",)),
@@ -130,6 +134,9 @@ def _steps_faults(
         yield from _range_faults("rng_batches", tensors["rng_batches"], batches)
         if not all(map(_is_random_state, tensors["rng"])):
             yield "its rng holds no states of a random number generator"
+    if "rng_cuda" in tensors or "rng_batches_cuda" in tensors:
+        yield from _shape_faults(tensors, RANDOM_ON_GPU, {"state on a GPU": 16})  # a seed and an offset
+        yield from _range_faults("rng_batches_cuda", tensors["rng_batches_cuda"], batches)
     yield from _groups_faults(metadata.get("groups"), facts["count"], manifest)
     if "names" in facts:
         yield from _shape_faults(tensors, NAMED, {"names": facts["names"]})

@@ -61,7 +61,7 @@ class Place:
 
 def fingerprint(state: State) -> str:
     """Hash of a state, bit for bit."""
-    return digest(b"".join(part.view(torch.uint8).numpy().tobytes() for part in state))
+    return digest(b"".join(part.cpu().view(torch.uint8).numpy().tobytes() for part in state))
 
 
 def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:

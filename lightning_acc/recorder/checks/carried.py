@@ -34,7 +34,7 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
     Raises:
         RecordingRefused: it is; names what it keeps.
     """
-    leaves = batches.cast(batch.leaves, objective.dtype)
+    leaves = batches.cast(batch.leaves, objective.dtype, objective.device)
     other = batches.rows(leaves, torch.zeros(batches.batch_size(leaves), dtype=torch.int64))
     losses: list[float] = []
     tensors: list[dict[str, tuple[float, float]]] = []
@@ -43,7 +43,7 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
         try:
             for at, of in ((theta, leaves), (0.9 * theta, other), (theta, leaves)):
                 tensors.append(_tensors(objective))
-                with batch.random_numbers():
+                with batch.random_numbers(objective.device):
                     taken = batches.TakenApart(of, objective.structure)
                     losses.append(float(objective.call_once(at, whole_loss_of_training_step, taken)))
         except Exception:  # what fails is told by those who need the loss

@@ -163,8 +163,8 @@ def rows_are_independent(objective: Objective, theta: Tensor, batch: Batch, whol
     Raises:
         RecordingRefused: the samples of a batch change each other's gradient.
     """
-    batch = Batch(batches.cast(batch.leaves, objective.dtype), batch.rng)
-    random = batch.rng is not None
+    batch = Batch(batches.cast(batch.leaves, objective.dtype, objective.device), batch.rng)
+    random = bool(batch.rng)
     if not (random or whole_batches):
         try:
             return _alike(objective, theta, batch, copies=False)
@@ -194,11 +194,11 @@ def _alike(objective: Objective, theta: Tensor, batch: Batch, copies: bool) -> b
     size = batches.batch_size(batch.leaves)
     leaf = theta.detach().requires_grad_()
     same = True
-    with batch.random_numbers():
+    with batch.random_numbers(objective.device):
         together = objective.losses(leaf, batch.leaves)
     for row in range(min(size, ROWS)):
         within = _slope(together[row], leaf)
-        with batch.random_numbers():
+        with batch.random_numbers(objective.device):
             number, place = (size, row) if copies else (1, 0)
             alone = _slope(objective.losses(leaf, batches.rows(batch.leaves, torch.full((number,), row)))[place], leaf)
         if within.norm() == 0:  # of no weight in this batch, or fitted perfectly

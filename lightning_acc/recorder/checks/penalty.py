@@ -130,12 +130,12 @@ def refuse_dependent_penalty(objective: Objective, theta: Tensor, batch: Batch) 
     Raises:
         Coupled: its gradient is another one where each sample of the batch is the first, or the last.
     """
-    leaves = batches.cast(batch.leaves, objective.dtype)
+    leaves = batches.cast(batch.leaves, objective.dtype, objective.device)
     size = batches.batch_size(leaves)
     slopes = []
     for rows in (torch.arange(size), torch.zeros(size, dtype=torch.int64), torch.full((size,), size - 1)):
         leaf = theta.detach().requires_grad_()
-        with batch.random_numbers():
+        with batch.random_numbers(objective.device):
             penalty = objective.terms(leaf, batches.rows(leaves, rows))[-1]
         slopes.append(torch.autograd.grad(penalty, leaf, materialize_grads=True)[0])
     for other in slopes[1:]:
@@ -163,7 +163,8 @@ def refuse_penalty(objective: Objective, theta: Tensor, leaves: Leaves, toleranc
     Raises:
         HasPenalty: there is such a term.
     """
-    inputs = {name: leaf.detach().clone() for name, leaf in batches.cast(leaves, objective.dtype).items()}
+    there = batches.cast(leaves, objective.dtype, objective.device)
+    inputs = {name: leaf.detach().clone() for name, leaf in there.items()}
     leaf = theta.detach().clone().requires_grad_()
     try:
         with Followed(inputs, leaf) as followed:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_acc.core.devices import generators_kept, in_use
+
 DEPTH = 3
 """How far below an object its generators are looked for."""
 MANY = 64
@@ -20,7 +22,7 @@ MANY = 64
 
 @contextmanager
 def random_state_kept(*holders: Any) -> Iterator[None]:
-    """In here random numbers may be drawn: whatever happens, torch (CPU), NumPy and Python go on as if none had been.
+    """In here random numbers may be drawn: whatever happens, torch, NumPy and Python go on as if none had been.
 
     Args:
         holders: objects whose own generators (``torch.Generator``, NumPy's, ``random.Random``) are put back too: loaders,
@@ -29,7 +31,7 @@ def random_state_kept(*holders: Any) -> Iterator[None]:
     undo = [_undo(generator) for generator in generators_of(*holders)]
     python, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept(in_use()):
             yield
     finally:
         random.setstate(python)

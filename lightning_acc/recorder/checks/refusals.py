@@ -181,7 +181,6 @@ def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def foreign_random_state() -> tuple[Any, ...]:
-    """State of the random number generators that are not recorded: Python's, NumPy's, the GPU's."""
+    """State of the random number generators that are not recorded: Python's, NumPy's."""
     state: dict[str, Any] = np.random.get_state(legacy=False)
-    gpu = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else None
-    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"], gpu
+    return random.getstate(), state["state"]["key"].tobytes(), state["state"]["pos"]
