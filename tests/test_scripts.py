@@ -69,6 +69,14 @@ def script(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def test_bench_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("bench_gpu")
+    monkeypatch.setattr("sys.argv", ["bench_gpu", "mnist", "--smoke"])
+    script.main()
+    row = r"^  ([a-z-]+)(?: of 2)? +[\d.]+ s +[\d.]+ trainings +[\d.]+ times a CPU core$"
+    assert re.findall(row, capsys.readouterr().out, re.MULTILINE) == list(script.METHODS)
+
+
 def test_bench_cluster(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     load("bench_cluster", N=130, EPOCHS=2, SECONDS=0.5).main()
     printed = capsys.readouterr().out
