@@ -312,8 +312,8 @@ def sentences(table: pd.DataFrame) -> list[str]:
     all_census, all_news, once = "adult-all-class-20", "news-all-class-20", "sgd-ie along"
     if f.has(all_census):
         say(
-            f"All of Adult, class-dependent: along the run as good as a model trained on validation, and as the oracle, but not "
-            f"at the end: {told(all_census)}; `{once}` of one run {f.precision(all_census, once):.2f} "
+            "All of Adult, class-dependent: along the run as good as a model trained on validation, and as the oracle, but "
+            f"not at the end: {told(all_census)}; `{once}` of one run {f.precision(all_census, once):.2f} "
             f"({f.points(all_census, once):+.1f} points).",
             abs(f.precision(all_census, ALONG) - f.precision(all_census, "validation")) < 0.03,
             f.precision(all_census, once) > f.precision(all_census, "sgd-ie end") + 0.3,
