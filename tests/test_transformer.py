@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_acc as la
+from lightning_acc.core.replay import Replay
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import text_classifier
@@ -59,6 +60,10 @@ def test_attention_adamw_clipping_dropout_and_warm_up(tmp_path: Path) -> None:
     assert torch.equal(without, fit(tmp_path / "run"))
     run = la.Run(tmp_path / "run")
     assert run.audit().max_abs_error == 0
+    replay = Replay(run)  # several parameter vectors draw the masks that one draws
+    step, theta = replay.step(0), replay.initial[0]
+    several = step.gradients(theta.expand(3, -1), step.weights.expand(3, -1))
+    torch.testing.assert_close(several, step.gradient(theta).expand(3, -1), rtol=1e-4, atol=1e-6)
     rates = [step.hyperparameters["lr"] for step in run.steps]
     assert rates[0] < rates[4] > rates[-1] > 0
     found = agreement(run, list(range(0, N, 2)), ray_address=None)
