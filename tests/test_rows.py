@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from problems import CLASSES, N, Net, data, fit, record
-from test_wrong_recordings import WIDTH, WORDS, Noisy, Tokens
+from test_penalties import WIDTH, WORDS, Tokens
+from test_wrong_recordings import Noisy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 

@@ -68,7 +68,17 @@ class DropoutStep(StepOnly):
 class DropoutPenalty(DropoutStep):
     def training_step(self, batch: Any) -> dict[str, Tensor]:
         loss = nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
-        return {"loss": loss + 0.01 * self.layer[0].weight.square().sum()}
+        return {"loss": loss + 0.01 * self.share(batch) * self.layer[0].weight.square().sum()}
+
+    def share(self, batch: Any) -> float:
+        return 1.0
+
+
+class DropoutLabels(DropoutPenalty):
+    """How much the penalty counts for is read off the labels."""
+
+    def share(self, batch: Any) -> float:
+        return float(batch[1].double().mean())
 
 
 class DropoutContrast(DropoutStep):
@@ -153,6 +163,7 @@ SETUPS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "adamw, clipped, dropout": (lambda: Net(6, dropout=0.3, optimizer=ADAMW), None, {"gradient_clip_val": 0.3}),
     "accumulated": (lambda: Net(6, dropout=0.3), None, {"accumulate_grad_batches": 3}),
     "dropout without per_sample_loss": (DropoutStep, None, {}),
+    "dropout and a penalty": (DropoutPenalty, None, {}),
     "dropout on tokens without per_sample_loss": (
         DropoutTokens,
         lambda: DataLoader(tokens(), 7, shuffle=True),
@@ -202,7 +213,7 @@ def test_weights_and_random_numbers_are_bitwise_those_without(tmp_path: Path, na
 
 
 REFUSALS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "penalty, dropout": (DropoutPenalty, None, {}),
+    "penalty by the labels, dropout": (DropoutLabels, None, {}),
     "coupled step, dropout": (DropoutContrast, None, {}),
     "batch norm": (Normalised, None, {}),
 }
