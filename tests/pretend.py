@@ -53,7 +53,7 @@ class Pretend(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> Pretend:
         like = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        made: Pretend = torch.Tensor._make_wrapper_subclass(cls, held.size(), device=f"{NAME}:0", **like)  # type: ignore
+        made: Pretend = torch.Tensor._make_wrapper_subclass(cls, held.size(), device=f"{NAME}:0", **like)  # type: ignore[arg-type]
         made.held = held
         return made
 

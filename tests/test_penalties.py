@@ -198,6 +198,20 @@ def test_accumulated_batches_share_their_penalty(tmp_path: Path, kind: type[Toke
     assert float((scores.shifts[0] - truth).norm() / truth.norm()) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:.*fork", "ignore:.*sync_dist", "ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("kind", [L2])
+def test_two_processes_share_their_penalty(tmp_path: Path, kind: type[Tokens]) -> None:
+    run = recorded(tmp_path / "run", kind, strategy="ddp_fork", devices=2)
+    assert run.manifest["loss"]["penalised"]
+    assert [len(step.sizes) for step in run.steps] == [2] * run.n_steps
+    assert run.audit().ok
+    whole = retrained(kind, run)
+    torch.testing.assert_close(run.parameters(run.n_steps), whole, rtol=1e-9, atol=1e-12)
+    scores = la.score(run, "loo", [4], query=read(), keep_shifts=True, ray_address=None)
+    truth = retrained(kind, run, 4) - whole
+    assert float((scores.shifts[0] - truth).norm() / truth.norm()) < 1e-9
+
+
 @pytest.mark.parametrize("kind", [L2, Orthogonal, Uncertain])
 def test_curvature_of_a_penalty_is_that_of_the_step(tmp_path: Path, kind: type[Tokens]) -> None:
     """SGD-IE is the derivative of the parameters in a sample's weight; by central differences of a plain loop."""

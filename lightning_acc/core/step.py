@@ -115,8 +115,7 @@ class Step:
 
     def _advance_one(self, state: State, weights: Tensor) -> None:
         named = {name: piece.detach().requires_grad_() for name, piece in self.objective.layout.named(state[0]).items()}
-        loss = (self.scale * self.with_shares(weights) * self.terms(named)).sum()
-        gradients = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
+        gradients = torch.autograd.grad(self._loss(named, weights), list(named.values()), materialize_grads=True)
         if self.scale != 1:
             gradients = tuple(gradient * (1 / self.scale) for gradient in gradients)
         self._update.in_place(state, [gradient.reshape(-1) for gradient in gradients], self.groups)
@@ -128,8 +127,11 @@ class Step:
     def gradient(self, theta: Tensor) -> Tensor:
         """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
         theta = theta.detach().requires_grad_()
-        weights = self.scale * self.with_shares(self.weights)
-        return torch.autograd.grad((weights * self.terms(theta)).sum(), theta)[0] * (1 / self.scale)
+        return torch.autograd.grad(self._loss(theta, self.weights), theta)[0] * (1 / self.scale)
+
+    def _loss(self, theta: Parameters, weights: Tensor) -> Tensor:
+        """What is differentiated: the loss of the step at ``theta`` with loss weights (B,), scaled."""
+        return (self.scale * self.with_shares(weights) * self.terms(theta)).sum()
 
     def at(self, state: State) -> Point:
         """The step linearised at the state ``s_t`` of the recorded run."""
