@@ -131,7 +131,7 @@ class Summed(Tokens):
         if self.kept is not None:
             return self.loss(*batch)
         losses = nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="sum")
-        return 0.3 * losses + 0.05 * self.words.weight.square().sum()
+        return 0.3 * losses + 0.05 * self.words.weight.square().sum() + 0 * self.scale  # all of them are used, as ddp asks for
 
 
 PENALISED = [L2, Orthogonal, PenaltyFirst, Nested, Stacked, OnlyALittle, Uncertain, FromTheStart, WarmedUp, Summed]
@@ -199,7 +199,7 @@ def test_accumulated_batches_share_their_penalty(tmp_path: Path, kind: type[Toke
 
 
 @pytest.mark.filterwarnings("ignore:.*fork", "ignore:.*sync_dist", "ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize("kind", [L2])
+@pytest.mark.parametrize("kind", [L2, Uncertain, Summed])
 def test_two_processes_share_their_penalty(tmp_path: Path, kind: type[Tokens]) -> None:
     run = recorded(tmp_path / "run", kind, strategy="ddp_fork", devices=2)
     assert run.manifest["loss"]["penalised"]
