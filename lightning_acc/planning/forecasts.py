@@ -134,9 +134,15 @@ class LowRankPass(Forecast):
         """Seconds of the basis and the pass, how many are read exactly, and how many are tracked together."""
         c, replay, theta = self.c, self.replay, self.replay.initial[0]
         size, most = budget.removals_at_once(replay, c.memory), budget.most_directions(replay.run)
-        vectors = torch.linalg.qr(self._directions(most).T)[0].contiguous()
-        shifts = tracked.Shifts(Removals(c.visited[:size]), vectors, len(replay.initial), len(replay))
-        forward = c.over_the_run(lambda t: c.seconds(lambda: shifts.advance(t, replay.step(t), replay.initial, theta)))
+        vectors = torch.linalg.qr(self._directions(most).T)[0]
+
+        def step(t: int, m: int) -> float:
+            basis = vectors[:, :m].contiguous()
+            shifts = tracked.Shifts(Removals(c.visited[:size]), basis, len(replay.initial), len(replay))
+            return c.seconds(lambda: shifts.advance(t, replay.step(t), replay.initial, theta))
+
+        a, slope, m = c.line(partial(step, c.largest_step), most, len(replay))
+        forward = c.over_the_run(lambda t: step(t, m)) * (a + slope * most) / max(a + slope * m, 1e-9)
         basis = 0.0 if most == len(theta) else self._basis(most, bases.MOST_STEPS)
         return basis + forward, budget.read_exactly(replay.run, len(c.visited), c.query, c.readings), size
 
@@ -165,8 +171,9 @@ class LowRankPass(Forecast):
     def _basis(self, directions: int, places: int) -> float:
         vectors = self._directions(directions + bases.OVERSAMPLING)
         point = self.replay.step(self.c.chosen[0]).at(self.replay.initial)
-        each = self.c.seconds(lambda: point.hessian_product(vectors))
-        return bases.ITERATIONS * min(places, len(self.replay)) * each
+        times = bases.ITERATIONS * min(places, len(self.replay))
+        a, slope, _ = self.c.line(lambda m: self.c.seconds(lambda: point.hessian_product(vectors[:m])), len(vectors), times)
+        return times * (a + slope * len(vectors))
 
     def bytes(self, removals: int) -> int:
         """Bytes the pass adds; what the sweep back kept is given back before the pass forward."""
