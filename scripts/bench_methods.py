@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import resource
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -142,44 +144,54 @@ def memory() -> None:
         record(Path(directory) / "run", (256, 64), 784, 1)
         print("\npeak memory beyond what was there before, 784-256-64-2 network, n = 400, GB")
         print(f"{'budget':>12s}" + "".join(f"{budget:9.2f}" for budget in BUDGETS))
-        for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
-            peaks = [
-                subprocess.run(
-                    [sys.executable, __file__, "--measure", directory + "/run", method, str(budget)],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                ).stdout
-                for budget in BUDGETS
-            ]
-            print(f"{method:>12s}" + "".join(f"{float(peak):9.2f}" for peak in peaks))
+        words = [sys.executable, __file__, "--measure", directory + "/run", *map(str, BUDGETS)]
+        print(subprocess.run(words, check=True, capture_output=True, text=True).stdout, end="")
 
 
 BUDGETS = (0.25, 0.5, 1.0, 2.0)
 
 
-def measure(path: str, method: str, budget: float) -> None:
-    """In a fresh process: print by how many GB scoring with ``budget`` raises the peak."""
+def measure(path: str, budgets: list[float]) -> None:
+    """In a fresh process: print by how many GB scoring with each budget raises the peak."""
     from lightning_acc import Run, score
 
     run = Run(path)
     # What any method brings along is there before: the module, Lightning, the machinery of autograd.
     score(run, "sgd-ie", [0], ray_address=None, save=False, check=0)
     score(run, "acc-sgd-ie", [0], readout="exact", ray_address=None, save=False, check=0)
-    with open("/proc/self/statm", encoding="ascii") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
-    score(run, method, readout="exact", ray_address=None, save=False, check=0, memory_gb=budget)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**30)
+    for method in ("loo", "acc-sgd-ie", "sgd-ie", "tracin"):
+        print(f"{method:>12s}" + "".join(f"{_peak(run, method, budget):9.2f}" for budget in budgets), flush=True)
+
+
+def _peak(run: Any, method: str, budget: float) -> float:
+    """In a fork, which has the peak of what it begins with."""
+    context = multiprocessing.get_context("fork")
+    answer = context.SimpleQueue()
+
+    def work() -> None:
+        from lightning_acc import score
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            before = int(file.read().split()[1]) * resource.getpagesize()
+        score(run, method, readout="exact", ray_address=None, save=False, check=0, memory_gb=budget)
+        answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**30)
+
+    process = context.Process(target=work)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"measuring {method} ended with {process.exitcode}")
+    return float(answer.get())
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", nargs=3, metavar=("RUN", "METHOD", "GB"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", metavar=("RUN", "GB"), help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("speed", "memory"), help="one of the two parts")
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure[0], options.measure[1], float(options.measure[2]))
+        measure(options.measure[0], [float(budget) for budget in options.measure[1:]])
     else:
         if options.only != "memory":
             speed()

@@ -6,20 +6,21 @@ scripts/cluster_demo        # installs into .venv first; about a minute and a ha
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import lightning_acc as la
+from lightning_acc.cli import main as lightning_acc
 from lightning_acc.scoring import scores
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +80,9 @@ MEMORY_GB = 0.01
 def main(config: str, *overrides: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/run"
-        fit = [str(BIN / "lightning-acc"), "fit", "--config", config, f"--recorder.directory={path}"]
-        subprocess.run([*fit, "--influence.wandb=false", *overrides], check=True, cwd=directory, capture_output=True)
+        fit = ["fit", "--config", config, f"--recorder.directory={path}", f"--trainer.default_root_dir={directory}"]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            lightning_acc([*fit, "--influence.wandb=false", *overrides])
         run = la.Run(path)
         alone = la.score(run, "acc-sgd-ie", ray_address=None, save=False, progress=False, memory_gb=MEMORY_GB, check=0)
         with two_nodes() as cluster:

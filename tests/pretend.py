@@ -272,7 +272,7 @@ def trained_there(dropout: float, *callbacks: Any, without: int | None = None) -
         kept[without] = 0
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data().tensors, kept), 5, shuffle=True)
     strategy = SingleDeviceStrategy(device=torch.device(NAME, 0), accelerator=OnPretend())
-    fit(module, loader, *callbacks, strategy=strategy, accelerator="auto", gradient_clip_val=0.3)
+    fit(module, loader, *callbacks, strategy=strategy, accelerator="auto", gradient_clip_val=0.3, max_epochs=2)
     return flat(module)
 
 
@@ -332,7 +332,8 @@ if __name__ == "__main__":
     begin()
     devices.KINDS.append(NAME)
     keys.WHERE_GIVEN["device"], steps.RANDOM[NAME] = kinds.TEXT, f"_{NAME}"
-    made = {name: record(Path(sys.argv[1]) / name, module(), **OPTIONS.get(name, {})) for name, module in RUNS.items()}
+    options = {name: {"max_epochs": 2, **OPTIONS.get(name, {})} for name in RUNS}
+    made = {name: record(Path(sys.argv[1]) / name, module(), **options[name]) for name, module in RUNS.items()}
     for name, dropout in THERE.items():
         trained_there(dropout, la.TrajectoryRecorder(Path(sys.argv[1]) / name))
         made[name] = la.Run(Path(sys.argv[1]) / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightly  # noqa: F401
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn

@@ -16,11 +16,13 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory, server_port: int) -> Ite
 
     Gives the folder its workers stand in.
     """
+    import ray
+
     folder = tmp_path_factory.mktemp("workers")
     leave_ray()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        start_ray(workers=2)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40)
     yield folder
     leave_ray()
 
@@ -31,12 +33,6 @@ def no_ray() -> Iterator[None]:
     leave_ray()
     yield
     leave_ray()
-
-
-def start_ray(workers: int) -> None:
-    import ray
-
-    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=40)
 
 
 def leave_ray() -> None:
@@ -57,8 +53,5 @@ def kind(file: Path) -> str | None:
 
 
 def place(item: pytest.Item) -> int:
-    """When to run a test that meets Ray: first where Ray has one worker, then where one is shared, then all others."""
-    fixtures = getattr(item, "fixturenames", ())
-    if "workers" in fixtures:
-        return 0
-    return 1 if "local_ray" in fixtures else 2
+    """When to run a test that meets Ray: first where one is shared, then all others."""
+    return 0 if "local_ray" in getattr(item, "fixturenames", ()) else 1

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from problems import data, make, record
-from rays import leave_ray, start_ray
 
 import lightning_acc as la
 
@@ -31,15 +30,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def workers(request: pytest.FixtureRequest) -> Iterator[int]:
-    if request.param == 2:
-        request.getfixturevalue("local_ray")
-    else:
-        leave_ray()
-        start_ray(request.param)
+def workers(request: pytest.FixtureRequest, local_ray: Path) -> Iterator[int]:
+    """How many there are: all, or all but one, whose CPU is kept for nothing."""
+    from ray.util import placement_group, remove_placement_group
+
+    if request.param == 1:
+        kept = placement_group([{"CPU": 1}])
+        assert kept.wait(60)
     yield request.param
-    if request.param != 2:
-        leave_ray()
+    if request.param == 1:
+        remove_placement_group(kept)
 
 
 def test_workers_give_the_scores_of_this_process_to_the_last_bit(
@@ -90,7 +90,6 @@ from lightning_acc.methods import memory
 from lightning_acc.scoring import score as scoring
 memory.LARGEST_CHUNK = 20
 scoring.compute = faults.slowly
-scoring._compute_here = lambda replay, *arguments: faults.slowly(*arguments)
 main(["retrain", {path!r}, "--ray-address", {address!r}])
 """
 

@@ -145,23 +145,29 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from problems import data, make, record
+from test_ddp import example
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    record({path!r}, make(hidden=5, optimizer={{"momentum": 0.8, "lr": 0.05}}), data(n=23), strategy={strategy!r}, devices=2)
+torch.set_num_threads(1)
+example({path!r}, "ddp")
 """
+
+
+def example(path: Path, strategy: str) -> la.Run:
+    module = make(hidden=5, optimizer={"momentum": 0.8, "lr": 0.05})
+    return record(path, module, data(n=N), strategy=strategy, devices=2)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_processes_that_are_started_anew(tmp_path: Path, strategy: str) -> None:
     """The same run as with ``ddp_fork``, to the last bit."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run"), strategy=strategy))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    run = la.Run(tmp_path / "run")
-    forked = record(tmp_path / "forked", make(hidden=5, optimizer={"momentum": 0.8, "lr": 0.05}), data(n=23), **DDP)
+    if strategy == "ddp":  # it starts the program itself anew
+        script = tmp_path / "train.py"
+        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "run")))
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    else:
+        example(tmp_path / "run", strategy)
+    run, forked = la.Run(tmp_path / "run"), example(tmp_path / "forked", "ddp_fork")
     assert run.manifest["world_size"] == 2
     assert [step.sample_ids.tolist() for step in run.steps] == [step.sample_ids.tolist() for step in forked.steps]
     assert torch.equal(run.parameters(run.n_steps), forked.parameters(forked.n_steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from problems import data, make, record
 
 import lightning_acc as la
 from lightning_acc.methods import memory
+from lightning_acc.scoring import cluster
 from lightning_acc.scoring import score as scoring
 from lightning_acc.scoring.worker import work_in_steps
 
@@ -74,8 +77,9 @@ def whole_table(run: la.Run) -> np.ndarray:
 
 
 def test_what_fails_for_good_is_named_and_the_rest_is_kept(
-    run: la.Run, undisturbed: np.ndarray, tmp_path: Path, local_ray: Path
+    run: la.Run, undisturbed: np.ndarray, tmp_path: Path, local_ray: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cluster, "TRIES", 2)  # each costs a worker, and the next one must import everything
     strike(tmp_path, at40="killed always")
     with pytest.raises(la.RunError, match=r"20 of 240 removals failed \(40, 41, .*others are stored; score again"):
         la.score(run, "loo", check=0)
@@ -109,29 +113,21 @@ def test_a_worker_is_heard_before_it_unpacks() -> None:
         next(messages)
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import faults
-import lightning_acc as la
-from lightning_acc.scoring import cluster
-from lightning_acc.methods import memory
-from lightning_acc.scoring import score as scoring
-memory.LARGEST_CHUNK = {chunk}
-cluster.SECONDS_UNTIL_HUNG, cluster.SECONDS_TO_MAKE_ROOM, cluster.TRIES = {hung}, 0.2, 3
-scoring.compute = faults.faulty
-scoring._compute_here = lambda replay, *arguments: faults.faulty(*arguments)
-print("scoring", flush=True)
-la.score({path!r}, "loo", ray_address={address!r}, progress=False)
-"""
 HUNG = 4.0
 
 
-def start(run: la.Run, address: str | None = None) -> subprocess.Popen[str]:
-    script = SCRIPT.format(tests=str(Path(__file__).parent), path=run.path, chunk=CHUNK, address=address, hung=HUNG)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "scoring\n"
+def drive(path: str, address: str | None = None) -> None:
+    """What a driver does: it waits for seconds only, and its work may go wrong."""
+    memory.LARGEST_CHUNK = CHUNK
+    cluster.SECONDS_UNTIL_HUNG, cluster.SECONDS_TO_MAKE_ROOM, cluster.TRIES = HUNG, 0.2, 3
+    scoring.compute = faults.faulty
+    la.score(path, "loo", ray_address=address, progress=False)
+
+
+def start(run: la.Run) -> ForkProcess:
+    """A driver that computes by itself."""
+    process = multiprocessing.get_context("fork").Process(target=drive, args=(run.path,))
+    process.start()
     return process
 
 
@@ -140,8 +136,8 @@ def test_a_killed_driver_is_resumed(run: la.Run, undisturbed: np.ndarray, tmp_pa
     process = start(run)
     while (tmp_path / "faults/100").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     found = la.score(run, "loo", ray_address=None, check=0)
     assert found.conditions["reused"] == 100
     assert np.array_equal(found.values, undisturbed)
@@ -150,8 +146,8 @@ def test_a_killed_driver_is_resumed(run: la.Run, undisturbed: np.ndarray, tmp_pa
 def test_two_commands_at_once_do_no_harm(run: la.Run, undisturbed: np.ndarray) -> None:
     processes = [start(run), start(run)]
     for process in processes:
-        process.communicate(timeout=600)
-        assert process.returncode == 0
+        process.join(600)
+        assert process.exitcode == 0
     assert np.array_equal(whole_table(run), undisturbed)
 
 
@@ -222,12 +218,12 @@ def test_every_fault_in_one_run(run: la.Run, undisturbed: np.ndarray, tmp_path: 
     strike(tmp_path, at0="killed", at20="memory", at40="full", at60="hangs", at80="storage", at120="diverges")
     strike(tmp_path, **{f"at{first}": f"hangs on {nodes.second.node_id}" for first in (100, 140, 160, 180)})
     strike(tmp_path, at220="hangs always")
-    driver = start(run, nodes.address)
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_faults as t; t.drive(*sys.argv[1:])"
+    driver = subprocess.Popen([sys.executable, "-c", script, run.path, nodes.address])
     remove_when_it_works(nodes, tmp_path)
     until(lambda: len(list((Path(run.path) / "shards").glob("*.parquet"))) == N // CHUNK)  # but for 220; 20 is in halves
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
-    assert driver.returncode == -signal.SIGKILL
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
     assert len((tmp_path / "faults/busy").read_text().splitlines()) == 2
     (tmp_path / "faults/220").unlink()
     assert not list((tmp_path / "faults").glob("[0-9]*"))  # all of them struck

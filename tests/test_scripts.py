@@ -108,8 +108,9 @@ def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rounds equal to the undisturbed run" in printed
 
 
-def test_cluster_demo(no_ray: None) -> None:
-    printed = script("cluster_demo.py", "--trainer.max_epochs=5")
+def test_cluster_demo(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
+    load("cluster_demo").main(str(SCRIPTS.parent / "configs/digits.yaml"), "--trainer.max_epochs=5")
+    printed = capsys.readouterr().out
     assert re.search(r"dashboard: http://127\.0\.0\.1:\d+", printed)
     assert "killed: the second node" in printed
     assert printed.endswith("the same ranking of 600 samples, to the last bit\n")

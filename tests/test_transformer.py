@@ -47,10 +47,10 @@ class Sentences(Dataset[Any]):
 
 def fit(path: Path | None = None) -> Tensor:
     pl.seed_everything(1)
-    module = TextClassifier(steps=40, words=WORDS, length=LENGTH)
+    module = TextClassifier(steps=12, words=WORDS, length=LENGTH)
     callbacks = [la.TrajectoryRecorder(path)] if path else []
     loaders = DataLoader(Sentences(), 16, shuffle=True), DataLoader(Sentences(100, seed=1), 50)
-    trainer(*callbacks, precision="32-true", max_epochs=10, gradient_clip_val=1.0).fit(module, *loaders)
+    trainer(*callbacks, precision="32-true", max_epochs=3, gradient_clip_val=1.0).fit(module, *loaders)
     return flat(module)
 
 
@@ -77,7 +77,7 @@ def test_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = os.environ["LIGHTNING_ACC_DATA"] + "/SetFit/20_newsgroups"
     run = text_classifier.train(
-        str(tmp_path / "run"), text_classifier.Posts(path, "train", 128), text_classifier.Posts(path, "test", 100), epochs=4
+        str(tmp_path / "run"), text_classifier.Posts(path, "train", 128), text_classifier.Posts(path, "test", 100), epochs=2
     )
     assert run.audit().max_abs_error == 0
     found = agreement(run, list(range(40)), ray_address=None)
