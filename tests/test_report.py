@@ -39,6 +39,7 @@ from lightning_acc.studies.data.base import png
 N = 60
 NASTY = '</script><script>alert(1)</script><img src=x onerror="alert(1)"><!-- &quot;'
 NASTY_LABEL = "<b>bold</b>"
+CITIES = ("Bergen", "<i>Oslo</i>", "=1+1")
 
 
 class Browser:
@@ -181,6 +182,9 @@ class Described(pl.LightningDataModule):
             "label": self.labels,
             "true_label": ["class 7" if wrong else label for label, wrong in zip(self.labels, self.corrupted, strict=True)],
             "corrupted": self.corrupted,
+            "age": [None if i == 7 else 20 + i % 40 for i in range(N)],
+            "city": [CITIES[i % 3] for i in range(N)],
+            "score": [[i, i + 1] for i in range(N)],  # the name of another column, and no value for a cell
         }
 
 
@@ -466,7 +470,14 @@ def test_a_ranking_is_written_as_csv(run: la.Run, tmp_path: Path) -> None:
     with open(tmp_path / "ranking.csv", newline="") as file:
         assert next(file) == f"# acc-sgd-ie, {table.verdict}\n"
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["rank", "sample", "score", "source", "loo", "label", "true_label", "corrupted"]
+    known = ["rank", "sample", "score", "source", "loo", "label", "true_label", "corrupted"]
+    assert list(rows[0]) == [*known, "age", "city", "described_score"]
+    for row in rows:
+        i = int(row["sample"])
+        assert row["age"] == ("" if i == 7 else str(20 + i % 40))
+        assert row["city"].removeprefix("'") == CITIES[i % 3]
+        assert row["city"].startswith("'") == (i % 3 == 2)  # no formula
+        assert row["described_score"] == f"[{i}, {i + 1}]"
     assert [int(row["rank"]) for row in rows] == list(range(1, N + 1))
     found = {int(row["sample"]): (float(row["score"]), float(row["loo"])) for row in rows}
     assert found == {i: (score, truth[i]) for i, score in by_sample(run, "acc-sgd-ie").items()}
@@ -497,7 +508,8 @@ def test_the_ids_to_drop_are_the_most_harmful_and_can_be_read_back(run: la.Run, 
 def test_the_cleaned_dataset_is_the_training_set_without_the_dropped(run: la.Run) -> None:
     train, kept = Described().train, [i for i in range(N) if i not in (0, 7)]
     cleaned = exports.cleaned_dataset(run, [7, 0])
-    assert cleaned.column_names == ["sample", "0", "1", "image", "text", "label", "true_label", "corrupted"]
+    described = ["image", "text", "label", "true_label", "corrupted", "age", "city", "score"]
+    assert cleaned.column_names == ["sample", "0", "1", *described]
     assert cleaned["sample"][:] == kept
     np.testing.assert_array_equal(np.array(cleaned["0"][:]), train.tensors[0][kept].numpy())
     assert cleaned["1"][:] == train.tensors[1][kept].tolist()

@@ -16,6 +16,7 @@ from lightning_acc.core.queries import Query
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
+from lightning_acc.record.samples.names import COLUMN
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,6 +69,15 @@ class SampleViews:
         self._names = run.sample_names
         table = run.sample_info()
         self._columns: dict[str, list[Any]] = table.to_pydict() if table is not None else {}
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """What was described beside pictures and texts: columns by name, with a value of each sample, (n_samples,).
+
+        Numbers, flags and words stay what they are; of all else it is how it is written. Ids that the batches gave are names.
+        """
+        left_out = {"image", "text", *(() if self._names is None else (COLUMN,))}
+        return {name: list(map(_in_a_cell, values)) for name, values in self._columns.items() if name not in left_out}
 
     @property
     def corrupted(self) -> np.ndarray | None:
@@ -158,6 +168,11 @@ def _in_a_line(name: Any) -> str:
     """A name as it can be shown: no line breaks, and not endless."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(name))
     return text if len(text) <= NAME else f"{text[: NAME - 1]}…"
+
+
+def _in_a_cell(value: Any) -> Any:
+    """A value as a cell of a table holds it."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _is_flag(value: Any) -> bool:
