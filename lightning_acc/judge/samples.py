@@ -85,6 +85,14 @@ class SampleViews:
         column = self._columns.get("corrupted")
         return None if column is None or not all(map(_is_flag, column)) else np.array(column, dtype=bool)
 
+    @property
+    def labels(self) -> list[str | None]:
+        """The label in training of each sample, as in its view."""
+        if self._columns:
+            return [None if label is None else str(label) for label in self._columns.get("label", [None] * self._run.n_samples)]
+        contents = map(self._run.content_of, range(self._run.n_samples))
+        return [_label(batches.readable(content or {})) for content in contents]
+
     def __getitem__(self, sample: int) -> SampleView:
         known = _described(sample, self._columns) if self._columns else _seen(sample, self._run.content_of(sample) or {})
         return known if self._names is None else replace(known, name=_in_a_line(self._names[sample]))
@@ -130,25 +138,26 @@ def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
 
 
 def _seen(number: int, leaves: Leaves) -> SampleView:
-    """The view of what the model sees: its first tensor that looks like an image, its longest text, its label.
-
-    That is a whole number: the one that is called so, or else the last.
-    """
+    """The view of what the model sees: its first tensor that looks like an image, its longest text, its label."""
     parts = batches.readable(leaves)
     images = [picture for picture in map(_picture, parts.values()) if picture is not None]
     texts = [part for part in parts.values() if isinstance(part, str)]
-    labels = {name: label for name, part in parts.items() if (label := _label(part)) is not None}
-    called = next((labels[name] for name in LABELS if name in labels), None)
     return SampleView(
         number,
         image=images[0] if images else None,
         text=max(texts, key=len) if texts else None,
-        label=called if called is not None else [None, *labels.values()][-1],
+        label=_label(parts),
     )
 
 
-def _label(part: Any) -> str | None:
-    """A whole number as a label."""
+def _label(parts: dict[str, Any]) -> str | None:
+    """The label among the parts of a sample: the whole number that is called so, or else the last."""
+    labels = {name: label for name, part in parts.items() if (label := _whole_number(part)) is not None}
+    called = next((labels[name] for name in LABELS if name in labels), None)
+    return called if called is not None else [None, *labels.values()][-1]
+
+
+def _whole_number(part: Any) -> str | None:
     if isinstance(part, Tensor):
         return str(int(part)) if part.ndim == 0 and not part.is_floating_point() else None
     return str(part) if type(part) in (int, bool) else None
