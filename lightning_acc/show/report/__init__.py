@@ -91,7 +91,8 @@ def collect(run: Record) -> dict[str, Any]:
     Raises:
         RequestError: there are no scores to show.
     """
-    tables = {name: table for name, table in stored_scores(run).items() if _single(table)}
+    stored = stored_scores(run)
+    tables = {name: table for name, table in stored.items() if _single(table)}
     if not tables:
         raise RequestError(f"{run.path} has no scores to report: compute some with score(run, method=...) first.")
     views = SampleViews(run)
@@ -119,9 +120,9 @@ def collect(run: Record) -> dict[str, Any]:
         "corrupted_share": None if corrupted is None else float(corrupted.mean()),
         "n_corrupted": None if corrupted is None else int(corrupted.sum()),
         "groups": [
-            {"name": name, "conditions": _conditions(tables[name]), "rows": rows}
-            for name in order
-            if (rows := groups.of(tables[name], known))
+            {"name": name, "conditions": _conditions(stored[name]), "rows": rows}
+            for name in sorted(stored, key=lambda name: _prominence(stored[name]))
+            if (rows := groups.of(stored[name], known))
         ],
         "cleaning": _cleaning(run),
         "shown": SHOWN,

@@ -50,8 +50,8 @@ const told = name => given.find(column => column.key === name);
 const columns = [
   number("@rank", "rank", 78, () => rankingOf(chosen()).rank, {fixed: true}),
   number("@id", "sample", 0, () => ids, {class: "what", fixed: true}),
-  ...[told("label")].filter(Boolean).map(column => Object.assign(column, {width: Math.max(130, column.width), class: "label"})),
   number("@score", "score", 190, () => rankingOf(chosen()).score, {fixed: true}),
+  ...[told("label")].filter(Boolean).map(column => Object.assign(column, {width: Math.max(130, column.width), class: "label"})),
   number("@truth", "leave-one-out", 124, () => rankingOf(chosen()).truth, {when: () => rankingOf(chosen()).has.truth, fixed: true}),
   number("@uncertainty", "uncertainty", 112, () => rankingOf(chosen()).uncertainty, {when: () => rankingOf(chosen()).has.uncertainty, fixed: true}),
   number("@rank-other", "its rank", 104, () => rankingOf(other()).rank, {when: () => other(), fixed: true}),
