@@ -75,7 +75,7 @@ const head = () => {
   if (key === headed) return;
   headed = key;
   const texts = shown.some(column => column.key === "@id") && data.methods[0].ranking.samples.slice(0, 50).some(id => data.samples[id]?.text);
-  const what = texts ? (innerWidth < 600 ? 190 : 300) : 150, narrow = innerWidth < 600 ? {"@rank": 58, "@score": 104} : {}, width = column => narrow[column.key] || column.width;
+  const what = texts ? (innerWidth < 600 ? 190 : 300) : innerWidth < 600 ? 130 : 150, narrow = innerWidth < 600 ? {"@rank": 66, "@score": 104} : {}, width = column => narrow[column.key] || column.width;
   $("#rows colgroup").replaceChildren(...[40, ...shown.map(column => column.key === "@id" ? 0 : width(column))].map(wide => make("col", wide ? {width: wide} : {})));
   $("#rows").style.minWidth = `${40 + shown.reduce((sum, column) => sum + (column.key === "@id" ? what : width(column)), 0)}px`;
   $("#rows").classList.toggle("texts", texts);
