@@ -61,9 +61,10 @@ class DescribesSamples(Protocol):
     def describe_samples(self) -> dict[str, Any] | pyarrow.Table:
         """Columns with a value for each training sample, in the order of the data set.
 
-        ``image`` (a PNG file as bytes), ``text``, ``label``, ``true_label`` and ``corrupted`` (bool) are shown on the page,
-        in W&B and in the CSV file. Each column, also any other, makes groups: ``--removals group:COLUMN``. Where the batches
-        name their samples (``TrajectoryRecorder(..., sample_id=...)``), a column ``id`` says which sample a row is about.
+        ``image`` (a PNG file as bytes), ``text``, ``label``, ``true_label`` and ``corrupted`` (bool) are shown on the page
+        and in W&B. By every column the page's ranking is sorted and filtered, and all but pictures and texts are in the CSV
+        file. Each column makes groups: ``--removals group:COLUMN``. Where the batches name their samples
+        (``TrajectoryRecorder(..., sample_id=...)``), a column ``id`` says which sample a row is about.
         """
 
 

@@ -22,6 +22,8 @@ import lightning_acc as la
 from lightning_acc.errors import RunError
 from lightning_acc.judge.samples import ExampleViews, SampleViews
 from lightning_acc.record import batches
+from lightning_acc.record.batches.leaves import encoded
+from lightning_acc.record.samples.contents import Contents
 from lightning_acc.recorder import RecordingRefused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Skipping val loop", "ignore:Training has no validation data")
@@ -337,6 +339,19 @@ def test_texts_are_shown_and_take_few_files(tmp_path: Path) -> None:
     content = run.content_of(3)
     assert content is not None
     assert batches.readable(content)["text"] == WORDS[3]
+
+
+def test_the_same_inputs_are_told_without_their_labels() -> None:
+    tensors = {"#": torch.arange(3), "x": torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0]]), "y": torch.tensor([0, 1, 0])}
+    contents = Contents({"file": tensors}, {}, lambda name, fault: RunError(fault))
+    assert len(set(contents.digests())) == 3
+    first, second, third = contents.digests(numbers=False)
+    assert first == second != third
+    words = {"#": torch.arange(2), **batches.packed(encoded("words", ["ab", "ac"])), "y": torch.tensor([0, 0])}
+    of_texts = Contents({"file": words}, {}, lambda name, fault: RunError(fault))
+    assert len(set(of_texts.digests(numbers=False))) == 2  # texts of one length are no numbers
+    alone = Contents({"file": {"#": torch.arange(2), "y": torch.tensor([0, 1])}}, {}, lambda name, fault: RunError(fault))
+    assert len(set(alone.digests(numbers=False))) == 2  # there is nothing else
 
 
 def test_of_two_runs_a_sample_is_the_same_whatever_its_batches_were_said_to_be(tmp_path: Path) -> None:

@@ -54,6 +54,15 @@ def test_splits_are_apart_repeatable_and_of_both_classes(name: str) -> None:
 
 
 @real
+def test_adult_is_described_answer_by_answer() -> None:
+    told = ready("adult").describe_samples()
+    assert {"age", "education", "occupation", "sex", "hours.per.week"} < set(told)
+    for words, age, sex in zip(told["text"], told["age"], told["sex"], strict=True):
+        assert words.startswith(f"{age} years, {sex}, ")
+    assert type(told["age"][0]) is int
+
+
+@real
 @pytest.mark.parametrize("name", MODULES)
 def test_label_noise_touches_the_share_asked_for_and_says_which(name: str) -> None:
     clean, noisy = ready(name), ready(name, label_noise=0.2)

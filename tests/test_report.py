@@ -33,12 +33,14 @@ from lightning_acc.judge.agreement import stored_scores
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.selection import select
 from lightning_acc.show import report
+from lightning_acc.show.report import samples
 from lightning_acc.show.tracking import dashboard
 from lightning_acc.studies.data.base import png
 
 N = 60
 NASTY = '</script><script>alert(1)</script><img src=x onerror="alert(1)"><!-- &quot;'
 NASTY_LABEL = "<b>bold</b>"
+CITIES = ("Bergen", "<i>Oslo</i>", "=1+1")
 
 
 class Browser:
@@ -133,11 +135,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def click(self, selector: str) -> None:
+    def click(self, selector: str, shift: bool = False) -> None:
         """Click the middle of an element, as a person would."""
         x, y = self.place(selector)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1, modifiers=8 if shift else 0)
 
     def point(self, selector: str) -> None:
         """Move the pointer to the middle of an element."""
@@ -153,10 +155,27 @@ class Browser:
         box = self.see(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())")
         return float(box[0]), float(box[1])
 
-    def press(self, key: str) -> None:
+    def press(self, key: str, shift: bool = False) -> None:
         """Press a key and let it go."""
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, modifiers=8 if shift else 0)
+
+    def type(self, selector: str, text: str) -> None:
+        """Write into a box what a person would, in the place of what is there."""
+        self.see(f"(box => {{ box.focus(); box.select(); }})(document.querySelector({json.dumps(selector)}))")
+        self.call("Input.insertText", text=text)
+        self.see("new Promise(done => setTimeout(done, 200))")  # the page waits for the next letter
+
+    def downloaded(self, button: str, folder: Path, name: str) -> str:
+        """What is in the file that a button gives."""
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        (folder / name).unlink(missing_ok=True)
+        self.click(button)
+        for _ in range(200):
+            if (folder / name).exists():
+                return (folder / name).read_text()
+            self.see("new Promise(done => setTimeout(done, 20))")
+        raise AssertionError(f"{button} gave no {name}")
 
 
 class Described(pl.LightningDataModule):
@@ -181,6 +200,9 @@ class Described(pl.LightningDataModule):
             "label": self.labels,
             "true_label": ["class 7" if wrong else label for label, wrong in zip(self.labels, self.corrupted, strict=True)],
             "corrupted": self.corrupted,
+            "age": [None if i == 7 else 20 + i % 40 for i in range(N)],
+            "city": [CITIES[i % 3] for i in range(N)],
+            "score": [[i, i + 1] for i in range(N)],  # the name of another column, and no value for a cell
         }
 
 
@@ -233,7 +255,8 @@ def browser(started: Browser, page: Path) -> Iterator[Browser]:
     assert [url for url in started.requests if not url.startswith(("file:", "data:"))] == []
 
 
-ROWS = "[...document.querySelectorAll('#rows tbody tr')].map(row => Number(row.dataset.sample))"
+ROWS = "[...document.querySelectorAll('#rows tbody tr[data-sample]')].map(row => Number(row.dataset.sample))"
+FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))"
 
 
 def by_sample(run: la.Run, method: str) -> dict[int, float]:
@@ -249,53 +272,144 @@ def choose(browser: Browser, selector: str, value: str) -> None:
 
 
 def whole_ranking(browser: Browser) -> list[int]:
-    """The samples of the table, page after page."""
-    found: list[int] = browser.see(ROWS)
-    while not browser.see("document.querySelector('#next').disabled"):
-        browser.click("#next")
-        found += browser.see(ROWS)
-    return found
+    """The samples of the table, screen after screen."""
+    found: dict[int, int] = {}
+    here = "[...document.querySelectorAll('#rows tbody tr[data-sample]')].map(row => [row.ariaRowIndex, row.dataset.sample])"
+    browser.see("document.querySelector('#sheet').scrollTop = 0")
+    while True:
+        browser.see(FRAMES)
+        found.update((int(place) - 2, int(sample)) for place, sample in browser.see(here))
+        if browser.see("(box => box.scrollTop + box.clientHeight >= box.scrollHeight - 1)(document.querySelector('#sheet'))"):
+            assert sorted(found) == list(range(len(found)))
+            assert browser.see("document.querySelector('#rows').getAttribute('aria-rowcount')") == str(len(found) + 1)
+            return [found[place] for place in sorted(found)]
+        browser.see("document.querySelector('#sheet').scrollBy(0, 300)")
 
 
-def test_headings_sort_and_pages_turn(run: la.Run, browser: Browser) -> None:
+def test_headings_sort_and_all_rows_are_reached_by_scrolling(run: la.Run, browser: Browser) -> None:
     choose(browser, "#method", "1")  # acc-sgd-ie
     estimate, truth = by_sample(run, "acc-sgd-ie"), by_sample(run, "loo")
     ranked = sorted(estimate, key=lambda sample: estimate[sample])
-    assert browser.see(ROWS) == ranked[:25]
+    assert browser.see(ROWS) == ranked[: len(browser.see(ROWS))]
+    assert len(browser.see(ROWS)) < N  # rows out of sight are not made
     assert whole_ranking(browser) == ranked
-    assert browser.see("document.querySelector('#range').textContent") == "51–60 of 60"
-    sort = "document.querySelector('#rows th[data-key={}]').getAttribute('aria-sort')"
-    for key, order in (("score", ranked), ("truth", sorted(truth, key=lambda i: truth[i])), ("id", sorted(truth))):
+    sort = "document.querySelector('#rows th[data-key=\"{}\"]').getAttribute('aria-sort')"
+    age = {i: -1 if i == 7 else 20 + i % 40 for i in range(N)}
+    by_age = sorted(ranked, key=lambda i: (i == 7, age[i])), sorted(ranked, key=lambda i: (i == 7, -age[i]))
+    by_truth = sorted(truth, key=lambda i: truth[i])
+    orders = {"@score": (ranked, ranked[::-1]), "@truth": (by_truth, by_truth[::-1]), "age": by_age}
+    for key, (up, down) in {**orders, "@id": (sorted(truth), sorted(truth)[::-1])}.items():
         assert browser.see(sort.format(key)) is None
-        browser.click(f"#rows th[data-key={key}] button")
-        assert browser.see(sort.format(key)) == "ascending"
-        assert browser.see(ROWS) == order[:25]
-        browser.click(f"#rows th[data-key={key}] button")
-        assert browser.see(sort.format(key)) == "descending"
-        assert browser.see(ROWS) == order[::-1][:25]
-    browser.click("#rows th[data-key=label] button")
-    labels = browser.see("[...document.querySelectorAll('#rows td.label')].map(cell => cell.firstChild.data)")
-    assert labels == sorted(labels)
-    assert len(set(labels)) > 1
+        for word, order in (("ascending", up), ("descending", down)):
+            browser.click(f"#rows th[data-key='{key}'] button")
+            assert browser.see(sort.format(key)) == word
+            assert whole_ranking(browser) == order
     choose(browser, "#method", "0")  # the truth itself has no such column
-    assert browser.see("document.querySelector('#rows th[data-key=truth]').hidden") is True
+    assert browser.see("document.querySelector('#rows th[data-key=\"@truth\"]')") is None
 
 
-def test_filters_filter(run: la.Run, browser: Browser) -> None:
+def add_filter(browser: Browser, column: str) -> str:
+    """Filter by a column; the box to fill in."""
+    choose(browser, "#by", column)
+    return f"#filters [data-column='{column}']"
+
+
+def test_any_column_filters_and_words_are_found(run: la.Run, browser: Browser) -> None:
     truth = by_sample(run, "loo")
     ranked = sorted(truth, key=lambda sample: truth[sample])
     labels = Described().labels
-    browser.click("#corrupted")
+    corrupted = add_filter(browser, "corrupted")
+    choose(browser, corrupted, "=yes")
     assert whole_ranking(browser) == [i for i in ranked if i % 6 == 0]
     browser.click("#harmful")
     assert whole_ranking(browser) == [i for i in ranked if i % 6 == 0 and truth[i] < 0]
-    browser.click("#corrupted")
+    choose(browser, corrupted, "")
     assert whole_ranking(browser) == [i for i in ranked if truth[i] < 0]
     browser.click("#harmful")
-    choose(browser, "#label", "=" + NASTY_LABEL)
+    choose(browser, "#filters [data-column=label]", "=" + NASTY_LABEL)
     assert whole_ranking(browser) == [i for i in ranked if labels[i] == NASTY_LABEL]
-    choose(browser, "#label", "")
+    choose(browser, "#filters [data-column=label]", "")
+    choose(browser, add_filter(browser, "city"), "=" + CITIES[1])
+    assert whole_ranking(browser) == [i for i in ranked if i % 3 == 1]
+    browser.click("#filters [aria-label='remove the filter by city']")
+    browser.type(add_filter(browser, "age"), "30")
+    browser.type("#filters [aria-label='age to']", "35")
+    assert whole_ranking(browser) == [i for i in ranked if i != 7 and 30 <= 20 + i % 40 <= 35]
+    browser.click("#filters [aria-label='remove the filter by age']")
     assert whole_ranking(browser) == ranked
+    for words, wanted in {
+        "#17": [17],
+        "&quot; [31,": [31],
+        "oslo": [i for i in ranked if i % 3 == 1],
+        "no such word": [],
+    }.items():
+        browser.type("#search", words)
+        assert whole_ranking(browser) == wanted
+        assert browser.see("document.querySelector('#nothing').hidden") is (wanted != [])
+    assert browser.see("document.querySelector('#range').textContent") == "0 of 60 samples"
+
+
+def test_what_a_user_does(run: la.Run, page: Path, browser: Browser, tmp_path: Path) -> None:
+    truth, estimate = by_sample(run, "loo"), by_sample(run, "acc-sgd-ie")
+    ranked = sorted(truth, key=lambda sample: truth[sample])
+    for width in (400, 768, 1200, 1600):
+        browser.open(page, width)
+        choose(browser, add_filter(browser, "city"), "=" + CITIES[0])
+        kept = [i for i in ranked if i % 3 == 0]
+        browser.click(f"#rows tr[data-sample='{kept[0]}'] input")
+        place = "document.querySelector('#sheet').scrollTop = 56 * 12"
+        browser.see(place)
+        browser.see(FRAMES)
+        browser.click(f"#rows tr[data-sample='{kept[18]}'] input", shift=True)
+        assert browser.see("document.querySelector('#count').textContent") == "19 selected"
+        browser.click(f"#rows tr[data-sample='{kept[19]}'] input")
+        assert browser.downloaded("#ids", tmp_path, "ids.txt") == "".join(f"{i}\n" for i in kept[:20])
+        assert select(run, str(tmp_path / "ids.txt")) == [(i,) for i in kept[:20]]
+        first, *lines = browser.downloaded("#csv", tmp_path, "samples.csv").splitlines()
+        assert first.startswith("# loo, faithful: ")
+        rows = list(csv.DictReader(lines))
+        assert [int(row["sample"]) for row in rows] == kept
+        assert all(float(row["score"]) == pytest.approx(truth[int(row["sample"])], rel=1e-5) for row in rows)
+        assert all(row["city"] == CITIES[0] and row["source"] == "loo" for row in rows)
+        # Two rankings: the other's ranks stand in the table, and the figure says what they have in common.
+        choose(browser, "#other", "1")
+        other = sorted(estimate, key=lambda sample: estimate[sample])
+        shown = "document.querySelector('#rows tr[data-sample=\"{}\"] td:nth-child({})').textContent"
+        column = browser.see("[...document.querySelectorAll('#rows th')].findIndex(th => th.dataset.key === '@rank-other')")
+        assert int(browser.see(shown.format(kept[0], column + 1))) == 1 + other.index(kept[0])
+        same = len(set(ranked[:10]) & set(other[:10]))
+        assert f"The same are {same} of the 10 most harmful" in browser.see("document.querySelector('#compare p').textContent")
+        assert browser.see("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+
+
+def test_the_keyboard_steps_through_the_rows_and_selects(run: la.Run, browser: Browser) -> None:
+    truth = by_sample(run, "loo")
+    ranked = sorted(truth, key=lambda sample: truth[sample])
+    at = "Number(document.activeElement.dataset.sample)"
+    browser.see("document.querySelector('#rows tr[tabindex=\"0\"]').focus()")
+    for key, place in (("ArrowDown", 1), ("End", N - 1), ("ArrowDown", N - 1), ("Home", 0), ("ArrowDown", 1)):
+        browser.press(key)
+        assert browser.see(at) == ranked[place]
+        assert f"#{ranked[place]}" in browser.see("document.querySelector('#detail h3').textContent")
+    browser.press(" ")
+    for _ in range(3):
+        browser.press("ArrowDown", shift=True)
+    assert browser.see("document.querySelector('#count').textContent") == "4 selected"
+    chosen = "[...document.querySelectorAll('#rows tr[aria-selected=true]')].map(row => Number(row.dataset.sample))"
+    assert browser.see(chosen) == ranked[1:5]
+    browser.click("#rows thead input")
+    assert browser.see("document.querySelector('#count').textContent") == "60 selected"
+    browser.click("#clear")
+    assert browser.see("document.querySelector('#copy').disabled") is True
+
+
+def test_the_detail_tells_all_that_is_known(run: la.Run, browser: Browser) -> None:
+    browser.type("#search", "#12")
+    browser.click("#rows tr[data-sample='12']")
+    text = browser.see("document.querySelector('#detail').innerText")
+    for part in (f"{NASTY} 12", "was class 7", "age\n32", f"city\n{CITIES[0]}", "acc-sgd-ie"):
+        assert part in text
+    assert browser.see("document.querySelectorAll('#detail i, #detail b, #detail script').length") == 0
 
 
 def test_pointing_at_a_dot_and_the_arrow_keys_show_the_sample(run: la.Run, browser: Browser) -> None:
@@ -337,7 +451,7 @@ def test_narrow_and_dark_are_readable(page: Path, browser: Browser, dark: bool) 
       return [paper, Math.min(...inks.map(ink => (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05)))];
     }})()"""
     boxes = "[...document.querySelectorAll('{}')].map(element => element.getBoundingClientRect())"
-    for width in (1280, 400):
+    for width in (1600, 1200, 768, 400):
         browser.open(page, width, dark)
         assert browser.see("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
         assert browser.see(boxes.format("section > *, header > *") + ".filter(box => box.right > innerWidth).length") == 0
@@ -351,10 +465,10 @@ def test_hostile_texts_stay_texts(page: Path, browser: Browser) -> None:
     assert browser.see("document.title") == "a & <b>run · training-sample influence"
     assert browser.see("document.querySelector('h1').textContent") == "a & <b>run"
     assert browser.see("document.querySelectorAll('script').length") == 2
-    assert browser.see("document.querySelectorAll('h1 *, td.label b, option *, .text *').length") == 0
+    assert browser.see("document.querySelectorAll('h1 *, td.label b, option *, .text *, td i i, dd *').length") == 0
     assert browser.see("[...document.images].every(image => image.src.startsWith('data:image/'))") is True
     assert NASTY in browser.see("document.querySelector('.sample .text').textContent")
-    assert NASTY_LABEL in browser.see("document.querySelector('#label').textContent")
+    assert NASTY_LABEL in browser.see("document.querySelector('#filters [data-column=label]').textContent")
     html = page.read_text()
     assert "alert(1)</script>" not in html
     content = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
@@ -365,8 +479,14 @@ def test_hostile_texts_stay_texts(page: Path, browser: Browser) -> None:
 
 def test_everything_has_a_name_to_be_read_out(browser: Browser) -> None:
     assert browser.see("[...document.querySelectorAll('svg[role=img]')].every(svg => svg.getAttribute('aria-label'))") is True
-    assert browser.see("[...document.querySelectorAll('#rows th')].every(th => th.querySelector('button') && th.scope)") is True
-    assert browser.see("[...document.querySelectorAll('select, input')].every(box => box.labels.length === 1)") is True
+    assert (
+        browser.see("[...document.querySelectorAll('#rows th')].every(th => th.querySelector('button, input') && th.scope)")
+        is True
+    )
+    assert (
+        browser.see("[...document.querySelectorAll('select, input')].every(box => box.labels.length === 1 || box.ariaLabel)")
+        is True
+    )
     assert browser.see("[...document.images].every(image => image.alt)") is True
 
 
@@ -431,12 +551,12 @@ def test_of_a_long_ranking_both_ends_are_embedded_and_the_page_says_so(
 ) -> None:
     monkeypatch.setattr(report, "WHOLE", 20)
     monkeypatch.setattr(report, "ENDS", 5)
+    monkeypatch.setattr(report, "DRAWN", 20)
     content = report.collect(run)
     truth = by_sample(run, "loo")
     ranked = sorted(truth, key=lambda sample: truth[sample])
     ranking = content["methods"][0]["ranking"]
     assert ranking["samples"] == ranked[:5] + ranked[-5:]
-    assert ranking["ranks"] == [*range(1, 6), *range(56, 61)]
     drawn = [point[0] for point in content["methods"][1]["points"]]
     assert len(drawn) == len(set(drawn)) == 20
     assert set(content["methods"][1]["ranking"]["samples"]) < set(drawn)
@@ -447,17 +567,19 @@ def test_of_a_long_ranking_both_ends_are_embedded_and_the_page_says_so(
     assert "the 5 most harmful and the 5 most helpful" in started.see("document.querySelector('#extent').textContent")
     assert "20 of 60 samples are drawn" in started.see("document.querySelector('figcaption').textContent")
     assert started.see(ROWS) == ranked[:5] + ranked[-5:]
+    ranks = "[...document.querySelectorAll('#rows tr[data-sample] td:nth-child(2)')].map(cell => Number(cell.textContent))"
+    assert started.see(ranks) == [*range(1, 6), *range(56, 61)]
     assert started.complaints == []
 
 
 def test_large_pictures_are_made_smaller_and_broken_ones_left_out() -> None:
     small, large = png(np.zeros((8, 8))), png(np.random.default_rng(0).random((300, 200)))
-    assert report._thumbnail(small) == f"data:image/png;base64,{base64.b64encode(small).decode()}"
-    shrunk = report._thumbnail(large)
+    assert samples.thumbnail(small) == f"data:image/png;base64,{base64.b64encode(small).decode()}"
+    shrunk = samples.thumbnail(large)
     assert shrunk is not None
     assert shrunk.startswith("data:image/jpeg;base64,")
     assert Image.open(io.BytesIO(base64.b64decode(shrunk.partition(",")[2]))).size == (64, 96)
-    assert report._thumbnail(b"no picture") is None
+    assert samples.thumbnail(b"no picture") is None
 
 
 def test_a_ranking_is_written_as_csv(run: la.Run, tmp_path: Path) -> None:
@@ -466,7 +588,14 @@ def test_a_ranking_is_written_as_csv(run: la.Run, tmp_path: Path) -> None:
     with open(tmp_path / "ranking.csv", newline="") as file:
         assert next(file) == f"# acc-sgd-ie, {table.verdict}\n"
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["rank", "sample", "score", "source", "loo", "label", "true_label", "corrupted"]
+    known = ["rank", "sample", "score", "source", "loo", "label", "true_label", "corrupted"]
+    assert list(rows[0]) == [*known, "age", "city", "described_score"]
+    for row in rows:
+        i = int(row["sample"])
+        assert row["age"] == ("" if i == 7 else str(20 + i % 40))
+        assert row["city"].removeprefix("'") == CITIES[i % 3]
+        assert row["city"].startswith("'") == (i % 3 == 2)  # no formula
+        assert row["described_score"] == f"[{i}, {i + 1}]"
     assert [int(row["rank"]) for row in rows] == list(range(1, N + 1))
     found = {int(row["sample"]): (float(row["score"]), float(row["loo"])) for row in rows}
     assert found == {i: (score, truth[i]) for i, score in by_sample(run, "acc-sgd-ie").items()}
@@ -497,7 +626,8 @@ def test_the_ids_to_drop_are_the_most_harmful_and_can_be_read_back(run: la.Run, 
 def test_the_cleaned_dataset_is_the_training_set_without_the_dropped(run: la.Run) -> None:
     train, kept = Described().train, [i for i in range(N) if i not in (0, 7)]
     cleaned = exports.cleaned_dataset(run, [7, 0])
-    assert cleaned.column_names == ["sample", "0", "1", "image", "text", "label", "true_label", "corrupted"]
+    described = ["image", "text", "label", "true_label", "corrupted", "age", "city", "score"]
+    assert cleaned.column_names == ["sample", "0", "1", *described]
     assert cleaned["sample"][:] == kept
     np.testing.assert_array_equal(np.array(cleaned["0"][:]), train.tensors[0][kept].numpy())
     assert cleaned["1"][:] == train.tensors[1][kept].tolist()

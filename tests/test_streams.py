@@ -558,8 +558,8 @@ def test_what_leaves_the_package_has_the_ids(described: la.Run, tmp_path: Path) 
         assert described.sample_number(row["name"]) == int(row["sample"])
         i = int(row["name"].removeprefix("doc-"))
         assert row["label"] == ("" if i == 3 else f"class {i % 3}")
-    page = collect(described)["samples"]
-    assert {sample: view["name"] for sample, view in page.items()} == dict(enumerate(described.sample_names or []))
+    page = next(column for column in collect(described)["columns"] if column["key"] == "@name")
+    assert [page["levels"][code] for code in page["codes"]] == described.sample_names
     views = SampleViews(described)
     assert views[3].called == f"#3 {(described.sample_names or [])[3]}"
     ranking = panels.ranking(scores, None, panels.Pictures(views)).data

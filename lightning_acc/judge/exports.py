@@ -42,7 +42,8 @@ def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str])
     group with blanks between them), ``name`` (where there are groups that have one, or samples that their batches name),
     ``score``, ``source`` (``estimate``, or ``loo`` where that is the truth), ``loo`` (the score by leave-one-out retraining,
     where the run has it stored for the same query; else without this column), ``label``, ``true_label`` and ``corrupted`` of
-    single samples, empty where not known.
+    single samples, empty where not known, and whatever else ``describe_samples`` told but pictures and texts; a column whose
+    name is taken is called ``described_<name>``.
 
     Args:
         run: the run the scores belong to.
@@ -68,12 +69,17 @@ def write_ranking_csv(run: Record, scores: Scores, path: str | os.PathLike[str])
     buffer.write(f"# {c['method']}{when}{runs}, {scores.verdict}\n")
     writer = csv.writer(buffer, lineterminator="\n")
     names, truths = scores.names, [] if expected is None else [registry.TRUTH]
-    writer.writerow(["rank", SAMPLE, *(["name"] if names else []), "score", "source", *truths, *_DESCRIBED])
+    header = ["rank", SAMPLE, *([NAME] if names else []), "score", "source", *truths, *_DESCRIBED]
+    further = {name: values for name, values in views.columns.items() if name not in _DESCRIBED}
+    writer.writerow([*header, *(_as_text(f"described_{name}" if name in header else name) for name in further)])
     ranks, sources = scores.table["rank"].to_pylist(), scores.table["source"].to_pylist()
     for rank, removal, score, source in sorted(zip(ranks, scores.removals, scores.values.tolist(), sources, strict=True)):
         name = [names.get(removal)] if names else []
         true = [] if expected is None else [expected.get(removal)]
-        seen = [getattr(views[removal[0]], key) for key in _DESCRIBED] if len(removal) == 1 else [None] * len(_DESCRIBED)
+        seen: list[Any] = [None] * (len(_DESCRIBED) + len(further))
+        if len(removal) == 1:
+            view = views[removal[0]]
+            seen = [*(getattr(view, key) for key in _DESCRIBED), *(values[removal[0]] for values in further.values())]
         cells = [rank, " ".join(map(str, removal)), *name, score, source, *true, *seen]
         writer.writerow([_as_text(cell) if isinstance(cell, str) else cell for cell in cells])
     _write(path, buffer.getvalue())

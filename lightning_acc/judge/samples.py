@@ -16,6 +16,7 @@ from lightning_acc.core.queries import Query
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
+from lightning_acc.record.samples.names import COLUMN
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,10 +71,27 @@ class SampleViews:
         self._columns: dict[str, list[Any]] = table.to_pydict() if table is not None else {}
 
     @property
+    def columns(self) -> dict[str, list[Any]]:
+        """What was described beside pictures and texts: columns by name, with a value of each sample, (n_samples,).
+
+        Numbers, flags and words stay what they are; of all else it is how it is written. Ids that the batches gave are names.
+        """
+        left_out = {"image", "text", *(() if self._names is None else (COLUMN,))}
+        return {name: list(map(_in_a_cell, values)) for name, values in self._columns.items() if name not in left_out}
+
+    @property
     def corrupted(self) -> np.ndarray | None:
         """Whether each sample is known to be corrupted, (n_samples,) of bool; None where nothing is known."""
         column = self._columns.get("corrupted")
         return None if column is None or not all(map(_is_flag, column)) else np.array(column, dtype=bool)
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The label in training of each sample, as in its view."""
+        if self._columns:
+            return [None if label is None else str(label) for label in self._columns.get("label", [None] * self._run.n_samples)]
+        contents = map(self._run.content_of, range(self._run.n_samples))
+        return [_label(batches.readable(content or {})) for content in contents]
 
     def __getitem__(self, sample: int) -> SampleView:
         known = _described(sample, self._columns) if self._columns else _seen(sample, self._run.content_of(sample) or {})
@@ -120,25 +138,26 @@ def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
 
 
 def _seen(number: int, leaves: Leaves) -> SampleView:
-    """The view of what the model sees: its first tensor that looks like an image, its longest text, its label.
-
-    That is a whole number: the one that is called so, or else the last.
-    """
+    """The view of what the model sees: its first tensor that looks like an image, its longest text, its label."""
     parts = batches.readable(leaves)
     images = [picture for picture in map(_picture, parts.values()) if picture is not None]
     texts = [part for part in parts.values() if isinstance(part, str)]
-    labels = {name: label for name, part in parts.items() if (label := _label(part)) is not None}
-    called = next((labels[name] for name in LABELS if name in labels), None)
     return SampleView(
         number,
         image=images[0] if images else None,
         text=max(texts, key=len) if texts else None,
-        label=called if called is not None else [None, *labels.values()][-1],
+        label=_label(parts),
     )
 
 
-def _label(part: Any) -> str | None:
-    """A whole number as a label."""
+def _label(parts: dict[str, Any]) -> str | None:
+    """The label among the parts of a sample: the whole number that is called so, or else the last."""
+    labels = {name: label for name, part in parts.items() if (label := _whole_number(part)) is not None}
+    called = next((labels[name] for name in LABELS if name in labels), None)
+    return called if called is not None else [None, *labels.values()][-1]
+
+
+def _whole_number(part: Any) -> str | None:
     if isinstance(part, Tensor):
         return str(int(part)) if part.ndim == 0 and not part.is_floating_point() else None
     return str(part) if type(part) in (int, bool) else None
@@ -158,6 +177,11 @@ def _in_a_line(name: Any) -> str:
     """A name as it can be shown: no line breaks, and not endless."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(name))
     return text if len(text) <= NAME else f"{text[: NAME - 1]}…"
+
+
+def _in_a_cell(value: Any) -> Any:
+    """A value as a cell of a table holds it."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _is_flag(value: Any) -> bool:

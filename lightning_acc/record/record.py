@@ -192,9 +192,9 @@ class Record:
         sample = row(self._contents[torch.tensor([number])], 0)
         return {name: sample[name] for name in leaf_names(self.structure())}
 
-    def content_digests(self) -> dict[int, str]:
-        """Of every sample that was seen a hash of what ``content_of`` gives, by its id."""
-        digests = self._contents.digests()
+    def content_digests(self, numbers: bool = True) -> dict[int, str]:
+        """Of every sample that was seen a hash of what ``content_of`` gives, by its id; without single ``numbers`` if asked."""
+        digests = self._contents.digests(numbers)
         return {sample: digests[number] for sample, number in self._first_contents.items()}
 
     def structure(self) -> Structure:

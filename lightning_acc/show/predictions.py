@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,8 @@ class Examples:
             self.missing = f"The losses are not known: {error}"
             return
         try:
-            self._said = self._labels(query, [_classes(objective, theta, leaves, kind) for leaves, kind in query.batches])
+            found = [classes(objective, theta, leaves, kind) for leaves, kind in query.batches]
+            self._said = named_classes(found, lambda example: self[example].label)
         except (NotAClassifier, InfluenceError, *OF_DATA):  # an ornament, which not every module has
             self._said = None
 
@@ -96,16 +98,6 @@ class Examples:
         keys = np.where(np.isfinite(self.losses), self.losses, np.inf)
         return sorted(asked.examples, key=lambda example: (-keys[example], example))
 
-    def _labels(self, query: Query, classes: list[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
-        """Names of the classes that were said, as examples of these classes are called."""
-        said = [int(one) for batch, _ in classes for one in batch]
-        labels = [int(one) for _, batch in classes for one in batch]
-        names = {}
-        for example, label in enumerate(labels):
-            if label not in names:
-                names[label] = self[example].label
-        return [names.get(one) or str(one) for one in said]
-
 
 def extreme(asked: ScoreMatrix) -> list[int]:
     """The examples of a matrix, those first that some removal moves most."""
@@ -122,9 +114,19 @@ def _query(run: Record, asked: ScoreMatrix) -> Query | None:
     return query if query.fingerprint == asked.conditions["query_fingerprint"] else None
 
 
-def _classes(objective: Any, theta: torch.Tensor, leaves: Any, structure: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def classes(objective: Any, theta: torch.Tensor, leaves: Any, structure: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The classes (B,) that the model gives the highest output, and those it should."""
     batch = batches.unflatten(structure, batches.cast(leaves, objective.dtype))
     with torch.no_grad(), objective.evaluating():
         logits = objective.call(theta, lambda module, one: logits_of(module, one)[0], batch)
     return logits.argmax(-1), batch[1]
+
+
+def named_classes(found: list[tuple[torch.Tensor, torch.Tensor]], label: Callable[[int], str | None]) -> list[str]:
+    """What ``classes`` gave of batches, as words: a class has the ``label`` of the first row, of all batches, that is of it."""
+    said = [int(one) for batch, _ in found for one in batch]
+    names: dict[int, str | None] = {}
+    for row, number in enumerate(int(one) for _, batch in found for one in batch):
+        if number not in names:
+            names[number] = label(row)
+    return [names.get(one) or str(one) for one in said]

@@ -55,14 +55,18 @@ class Contents:
         del found[NUMBERS]
         return found
 
-    def digests(self) -> list[str]:
+    def digests(self, numbers: bool = True) -> list[str]:
         """A hash of each content, by number: of the names, dtypes, shapes and bytes of its leaves.
 
-        What is said of whole batches is no content of a sample.
+        What is said of whole batches is no content of a sample. Without ``numbers`` leaves of a single number, such as labels,
+        are passed over, unless there are no others.
         """
         found = [""] * len(self._places)
         for _, tensors in self._alike:
             names = [name for name in sorted(tensors) if name != NUMBERS and batches.is_of_samples(name)]
+            if not numbers:
+                ragged = [name for name in names if batches.is_ragged(name.removesuffix(batches.LENGTH))]
+                names = [name for name in names if tensors[name].ndim > 1 or name in ragged] or names
             kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape[1:])] for name in names]
             kind = json.dumps(kinds).encode()
             pieces = [batches.packed_pieces(name, tensors) for name in names]

@@ -1,7 +1,6 @@
 """``write_report``: one self-contained HTML page about a run, readable offline.
 
-``collect`` gathers what the page shows as plain JSON; ``page.html``, ``page.css`` and ``page.js`` beside this file show it, and
-``predictions.*`` the section on single predictions.
+``collect`` gathers what the page shows as plain JSON; the files in ``page`` show it.
 """
 
 from __future__ import annotations
@@ -9,10 +8,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,24 +18,28 @@ import numpy as np
 from lightning_acc.core.queries.moments import END
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
-from lightning_acc.judge.samples import SampleView, SampleViews, detection_precision, opened_picture
+from lightning_acc.judge.samples import SampleViews, detection_precision
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.figures import shown
-from lightning_acc.show.report import predictions
+from lightning_acc.show.report import groups, predictions, samples
+from lightning_acc.show.report.samples import shortened
 
 SHOWN = 24
 """Samples shown as pictures from each end of a ranking."""
-CURVE_POINTS = 200
-WHOLE = 2000
-"""Rankings up to this long are embedded whole, and so are scatter plots of so many points."""
-ENDS = 500
-"""Samples embedded from each end of a longer ranking."""
-THUMBNAIL, THUMBNAIL_BYTES = 96, 2**17
-"""Longest side of an embedded picture, in pixels, and its largest file: what is larger is made smaller."""
-TEXT = 400
-"""Characters of a sample's text that are embedded."""
+CURVE_POINTS, DRAWN = 200, 2000
+"""Points of a curve, and of a scatter plot, at most."""
+WHOLE = 200_000
+"""Rankings up to this long are embedded whole."""
+ENDS = 1000
+"""Samples embedded from each end of a longer ranking, and whose pictures come first."""
+SCRIPTS = (
+    *("tools", "samples", "agreement", "charts", "columns", "filters", "table", "selection", "detail", "rankings"),
+    *("groups", "cleaning", "predictions", "end"),
+)
+STYLES = ("page", "table", "predictions")
+"""Files of ``page``, in the order in which they are read."""
 CONTROLS = ("none", "random", "loss", "self-influence", "cleanlab", "validation", "validation added", "oracle")
 """Ways to choose what to remove that the removal curves of the estimates are held against."""
 
@@ -69,11 +71,11 @@ def render(title: str, facts: list[tuple[str, str]], content: dict[str, Any]) ->
     """
     import jinja2
 
-    files = importlib.resources.files(__name__)
+    files = importlib.resources.files(__name__).joinpath("page")
     page = files.joinpath("page.html").read_text("utf-8")
     style, script = (
-        "\n".join(files.joinpath(f"{part}.{kind}").read_text("utf-8") for part in ("page", "predictions"))
-        for kind in ("css", "js")
+        "\n".join(files.joinpath(f"{name}.{kind}").read_text("utf-8") for name in names)
+        for kind, names in (("css", STYLES), ("js", SCRIPTS))
     )
     # Whatever a sample's text says, it must not end the script element it stands in; and should anything slip through,
     # the browser runs no script but this one and loads nothing from elsewhere.
@@ -89,7 +91,8 @@ def collect(run: Record) -> dict[str, Any]:
     Raises:
         RequestError: there are no scores to show.
     """
-    tables = {name: table for name, table in stored_scores(run).items() if _single(table)}
+    stored = stored_scores(run)
+    tables = {name: table for name, table in stored.items() if _single(table)}
     if not tables:
         raise RequestError(f"{run.path} has no scores to report: compute some with score(run, method=...) first.")
     views = SampleViews(run)
@@ -98,73 +101,105 @@ def collect(run: Record) -> dict[str, Any]:
     fullest = max(map(len, map(_single, tables.values())))
     order = sorted(tables, key=lambda name: (len(_single(tables[name])) < fullest, *_prominence(tables[name])))
     methods = [_method(name, tables, corrupted) for name in order]
-    needed = {sample for method in methods for sample in method["ranking"]["samples"]}
-    needed.update(point[0] for method in methods for point in method.get("points", ()))
-    samples = {sample: _shown(views[sample]) for sample in sorted(needed)}
-    single = predictions.collect(run, views, _shown, samples)
-    if single is not None:
-        samples.update(single.pop("samples"))
+    ids: Sequence[int] = range(run.n_samples)
+    if run.n_samples > WHOLE:
+        ids = sorted({s for method in methods for s in (*method["ranking"]["samples"], *_points(method))})
+    pictures = samples.pictured(views, _by_prominence(methods))
+    single = predictions.collect(run, views, ids if isinstance(ids, range) else set(ids), pictures)
+    for sample, fields in {} if single is None else single.pop("samples").items():
+        pictures[sample] = {**pictures.get(sample, {}), **fields}
+    columns = samples.columns(run, views, ids)
+    known = groups.by_word(columns, ids)
     return {
         "methods": methods,
-        "samples": samples,
+        "ids": len(ids) if isinstance(ids, range) else ids,
+        "columns": columns,
+        "same": samples.same_inputs(run),
+        "samples": pictures,
         "predictions": single,
         "corrupted_share": None if corrupted is None else float(corrupted.mean()),
         "n_corrupted": None if corrupted is None else int(corrupted.sum()),
-        "groups": [found for name in order if (found := _groups(name, tables[name]))],
+        "groups": [
+            {"name": name, "conditions": _conditions(stored[name]), "rows": rows}
+            for name in sorted(stored, key=lambda name: _prominence(stored[name]))
+            if (rows := groups.of(stored[name], known))
+        ],
         "cleaning": _cleaning(run),
         "shown": SHOWN,
     }
 
 
+def _points(method: dict[str, Any]) -> list[int]:
+    return [point[0] for point in method.get("points", ())]
+
+
+def _by_prominence(methods: list[dict[str, Any]]) -> list[int]:
+    """The samples in the order in which their pictures are wanted: those at an end of a ranking, those drawn, all others."""
+    from_ends = [_from_ends(method["ranking"]["samples"]) for method in methods]
+    first = [sample for order in from_ends for sample in order[:ENDS]] + [s for method in methods for s in _points(method)]
+    return [*first, *(sample for order in from_ends for sample in order)]
+
+
+def _from_ends(order: list[int]) -> list[int]:
+    """An order from both of its ends towards its middle."""
+    turned = [sample for pair in zip(order, reversed(order), strict=True) for sample in pair]
+    return turned[: len(order)]
+
+
 def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) -> dict[str, Any]:
-    """One table of scores: its conditions, ranking, agreement with the truth, precision in finding the corrupted."""
+    """One table of scores: its conditions, ranking, agreement with the truth, precision in finding the corrupted.
+
+    The samples of its ranking begin with the most harmful; of a very long one they are those of both ends.
+    """
     table = tables[name]
     scores = _single(table)
-    samples, values = list(scores), np.array(list(scores.values()))
-    order = [samples[i] for i in np.argsort(values, kind="stable")]
-    whole = len(order) <= WHOLE
-    ends = order if whole else order[:ENDS] + order[-ENDS:]
-    ranks = np.arange(1, len(order) + 1)
-    truths = {} if registry.is_truth(table.conditions["method"]) else table.truths
+    single, values = list(scores), np.array(list(scores.values()))
+    order = [single[i] for i in np.argsort(values, kind="stable")]
+    ends = order if len(order) <= WHOLE else order[:ENDS] + order[-ENDS:]
+    estimate = not registry.is_truth(table.conditions["method"])
+    ranking = {"total": len(order), "samples": ends, "scores": [shortened(scores[sample]) for sample in ends]}
+    if estimate:
+        ranking["retrained"] = [s for s in ends if (s,) in table.truths]
+    for column in ("uncertainty", "diverged"):
+        if column in table.more:
+            of_each = table.by_removal(column)
+            ranking[column] = [_plain(of_each[(sample,)]) for sample in ends]
     entry: dict[str, Any] = {
         "name": name,
         "conditions": _conditions(table),
+        "truth": not estimate,
         "seconds": table.conditions["seconds"],
         "memory": table.conditions["peak_memory_gb"],
         "verdict": _verdict(table),
-        "ranking": {
-            "total": len(order),
-            "ranks": (ranks if whole else np.r_[ranks[:ENDS], ranks[-ENDS:]]).tolist(),
-            "samples": ends,
-            "scores": [_plain(scores[sample]) for sample in ends],
-            "retrained": [s for s in ends if (s,) in truths],
-        },
+        "ranking": ranking,
     }
-    truth = truth_for(tables, table)
-    if truth is not None and not registry.is_truth(table.conditions["method"]):
-        expected = _single(truth)
-        entry["ranking"]["truth"] = [_plain(expected.get(sample)) for sample in ends]
-        said = table.by_removal("estimate")
-        common = [sample for sample in scores if sample in expected]
-        if len(common) > 1:
-            # As for evaluate: extremes that were picked to be checked would flatter the figures.
-            verdict, partial = table.verdict, len(common) < len(scores)
-            picked = {r[0] for r in set(verdict.extremes) - set(verdict.random)} if partial else set()
-            compared = [sample for sample in common if sample not in picked]
-            figures = shown(np.array([said[(s,)] for s in compared]), np.array([expected[s] for s in compared]))
-            entry["agreement"] = {key: _plain(value) for key, value in figures.items()}
-            drawn = _drawn(common, set(ends))
-            entry["points"] = [
-                [sample, _plain(expected[sample]), _plain(said[(sample,)])]
-                for sample in drawn
-                if _plain(expected[sample]) is not None and _plain(said[(sample,)]) is not None
-            ]
-            entry["n_compared"] = figures["n"]
+    truth = truth_for(tables, table) if estimate else None
+    if truth is not None:
+        _compare(entry, table, scores, _single(truth))
     if corrupted is not None:
-        precision = detection_precision(values, corrupted[samples])
+        precision = detection_precision(values, corrupted[single])
         at = np.unique(np.linspace(1, len(precision), min(CURVE_POINTS, len(precision))).round().astype(int))
         entry["precision"] = [[int(k), float(precision[k - 1])] for k in at]
     return entry
+
+
+def _compare(entry: dict[str, Any], table: Scores, scores: dict[int, float], expected: dict[int, float]) -> None:
+    """Add the truth to the ranking, and how far the estimates agree with it."""
+    ends = entry["ranking"]["samples"]
+    entry["ranking"]["truth"] = [[sample, _plain(expected[sample])] for sample in ends if sample in expected]
+    said = table.by_removal("estimate")
+    common = [sample for sample in scores if sample in expected]
+    if len(common) < 2:
+        return
+    # As for evaluate: extremes that were picked to be checked would flatter the figures.
+    verdict, partial = table.verdict, len(common) < len(scores)
+    picked = {r[0] for r in set(verdict.extremes) - set(verdict.random)} if partial else set()
+    compared = [sample for sample in common if sample not in picked]
+    figures = shown(np.array([said[(s,)] for s in compared]), np.array([expected[s] for s in compared]))
+    entry["agreement"] = {key: _plain(value) for key, value in figures.items()}
+    points = [[sample, _plain(expected[sample]), _plain(said[(sample,)])] for sample in _drawn(common, ends)]
+    entry["points"] = [point for point in points if None not in point]
+    entry["n_compared"] = figures["n"]
 
 
 def _conditions(table: Scores) -> dict[str, Any]:
@@ -178,26 +213,18 @@ def _verdict(table: Scores) -> dict[str, str]:
     return {"word": word, "text": rest}
 
 
-def _groups(name: str, table: Scores) -> dict[str, Any] | None:
-    """Removals of several samples, by name; None where there are none."""
-    columns = ("score", "source", "estimate")
-    rows = zip(table.labels, table.removals, *(table.table[column].to_pylist() for column in columns), strict=True)
-    found = [
-        {"name": label, "samples": len(removal), "score": _plain(score), "source": source, "estimate": _plain(estimate)}
-        for label, removal, score, source, estimate in rows
-        if len(removal) > 1
-    ]
-    found.sort(key=lambda group: (group["score"] is None, group["score"]))
-    return {"name": name, "conditions": _conditions(table), "rows": found} if found else None
-
-
-def _drawn(common: list[int], extremes: set[int]) -> list[int]:
+def _drawn(common: list[int], ends: list[int]) -> list[int]:
     """The compared samples that are drawn: all of them, or the extremes and as many others, spread evenly."""
-    if len(common) <= WHOLE:
+    if len(common) <= DRAWN:
         return common
-    others = [sample for sample in common if sample not in extremes]
-    spread = np.linspace(0, len(others) - 1, min(len(others), WHOLE - 2 * ENDS)).round().astype(int)
-    return [sample for sample in common if sample in extremes] + [others[i] for i in spread]
+    wanted = set(common)
+    order = [sample for sample in ends if sample in wanted]
+    half = DRAWN // 4
+    extremes = order[:half] + order[-half:]
+    chosen = set(extremes)
+    others = [sample for sample in common if sample not in chosen]
+    spread = np.linspace(0, len(others) - 1, min(len(others), DRAWN - len(extremes))).round().astype(int)
+    return extremes + [others[i] for i in spread]
 
 
 def _cleaning(run: Record) -> dict[str, Any] | None:
@@ -241,34 +268,6 @@ def _prominence(table: Scores) -> tuple[int, str, bool, str, int]:
 
 def _plain(value: float | None) -> float | None:
     return None if value is None or not np.isfinite(value) else float(value)
-
-
-def _shown(view: SampleView) -> dict[str, Any]:
-    text = view.text if view.text is None or len(view.text) <= TEXT else view.text[:TEXT] + " …"
-    fields = {
-        "image": None if view.image is None else _thumbnail(view.image),
-        "text": text,
-        "name": view.name,
-        "label": view.label,
-        "true_label": view.true_label,
-        "corrupted": view.corrupted,
-    }
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def _thumbnail(image: bytes) -> str | None:
-    """A picture file as a data URL, made smaller where it is large; None if it cannot be read."""
-    picture = opened_picture(image)
-    if picture is None:
-        return None
-    kind = str(picture.format).lower()
-    if max(picture.size) > THUMBNAIL or len(image) > THUMBNAIL_BYTES:
-        small = picture.convert("RGB")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=85)
-        image, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def _facts(run: Record) -> list[tuple[str, str]]:

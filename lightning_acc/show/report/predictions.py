@@ -6,8 +6,7 @@ the examples that matter most, as far as the room allows.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from lightning_acc.core.removals import Removal
@@ -16,6 +15,8 @@ from lightning_acc.methods import registry
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.matrices import ScoreMatrix
 from lightning_acc.show.predictions import NEAR, Examples, extreme, stored_matrices
+from lightning_acc.show.report.classes import effects
+from lightning_acc.show.report.samples import Room, heavy, shown
 
 BYTES = 2_000_000
 """What the section adds to the page, at most."""
@@ -28,38 +29,24 @@ NAMED = 10
 LABEL = 80
 """Characters of a label."""
 
-Shown = Callable[[SampleView], dict[str, Any]]
 
-
-class Room:
-    """Bytes that are left, as JSON takes them."""
-
-    def __init__(self, left: int) -> None:
-        self.left = left
-
-    def take(self, *content: Any) -> bool:
-        """Whether there is room for all of ``content``; then it is taken."""
-        size = sum(len(json.dumps(one, separators=(",", ":"))) + 10 for one in content)
-        if size > self.left:
-            return False
-        self.left -= size
-        return True
-
-
-def collect(run: Record, views: SampleViews, shown: Shown, known: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+def collect(
+    run: Record, views: SampleViews, known: Container[int], pictured: dict[int, dict[str, Any]]
+) -> dict[str, Any] | None:
     """What the section shows, as plain JSON, with the samples that are to be added to the page's; None without a matrix.
 
     Args:
         run: the recorded run.
         views: of its training samples.
-        shown: makes a view what the page embeds.
-        known: the samples that the page has without this section.
+        known: the samples that the page's table has.
+        pictured: those whose pictures and texts are there without this section.
     """
     stored = stored_matrices(run)
     if not stored:
         return None
     room = Room(ROWS_BYTES)
     samples: dict[int, dict[str, Any]] = {}
+    labels = views.labels
     about: dict[tuple[str, str], Examples] = {}
     entries, described = [], [dict[int, dict[str, Any]]() for _ in stored]
     for name, asked in stored.items():
@@ -69,6 +56,7 @@ def collect(run: Record, views: SampleViews, shown: Shown, known: dict[int, dict
         examples = about[key]
         place = list(about).index(key)
         entry = _entry(run, name, asked, examples, place)
+        entry["effects"] = effects(asked, labels, {number: examples[number].label for number in asked.examples})
         for number in examples.ordered(asked):
             row = [*_near(*asked.helpful(number, NEAR), 1), *_near(*asked.harmful(number, NEAR), -1)]
             new = {i: _plain(views[i]) for i in _singles(row) if i not in known and i not in samples}
@@ -81,19 +69,21 @@ def collect(run: Record, views: SampleViews, shown: Shown, known: dict[int, dict
             samples.update(new)
         entries.append(entry)
     room.left += BYTES - ROWS_BYTES
+    whole: list[set[int]] = [set() for _ in about]
+    also: dict[int, dict[str, Any]] = {}
     for entry, number, row in _by_weight(entries, stored):
         examples = list(about.values())[entry["about"]]
         own = described[entry["about"]][number]
-        seen = {} if "whole" in own else shown(examples[number])
-        added = {i: shown(views[i]) for i in _singles(row) if i in samples and "whole" not in samples[i]}
-        if not room.take(_heavy(seen), *map(_heavy, added.values())):
+        seen = {} if number in whole[entry["about"]] else heavy(shown(examples[number]))
+        added = {i: heavy(shown(views[i])) for i in _singles(row) if i not in pictured and i not in also}
+        if not room.take(seen, *added.values()):
             break
-        own.update(_heavy(seen), whole=True)
-        for i, fields in added.items():
-            samples[i].update(_heavy(fields), whole=True)
+        own.update(seen)
+        whole[entry["about"]].add(number)
+        also |= added
         entry["pictured"] += 1
-    for fields in (*samples.values(), *(one for part in described for one in part.values())):
-        fields.pop("whole", None)
+    for i, fields in also.items():
+        samples.setdefault(i, {}).update(fields)
     return {"matrices": entries, "examples": described[: len(about)], "samples": samples}
 
 
@@ -174,7 +164,3 @@ def _plain(view: SampleView) -> dict[str, Any]:
 def _short(number: float) -> float:
     """As precise as it is shown."""
     return float(f"{number:.3g}")
-
-
-def _heavy(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if key in ("image", "text")}

@@ -58,7 +58,7 @@ class AdultDataModule(StudyDataModule):
         return np.arange(len(self._table(split)))
 
     def take(self, split: str, indices: np.ndarray, noisy: np.ndarray, random: np.random.Generator) -> Samples:
-        """The rows at ``indices`` as numbers, and in words."""
+        """The rows at ``indices`` as numbers; described in words, and answer by answer."""
         train, rows = self._table("train"), self._table(split).iloc[indices]
         columns = []
         for name in NUMERIC:
@@ -75,4 +75,5 @@ class AdultDataModule(StudyDataModule):
             for _, row in rows.iterrows()
         ]
         labels = (rows["income"] == ">50K").to_numpy(np.int64)
-        return Samples(features.astype(np.float32), labels, {"text": words})
+        asked = {name: rows[name].tolist() for name in (*NUMERIC, "education", *CATEGORIES)}
+        return Samples(features.astype(np.float32), labels, {"text": words, **asked})

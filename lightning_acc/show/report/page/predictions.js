@@ -43,7 +43,7 @@ if (data.predictions) {
   };
   const half = (title, near, scores, none) => {
     const box = make("div", {class: "near"}, ...near.map((what, i) => nearby(what, scores[i])));
-    box.classList.toggle("texts", near.some(what => typeof what !== "number" || data.samples[what].text));
+    box.classList.toggle("texts", near.some(what => typeof what !== "number" || data.samples[what]?.text));
     return [make("h3", {}, title), near.length ? box : make("p", {}, none)];
   };
   const detail = () => {
@@ -58,7 +58,10 @@ if (data.predictions) {
     const head = make("div", {class: "example"});
     if (one.image) head.append(image(one.image, `example ${number}`));
     head.append(facts);
-    find(".picked").replaceChildren(head,
+    const near = [...new Set([...helped, ...harmed].filter(what => typeof what === "number"))];
+    const button = make("button", {type: "button", class: "to-table"}, `Show these ${near.length} samples in the ranking`);
+    button.addEventListener("click", () => filterIds(`samples of example #${number}`, near));
+    find(".picked").replaceChildren(head, ...near.length ? [button] : [],
       ...half("Helped it most: without them its loss would be higher", helped, up, "Nothing that was asked about helped it."),
       ...half("Harmed it most: without them its loss would be lower", harmed, down, "Nothing that was asked about harmed it."));
     said.textContent = [...head.querySelectorAll("h3, .facts > div")].map(part => part.textContent).join(", ");
@@ -125,7 +128,5 @@ if (data.predictions) {
     choose(matrices[0]);
     named();
     addEventListener("hashchange", named);
-    const link = make("a", {href: "#predictions"}, "Predictions"), after = document.querySelector("nav a[href='#ranking']");
-    if (after) after.after(link); else $("nav").append(link);
   }
 }
