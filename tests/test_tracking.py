@@ -25,6 +25,7 @@ from lightning_acc.judge import cleaning_table, samples
 from lightning_acc.methods.registry import METHODS
 from lightning_acc.scoring.over_time import influence_over_time
 from lightning_acc.show import tracking
+from lightning_acc.show.headline import headline
 from lightning_acc.show.tracking import connection, driver, panels
 from lightning_acc.studies.data.base import png
 
@@ -78,6 +79,9 @@ class Described(Data):
             "label": [str(i % CLASSES) for i in range(N)],
             "true_label": ["8"] * N,
             "corrupted": [i in (3, 11) for i in range(N)],
+            "source": ["north" if i < 10 else "south" for i in range(N)],
+            "age": [20.5 + i for i in range(N)],
+            "rank": list(range(N)),
         }
 
     def describe_examples(self, query: str) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         run = la.Run(directory / "run")
         for method in METHODS:
             la.score(run, method, ray_address=None, check=0)
-            la.score(run, method, [[3, 11]], ray_address=None, check=0)
+            la.score(run, method, [[3, 11], list(range(10))], ray_address=None, check=0)
         la.score_matrix(run, "tracin", ray_address=None, check=0)
         la.score_matrix(run, "sgd-ie", ray_address=None, check=18)
         cleaning_table.write(run, cleaned())
@@ -173,11 +177,12 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
 def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> None:
     scores = la.score(logged.run, "acc-sgd-ie", ray_address=None, save=False, check=0).by_removal()
     rows = logged.rows("ranking/acc-sgd-ie")
-    assert [row["rank"] for row in rows] == list(range(1, N + 2))
+    assert [row["rank"] for row in rows] == list(range(1, N + 3))
     assert [row["score"] for row in rows] == sorted(row["score"] for row in rows)
     for row in rows:
-        if row["sample"] == "3 11":
-            assert (row["text"], row["picture"], row["label"]) == (None, None, None)
+        if " " in row["sample"]:
+            assert row["samples"] == len(row["sample"].split())
+            assert (row["text"], row["picture"], row["label"], row["described source"], row["age"]) == (None,) * 5
             continue
         sample = int(row["sample"])
         assert row["score"] == pytest.approx(scores[(sample,)], rel=1e-9)
@@ -185,6 +190,10 @@ def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> Non
         assert (row["label"], row["true label"]) == (str(sample % CLASSES), "8")
         assert row["corrupted"] == (sample in (3, 11))
         assert row["picture"] == "Image"
+        assert row["source"] == "estimate"
+        assert row["samples"] == 1
+        own = (row["described source"], row["age"], row["described rank"])
+        assert own == ("north" if sample < 10 else "south", 20.5 + sample, sample)
     # The pictures of a table are in the artifact it is uploaded as.
     artifacts = [record["artifact"] for record in logged.records if record["type"] == "artifact"]
     (staged,) = (artifact["manifest"]["contents"] for artifact in artifacts if "rankingacc-sgd-ie" in artifact["name"])
@@ -196,6 +205,37 @@ def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> Non
     assert [caption.split(":")[0] for caption in captions] == [f"#{row['sample']}" for row in single[: len(captions)]]
     pictures = [logged.path / "files" / name for name in logged.summary["most harmful/loo"]["filenames"]]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_the_headline_is_in_the_summary_and_the_notes_and_the_name_is_readable(logged: Logged) -> None:
+    said = str(headline(logged.run))
+    assert said == f"drop 6 of {N}: +25.0 points (20.0 to 30.0), the surest of 2 tried; ranking unchecked"
+    assert logged.summary["headline"] == said
+    runs = [record["run"] for record in logged.records if record["type"] == "run"]
+    assert runs[-1]["notes"] == said
+    assert {run["display_name"] for run in runs} == {"run: influence"}
+
+
+def test_groups_say_what_a_ranking_says_of_each_value_that_is_described(logged: Logged) -> None:
+    rows = logged.rows("groups/sgd-ie")
+    assert {row["column"] for row in rows} == {"label", "corrupted", "source", "text", "age", "rank"}
+    north = next(row for row in rows if row["value"] == "north")
+    scores = {
+        name: la.score(logged.run, name, ray_address=None, save=False, check=0).by_removal() for name in ("loo", "sgd-ie")
+    }
+    mine = [scores["sgd-ie"][(i,)] for i in range(10)]
+    assert (north["samples"], north["column"]) == (10, "source")
+    assert north["sum of scores"] == pytest.approx(sum(mine), rel=1e-9)
+    assert north["mean score"] == pytest.approx(sum(mine) / 10, rel=1e-9)
+    # Adjoints are linear: what they say of a group as a whole is the sum.
+    assert north["removed as a whole"] == pytest.approx(sum(mine), rel=1e-6)
+    whole = la.score(logged.run, "loo", [list(range(10))], ray_address=None, save=False, check=0).values[0]
+    assert north["loo"] == pytest.approx(whole, rel=1e-6)
+    south = next(row for row in rows if row["value"] == "south")
+    assert (south["removed as a whole"], south["loo"]) == (None, None)
+    worst = sorted(scores["sgd-ie"], key=lambda removal: scores["sgd-ie"][removal])[:2]
+    assert south["share among the most harmful tenth"] == sum(i >= 10 for (i,) in worst) / 14
+    assert north["share among the most harmful tenth"] == sum(i < 10 for (i,) in worst) / 10
 
 
 def test_the_worst_predictions_stand_with_the_samples_that_made_them(logged: Logged) -> None:
@@ -324,7 +364,7 @@ def test_content_hashes_tie_the_runs_together(logged: Logged) -> None:
     config = logged.facts["config"]
     assert config["content"] == content
     assert config["manifest"]["n_parameters"] == logged.run.n_parameters
-    (run,) = (record["run"] for record in logged.records if record["type"] == "run")
+    run = next(record["run"] for record in logged.records if record["type"] == "run")
     assert (run["project"], run["job_type"]) == ("somewhere", "influence")
     assert run["run_group"] == tracking.group_of(logged.run) == f"run-{logged.run.hash[:8]}"
     (artifact,) = (r["artifact"] for r in logged.records if r["type"] == "artifact" and r["artifact"]["type"] == "influence")

@@ -20,6 +20,8 @@ from lightning_acc.scoring.scores import Scores
 
 PROJECT = "lightning-acc"
 """The project where neither the caller nor the training's logger names one."""
+LONGEST = 128
+"""Characters W&B allows a name, and a group."""
 
 
 def mode() -> Any:
@@ -51,8 +53,13 @@ def finish() -> None:
 
 def group_of(run: Record) -> str:
     """The W&B group of everything that belongs to a training run: that of its logger, else name and content hash."""
-    group = _training(run).get("group") or f"{last_part(run.path)[:100]}-{run.hash[:8]}"  # W&B allows 128 characters
+    group = _training(run).get("group") or f"{last_part(run.path)[: LONGEST - 9]}-{run.hash[:8]}"
     return str(group)
+
+
+def name_of(path: str, job: str, what: str = "") -> str:
+    """What a W&B run is called: what it is about, and what is done there, as ``digits: score sgd-ie along``."""
+    return f"{last_part(path)}: {job} {what}".strip()[:LONGEST]
 
 
 def last_part(path: str) -> str:
@@ -65,7 +72,7 @@ def _training(run: Record) -> dict[str, Any]:
     return dict(without_credentials(run.manifest["logger"] or {}))
 
 
-def start(run: Record, job: str, project: str | None = None, directory: str | None = None) -> Any:
+def start(run: Record, job: str, project: str | None = None, directory: str | None = None, what: str = "") -> Any:
     """Open a W&B run about ``run``, beside any that is open in this process already.
 
     Args:
@@ -73,6 +80,7 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
         job: what the W&B run is: its job type.
         project: None takes that of the training's logger, else ``lightning-acc``.
         directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
+        what: what else tells it from others of this job, such as the method; stands in its name.
     """
     with extra():
         import wandb
@@ -90,6 +98,7 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
         project=project or training.get("project") or PROJECT,
         group=group_of(run),
         job_type=job,
+        name=name_of(run.path, job, what),
         config=without_credentials(config),
         dir=directory,
         mode=mode(),

@@ -17,9 +17,11 @@ from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.show.headline import headline
 from lightning_acc.show.tracking import panels
 from lightning_acc.show.tracking.connection import results, start, tie
 from lightning_acc.show.tracking.driver import Live
+from lightning_acc.show.tracking.groups import groups
 from lightning_acc.show.tracking.predictions import predictions
 
 _CONDITIONS = ("method", "query", "at", "readout", "dtype", "removals", "runs")
@@ -36,9 +38,11 @@ def track(
 ) -> str:
     """Log what is known about a run to W&B, never asking anything; offline where there is no key.
 
-    Logged are the rankings with pictures or text, what made the worst predictions, the agreement with the truth, the
-    removal curves of cleaning, the influence of the most harmful and most helpful samples over training time, cost, the
-    finding of corrupted samples, and the results themselves as an artifact. Of these, what the run directory holds.
+    Its headline (``lightning_acc.show.headline``) stands in the summary, and as the notes. Logged are the rankings with
+    pictures or text and all that is described of the samples, the groups these make, what made the worst predictions, the
+    agreement with the truth, the removal curves of cleaning, the influence of the most harmful and most helpful samples over
+    training time, cost, the finding of corrupted samples, and the results themselves as an artifact. Of these, what the run
+    directory holds.
 
     Args:
         run: the recorded run with its scores.
@@ -61,11 +65,17 @@ def track(
     cleaned = _cleaning(run)
     with nullcontext(into.tracked) if into else start(run, "influence", project, directory) as tracked:
         tie(tracked, run, tables, results(run, tables, evaluation, cleaned))
+        said = headline(run, tables)
+        if said is not None:
+            tracked.summary["headline"] = tracked.notes = said.text
         views = SampleViews(run)
         pictures = panels.Pictures(views)
         for name, table in tables.items():
             tracked.log({f"ranking/{name}": panels.ranking(table, truth_for(tables, table), pictures)})
             tracked.summary.update(panels.verdict(name, table))
+            grouped = groups(run, tables, name)
+            if grouped is not None:
+                tracked.log({f"groups/{name}": grouped})
             gallery = panels.gallery(table, views)
             if gallery:
                 tracked.log({f"most harmful/{name}": gallery})
