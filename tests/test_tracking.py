@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import pytorch_lightning as pl
 from problems import CLASSES, Data, N, data, make, record, trainer
@@ -24,9 +26,10 @@ from lightning_acc.core.replay import Replay
 from lightning_acc.judge import cleaning_table, samples
 from lightning_acc.methods.registry import METHODS
 from lightning_acc.scoring.over_time import influence_over_time
+from lightning_acc.scoring.selection import select
 from lightning_acc.show import tracking
 from lightning_acc.show.headline import headline
-from lightning_acc.show.tracking import connection, driver, panels
+from lightning_acc.show.tracking import artifacts, connection, driver, panels
 from lightning_acc.studies.data.base import png
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
@@ -146,6 +149,13 @@ class Logged:
         for row in self.rows(f"{key}_table"):
             found.setdefault(row["lineKey"], []).append((row["step"], row["lineVal"]))
         return found
+
+    def artifact(self, kind: str) -> tuple[dict[str, Any], dict[str, Path]]:
+        """What the one artifact of a kind tells of itself, and its files."""
+        (found,) = (r["artifact"] for r in self.records if r["type"] == "artifact" and r["artifact"]["type"] == kind)
+        told = found["metadata"]
+        files = {entry["path"]: Path(entry["local_path"]) for entry in found["manifest"]["contents"]}
+        return told if isinstance(told, dict) else json.loads(told), files
 
 
 def environment(patch: pytest.MonkeyPatch, files: Path) -> None:
@@ -362,20 +372,50 @@ def test_content_hashes_tie_the_runs_together(logged: Logged) -> None:
     content = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     content["manifest"] = logged.run.hash
     config = logged.facts["config"]
-    assert config["content"] == content
+    assert {name: config["content"][name] for name in content} == content
     assert config["manifest"]["n_parameters"] == logged.run.n_parameters
     run = next(record["run"] for record in logged.records if record["type"] == "run")
     assert (run["project"], run["job_type"]) == ("somewhere", "influence")
     assert run["run_group"] == tracking.group_of(logged.run) == f"run-{logged.run.hash[:8]}"
-    (artifact,) = (r["artifact"] for r in logged.records if r["type"] == "artifact" and r["artifact"]["type"] == "influence")
-    metadata = artifact["metadata"] if isinstance(artifact["metadata"], dict) else json.loads(artifact["metadata"])
-    assert metadata["content"] == content
+    metadata, entries = logged.artifact("influence")
+    assert {"manifest": metadata["made_of"]["manifest"], **metadata["content"]} == content
     assert metadata["group"] == run["run_group"]
-    entries = {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
     assert set(entries) == set(names)
     for name, staged in entries.items():
         assert staged.is_relative_to(logged.files)  # WANDB_DATA_DIR
         assert staged.read_bytes() == (folder / name).read_bytes()
+
+
+def test_hashes_lead_from_the_cleaned_set_to_the_ids_to_the_scores_to_the_record(logged: Logged) -> None:
+    sgd_ie = la.score(logged.run, "sgd-ie", ray_address=None, save=False, check=0)
+    worst = [removal[0] for removal in sgd_ie.most_harmful(6)]  # as many as the headline says
+    drop, ids = logged.artifact("drop")
+    assert ids["drop.txt"].read_text().split() == [str(i) for i in worst]
+    assert select(logged.run, str(ids["drop.txt"])) == [(i,) for i in worst]
+    content = logged.facts["config"]["content"]
+    made_of = {name: content[name] for name in ("manifest", "scores/sgd-ie.parquet", "cleaning.parquet")}
+    assert drop["made_of"] == made_of
+    cleaned, files = logged.artifact("cleaned")
+    assert cleaned["made_of"] == {"manifest": logged.run.hash, "drop.txt": drop["content"]["drop.txt"]}
+    for told, staged in ((drop, ids), (cleaned, files)):
+        assert told["content"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in staged.items()}
+        assert told["content"].items() <= content.items()
+    kept = [i for i in range(N) if i not in worst]
+    assert files["kept.txt"].read_text().split() == [str(i) for i in kept]
+    rows = parquet.read_table(files["cleaned.parquet"])
+    assert rows["sample"].to_pylist() == kept
+    assert np.array_equal(np.array(rows["0"].to_pylist()), data().tensors[0][kept].numpy())
+    assert rows["source"].to_pylist() == ["north" if i < 10 else "south" for i in kept]
+    pictures = datasets.Dataset(rows)["image"]  # which the file says they are
+    assert [picture.size for picture in pictures] == [(6, 6)] * len(kept)
+
+
+def test_of_a_large_training_set_the_ids_are_logged_and_not_the_data(
+    logged: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "LARGEST", 100)
+    again = Logged(logged.run, [], Path(tracking.track(logged.run, None, over_time=0)), tmp_path)
+    assert set(again.artifact("cleaned")[1]) == {"kept.txt"}
 
 
 def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Logged) -> None:
