@@ -510,6 +510,31 @@ def test_dashboards_name_the_commands_for_offline_runs(logged: Logged, monkeypat
         uploaded.unlink()
 
 
+def test_dashboards_find_every_project_that_results_were_logged_to(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    directory = str(tmp_path / "several")
+    quiet = wandb.Settings(silent=True, console="off")
+    paths = {}
+    for project in ("one", "two"):
+        paths[project] = tracking.track(logged.run, None, project, directory, over_time=0)
+    for project in ("two", "of others"):  # a training of its own, and what has nothing to do with us
+        other = wandb.init(project=project, dir=directory, settings=quiet, entity="some-team", config={"a": "training"})
+        paths[f"{project}, other"] = str(Path(other.dir).parent)
+        other.finish()
+    text = tracking.dashboards(directory=directory)
+    assert "2 offline runs of two " in text
+    assert "1 offline run of one " in text
+    assert text.index(" of two ") < text.index(" of one ")  # the newest first
+    for name, path in paths.items():
+        assert (f"wandb sync {Path(path).relative_to(tmp_path)}" in text) == ("of others" not in name)
+    assert "1 offline run of of others" in tracking.dashboards("of others", directory)
+    assert tracking.dashboards(directory=str(tmp_path)).startswith("Nothing of lightning-acc was logged")
+
+
 def test_one_live_run_shows_progress_and_receives_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,7 +84,7 @@ def dashboards(project: str | None = None) -> None:
     """Say how to open what was logged to W&B: its address, or the commands for runs that are offline.
 
     Args:
-        project: by default lightning-acc.
+        project: by default every project that results were logged to from here.
     """
     from lightning_acc.show import tracking
 

@@ -3,7 +3,8 @@
 from lightning_acc.show.tracking.connection import finish, group_of, last_part, logger_options, mode, name_of
 from lightning_acc.show.tracking.dashboard import track
 from lightning_acc.show.tracking.driver import Live, live
-from lightning_acc.show.tracking.layout import dashboards, workspace
+from lightning_acc.show.tracking.layout import workspace
+from lightning_acc.show.tracking.opening import dashboards
 
 __all__ = [
     "Live",

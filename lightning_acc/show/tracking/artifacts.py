@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +25,7 @@ from lightning_acc.record.record import Record
 from lightning_acc.record.store import digest
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.show.headline import Headline
-from lightning_acc.show.tracking.connection import group_of, training_of
+from lightning_acc.show.tracking.connection import MARK, group_of, training_of
 from lightning_acc.show.tracking.panels import singles
 
 DROP, KEPT, CLEANED = "drop.txt", "kept.txt", "cleaned.parquet"
@@ -77,13 +79,15 @@ def _log(
         metadata={
             "content": content,
             "made_of": made_of,
-            "training_run": training_of(run).get("id"),
+            MARK: training_of(run).get("id"),
             "group": group_of(run),
         },
     )
-    for name, data in files.items():
-        with artifact.new_file(name, mode="wb") as file:
-            file.write(data)
+    with tempfile.TemporaryDirectory() as folder:  # W&B takes copies; its own folder would lie about for a while
+        for i, (name, data) in enumerate(files.items()):
+            path = Path(folder, str(i))
+            path.write_bytes(data)
+            artifact.add_file(str(path), name)
     tracked.log_artifact(artifact)
     return content
 

@@ -14,6 +14,8 @@ from lightning_acc.record.record import Record
 
 PROJECT = "lightning-acc"
 """The project where neither the caller nor the training's logger names one."""
+MARK = "training_run"
+"""In the configuration of every W&B run of ours: the id of the W&B run of the training; by it ours are told from others."""
 LONGEST = 128
 """Characters W&B allows a name, and a group."""
 
@@ -84,7 +86,7 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
     manifest = {key: value for key, value in run.manifest.items() if key not in ("files", "layout")}
     config = {
         "run": run.path,
-        "training_run": training.get("id"),
+        MARK: training.get("id"),
         "manifest": {**manifest, "n_parameters": run.n_parameters},
         "content": {"manifest": run.hash},
     }

@@ -1,10 +1,9 @@
-"""The W&B workspace that arranges what ``track`` logs, and how to open it: online, or offline in a terminal."""
+"""The W&B workspace that arranges what ``track`` logs."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 NAME = "Influence"
-SHOWN_RUNS = 20
-"""Offline runs that are listed, the newest first."""
-_SAVED = "lightning-acc-workspaces.json"
+SAVED = "lightning-acc-workspaces.json"
 
 
 def workspace(
@@ -61,13 +58,13 @@ def workspace(
                 import wandb
             entity = str(wandb.Api().default_entity or "")
     built = _build(project, entity, tables)
-    saved = _saved(directory)
-    if save or (save is None and online and f"{entity}/{project}" not in saved):
+    known = saved(directory)
+    if save or (save is None and online and f"{entity}/{project}" not in known):
         with _refusals(project):
             built.save()
-            note = _files(directory) / _SAVED
+            note = files(directory) / SAVED
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps({**saved, f"{entity}/{project}": built.url}, indent=1))
+            note.write_text(json.dumps({**known, f"{entity}/{project}": built.url}, indent=1))
     return built
 
 
@@ -80,69 +77,17 @@ def _refusals(project: str) -> Iterator[None]:
         raise RequestError(f"The workspace of {project} was not saved: {error}") from error
 
 
-def dashboards(project: str | None = None, directory: str | None = None) -> str:
-    """How to open what was logged, as text for a terminal.
-
-    With a key: the addresses of the project and of its workspace, which is made if need be. For every run that W&B keeps
-    on this machine and has not uploaded: the commands that show it in the terminal, and that upload it.
-
-    Args:
-        project: None for ``lightning-acc``.
-        directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
-    """
-    project = project or PROJECT
-    lines = _online(project, directory) if mode() == "online" else []
-    waiting = [run for run in _offline_runs(directory, project) if not list(run.glob("*.wandb.synced"))]
-    if waiting:
-        lines.append(f"{len(waiting)} offline run{'s' * (len(waiting) > 1)} of {project} on this machine, the newest first:")
-        lines += [f"  wandb leet {_word(run)}" for run in waiting[:SHOWN_RUNS]]
-        lines += [f"  and {len(waiting) - SHOWN_RUNS} more in {_word(_files(directory))}"] * (len(waiting) > SHOWN_RUNS)
-        lines.append("To upload them later, from this machine and after wandb login:")
-        lines += [f"  wandb sync {_word(run)}" for run in waiting[:SHOWN_RUNS]]
-    elif not lines:
-        lines.append(f"Nothing of {project} was logged in {_word(_files(directory))} yet: lightning-acc track RUN does it.")
-    return "\n".join(lines)
-
-
-def _online(project: str, directory: str | None) -> list[str]:
-    try:
-        built = workspace(project, directory=directory)
-    except RequestError as error:
-        return [str(error)]
-    known = _saved(directory).get(f"{built.entity}/{project}", "")
-    return [f"project:   {known.split('?')[0]}", f"workspace: {known}"] if known else []
-
-
-def _files(directory: str | None) -> Path:
+def files(directory: str | None) -> Path:
     """Where W&B puts its runs."""
     return Path(directory or os.environ.get("WANDB_DIR") or ".") / "wandb"
 
 
-def _saved(directory: str | None) -> dict[str, str]:
+def saved(directory: str | None) -> dict[str, str]:
     """Addresses of the workspaces saved from here, by entity and project."""
     try:
-        return dict(json.loads((_files(directory) / _SAVED).read_text()))
+        return dict(json.loads((files(directory) / SAVED).read_text()))
     except (OSError, ValueError):
         return {}
-
-
-def _offline_runs(directory: str | None, project: str) -> list[Path]:
-    # A run's file begins with its identity, of which the project is the field with number 3.
-    name = project.encode()
-    field = b"\x1a" + bytes([len(name) % 256]) + name
-
-    def belongs(run: Path) -> bool:
-        for file in run.glob("*.wandb"):
-            with file.open("rb") as content:
-                return field in content.read(1024)
-        return False
-
-    runs = sorted(_files(directory).glob("offline-run-*"), key=lambda run: run.name, reverse=True)
-    return [run for run in runs if belongs(run)]
-
-
-def _word(path: Path) -> str:
-    return shlex.quote(os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve()))
 
 
 def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace:
