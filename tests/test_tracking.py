@@ -434,6 +434,7 @@ def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Log
     assert [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]] == [s.name for s in built.sections]
     known = set(logged.summary) | {"progress/fraction", "progress/seconds_left"}
     # Only what cleaning was done by is there.
+    assert built.runset_settings.pinned_columns[:2] == ["run:displayName", "summary:headline"]
     known |= {f"cleaning by {method}_table" for method in ("loo", "acc-sgd-ie", "acc-low-rank", "tracin")}
     charts = {}
     for section in built.sections:
@@ -458,6 +459,57 @@ def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Log
     for key, panel in shown.items():
         if key != "cleaning by random":
             assert charts[key] == (panel["panelDefId"], panel["fieldSettings"])
+
+
+def texts(block: Any) -> str:
+    """All that is to be read in a block of a report."""
+    if isinstance(block, dict):
+        return "".join(texts(value) for key, value in block.items() if key in ("children", "text"))
+    return "".join(map(texts, block)) if isinstance(block, list) else str(block)
+
+
+def test_the_report_has_headline_verdicts_and_panels_of_what_is_there(logged: Logged) -> None:
+    built = tracking.report(logged.run, "somewhere", "someone")
+    assert (built.project, built.entity) == ("somewhere", "someone")
+    assert built.title == "Influence of the training samples: run"
+    spec = json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    blocks = [block for block in spec["blocks"] if texts(block) or block["type"] == "panel-grid"]
+    said = [texts(block) for block in blocks if block["type"] == "heading"]
+    assert said[0] == str(headline(logged.run)) == built.description
+    assert said[2:] == ["Rankings", "Predictions", "Agreement", "Cleaning", "Over training time", "Cost"]
+    (verdicts,) = (texts(block) for block in blocks if block["type"] == "list")
+    for method in METHODS:
+        assert f"{method}, 26 removals, query val: " in verdicts
+    assert "these are true scores" in verdicts
+    assert any(cleaning_table.MAY_ERR in texts(block) for block in blocks)
+    grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
+    assert len(grids) == 6
+    known = {*logged.summary, "progress/fraction", "progress/seconds_left"}
+    for grid in grids:
+        (runs,) = grid["runSets"]
+        (shown,) = runs["filters"]["filters"]
+        assert (shown["key"]["name"], shown["op"], shown["value"]) == ("group", "=", tracking.group_of(logged.run))
+        assert grid["panelBankSectionConfig"]["panels"]
+    first = json.dumps(grids[0]["panelBankSectionConfig"]["panels"])
+    assert all(f"ranking/{method}" in first and f"groups/{method}" in first for method in METHODS)
+    assert {f"ranking/{method}" for method in METHODS} <= known
+
+
+def test_a_report_leaves_out_what_is_not_there_and_needs_scores_and_to_be_saved_a_key(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make())
+    with pytest.raises(la.RequestError, match="no scores yet"):
+        tracking.report(run)
+    la.score(run, "sgd-ie", ray_address=None, check=0)
+    run.manifest = {**run.manifest, "logger": {"project": "theirs", "group": 'it\'s "a" group', "id": "x"}}
+    built = tracking.report(run)
+    assert built.project == "theirs"
+    spec = json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    said = [texts(block) for block in spec["blocks"] if block["type"] == "heading"]
+    assert said[2:] == ["Rankings", "Agreement", "Over training time", "Cost"]
+    runs = [block["metadata"]["runSets"][0] for block in spec["blocks"] if block["type"] == "panel-grid"]
+    assert {one["filters"]["filters"][0]["value"] for one in runs} == {'it\'s "a" group'}
+    with pytest.raises(la.RequestError, match="report on run cannot be saved without a key"):
+        tracking.report(run, save=True)
 
 
 def test_the_workspace_is_saved_once_where_there_is_a_key(

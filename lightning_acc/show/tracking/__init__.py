@@ -5,6 +5,7 @@ from lightning_acc.show.tracking.dashboard import track
 from lightning_acc.show.tracking.driver import Live, live
 from lightning_acc.show.tracking.layout import workspace
 from lightning_acc.show.tracking.opening import dashboards
+from lightning_acc.show.tracking.report import report
 
 __all__ = [
     "Live",
@@ -16,6 +17,7 @@ __all__ = [
     "logger_options",
     "mode",
     "name_of",
+    "report",
     "track",
     "workspace",
 ]
