@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import lightning_acc as la
 from lightning_acc.cli import main
 from lightning_acc.show import tracking
+from lightning_acc.show.headline import headline
 from lightning_acc.show.tracking import driver
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -65,7 +66,9 @@ def test_a_verb_shows_its_progress_and_then_the_results_in_one_run(
     whole = [i for i, item in enumerate(items) if "progress/fraction" in item]
     assert max(whole) < min(i for i, item in enumerate(items) if any(k.startswith(key) for k in item))  # the results come last
     assert found.summary[key]["nrows"] >= 1
-    assert str(found.path) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(found.path) in said
+    assert (str(headline(run)) in said) == (verb == "clean")
 
 
 def test_a_verb_tells_nothing_where_it_is_not_asked_to(run: la.Run, tmp_path: Path) -> None:

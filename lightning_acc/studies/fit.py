@@ -195,7 +195,8 @@ def run(args: list[str]) -> None:
             print(f"W&B ({tracking.mode()}): {tracking.track(recorded, rows, options.project, into=shown)}")
     else:
         _score_and_evaluate(recorded, options)
-    print(headline(recorded))
+    if (said := headline(recorded)) is not None:
+        print(said)
     print(f"report: {write_report(recorded)}")
 
 
