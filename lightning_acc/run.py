@@ -59,7 +59,7 @@ class Run(Record):
         queries.add(self, name, loader)
 
     def audit(self) -> AuditReport:
-        """Replay the training step over the record and compare with the recorded parameters (DESIGN, fact 7)."""
+        """Replay the training step over the record and compare with the recorded parameters."""
         return audit(self)
 
     def __reduce__(self) -> Any:

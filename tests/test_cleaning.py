@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_acc as la
 from lightning_acc.cli import main
 from lightning_acc.core.replay import Replay
-from lightning_acc.judge import cleaning, cleaning_table, controls
+from lightning_acc.judge import cleaning, cleaning_table, controls, exports
 from lightning_acc.judge.fresh_training import Retraining, fresh_parameters, retrain
 
 
@@ -73,6 +73,19 @@ def test_truth_and_oracle_are_shown_where_they_are_known(tmp_path: Path, run: la
     assert list(rows) == [("none", 0.0), ("loo", 0.17), ("loo", 0.5), ("oracle", 0.17), ("oracle", 0.5)]
     assert rows["oracle", 0.5]["n_removed"] == 8  # no more than there are
     assert rows["oracle", 0.17]["losses"] == rows["oracle", 0.5]["losses"]
+
+
+def test_the_samples_named_to_be_dropped_are_those_that_were_dropped(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Any] = []
+    plan = cleaning._plan
+    monkeypatch.setattr(cleaning, "_plan", lambda *words, **more: plans.append(plan(*words, **more)) or plans[-1])
+    scores = la.score(run, "sgd-ie", ray_address=None, save=False)
+    assert scores.truths  # which stand in the places of estimates, and are none of what ranks them
+    table = la.clean(run, "sgd-ie", [0.25], seeds=2, ray_address=None, controls=("none",), save=False)
+    named = exports.dropped(run, scores, table.to_pylist()[-1]["n_removed"])
+    assert frozenset(named) == plans[0]["sgd-ie", 0.25][0]
+    estimates = scores.by_removal("estimate")
+    assert named == sorted(range(48), key=lambda i: estimates[(i,)])[:12]
 
 
 def test_gains_are_paired_and_intervals_are_students(run: la.Run) -> None:

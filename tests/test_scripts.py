@@ -114,3 +114,17 @@ def test_cluster_demo(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"dashboard: http://127\.0\.0\.1:\d+", printed)
     assert "killed: the second node" in printed
     assert printed.endswith("the same ranking of 600 samples, to the last bit\n")
+
+
+def test_what_can_go_wrong_is_drawn_and_told_in_figures(tmp_path: Path) -> None:
+    script = load("what_can_go_wrong", N=60, BATCH=20, EPOCHS=2, HIDDEN=4, LEFT_OUT=4, SIZES=(1,))
+    figures = script.write(tmp_path)
+    text = (tmp_path / "what-can-go-wrong.md").read_text()
+    for picture in ("relu", "groups", "end-of-run", "batch-norm"):
+        assert f"]({picture}.svg)" in text
+        assert (tmp_path / f"{picture}.svg").read_text().rstrip().endswith("</svg>")
+    for name in ("gelu", "relu", "end", "along", "batch_norm"):
+        assert -1 <= figures[name] <= 1
+        assert f"{figures[name]:.2f}" in text
+    assert figures["gelu"] > 0.9  # of 6 steps of a smooth network
+    assert "60 images, 2 epochs" in text

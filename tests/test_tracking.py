@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import pytorch_lightning as pl
 from problems import CLASSES, Data, N, data, make, record, trainer
@@ -24,8 +26,10 @@ from lightning_acc.core.replay import Replay
 from lightning_acc.judge import cleaning_table, samples
 from lightning_acc.methods.registry import METHODS
 from lightning_acc.scoring.over_time import influence_over_time
+from lightning_acc.scoring.selection import select
 from lightning_acc.show import tracking
-from lightning_acc.show.tracking import connection, driver, panels
+from lightning_acc.show.headline import headline
+from lightning_acc.show.tracking import artifacts, connection, driver, panels
 from lightning_acc.studies.data.base import png
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
@@ -78,6 +82,9 @@ class Described(Data):
             "label": [str(i % CLASSES) for i in range(N)],
             "true_label": ["8"] * N,
             "corrupted": [i in (3, 11) for i in range(N)],
+            "source": ["north" if i < 10 else "south" for i in range(N)],
+            "age": [20.5 + i for i in range(N)],
+            "rank": list(range(N)),
         }
 
     def describe_examples(self, query: str) -> dict[str, Any]:
@@ -143,6 +150,13 @@ class Logged:
             found.setdefault(row["lineKey"], []).append((row["step"], row["lineVal"]))
         return found
 
+    def artifact(self, kind: str) -> tuple[dict[str, Any], dict[str, Path]]:
+        """What the one artifact of a kind tells of itself, and its files."""
+        (found,) = (r["artifact"] for r in self.records if r["type"] == "artifact" and r["artifact"]["type"] == kind)
+        told = found["metadata"]
+        files = {entry["path"]: Path(entry["local_path"]) for entry in found["manifest"]["contents"]}
+        return told if isinstance(told, dict) else json.loads(told), files
+
 
 def environment(patch: pytest.MonkeyPatch, files: Path) -> None:
     files.mkdir(exist_ok=True)
@@ -161,7 +175,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
         run = la.Run(directory / "run")
         for method in METHODS:
             la.score(run, method, ray_address=None, check=0)
-            la.score(run, method, [[3, 11]], ray_address=None, check=0)
+            la.score(run, method, [[3, 11], list(range(10))], ray_address=None, check=0)
         la.score_matrix(run, "tracin", ray_address=None, check=0)
         la.score_matrix(run, "sgd-ie", ray_address=None, check=18)
         cleaning_table.write(run, cleaned())
@@ -173,11 +187,12 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
 def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> None:
     scores = la.score(logged.run, "acc-sgd-ie", ray_address=None, save=False, check=0).by_removal()
     rows = logged.rows("ranking/acc-sgd-ie")
-    assert [row["rank"] for row in rows] == list(range(1, N + 2))
+    assert [row["rank"] for row in rows] == list(range(1, N + 3))
     assert [row["score"] for row in rows] == sorted(row["score"] for row in rows)
     for row in rows:
-        if row["sample"] == "3 11":
-            assert (row["text"], row["picture"], row["label"]) == (None, None, None)
+        if " " in row["sample"]:
+            assert row["samples"] == len(row["sample"].split())
+            assert (row["text"], row["picture"], row["label"], row["described source"], row["age"]) == (None,) * 5
             continue
         sample = int(row["sample"])
         assert row["score"] == pytest.approx(scores[(sample,)], rel=1e-9)
@@ -185,6 +200,10 @@ def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> Non
         assert (row["label"], row["true label"]) == (str(sample % CLASSES), "8")
         assert row["corrupted"] == (sample in (3, 11))
         assert row["picture"] == "Image"
+        assert row["source"] == "estimate"
+        assert row["samples"] == 1
+        own = (row["described source"], row["age"], row["described rank"])
+        assert own == ("north" if sample < 10 else "south", 20.5 + sample, sample)
     # The pictures of a table are in the artifact it is uploaded as.
     artifacts = [record["artifact"] for record in logged.records if record["type"] == "artifact"]
     (staged,) = (artifact["manifest"]["contents"] for artifact in artifacts if "rankingacc-sgd-ie" in artifact["name"])
@@ -196,6 +215,37 @@ def test_rankings_show_every_sample_with_picture_and_text(logged: Logged) -> Non
     assert [caption.split(":")[0] for caption in captions] == [f"#{row['sample']}" for row in single[: len(captions)]]
     pictures = [logged.path / "files" / name for name in logged.summary["most harmful/loo"]["filenames"]]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_the_headline_is_in_the_summary_and_the_notes_and_the_name_is_readable(logged: Logged) -> None:
+    said = str(headline(logged.run))
+    assert said == f"drop 6 of {N}: +25.0 points (20.0 to 30.0), the surest of 2 tried; ranking unchecked"
+    assert logged.summary["headline"] == said
+    runs = [record["run"] for record in logged.records if record["type"] == "run"]
+    assert runs[-1]["notes"] == said
+    assert {run["display_name"] for run in runs} == {"run: influence"}
+
+
+def test_groups_say_what_a_ranking_says_of_each_value_that_is_described(logged: Logged) -> None:
+    rows = logged.rows("groups/sgd-ie")
+    assert {row["column"] for row in rows} == {"label", "corrupted", "source", "text", "age", "rank"}
+    north = next(row for row in rows if row["value"] == "north")
+    scores = {
+        name: la.score(logged.run, name, ray_address=None, save=False, check=0).by_removal() for name in ("loo", "sgd-ie")
+    }
+    mine = [scores["sgd-ie"][(i,)] for i in range(10)]
+    assert (north["samples"], north["column"]) == (10, "source")
+    assert north["sum of scores"] == pytest.approx(sum(mine), rel=1e-9)
+    assert north["mean score"] == pytest.approx(sum(mine) / 10, rel=1e-9)
+    # Adjoints are linear: what they say of a group as a whole is the sum.
+    assert north["removed as a whole"] == pytest.approx(sum(mine), rel=1e-6)
+    whole = la.score(logged.run, "loo", [list(range(10))], ray_address=None, save=False, check=0).values[0]
+    assert north["loo"] == pytest.approx(whole, rel=1e-6)
+    south = next(row for row in rows if row["value"] == "south")
+    assert (south["removed as a whole"], south["loo"]) == (None, None)
+    worst = sorted(scores["sgd-ie"], key=lambda removal: scores["sgd-ie"][removal])[:2]
+    assert south["share among the most harmful tenth"] == sum(i >= 10 for (i,) in worst) / 14
+    assert north["share among the most harmful tenth"] == sum(i < 10 for (i,) in worst) / 10
 
 
 def test_the_worst_predictions_stand_with_the_samples_that_made_them(logged: Logged) -> None:
@@ -322,20 +372,50 @@ def test_content_hashes_tie_the_runs_together(logged: Logged) -> None:
     content = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     content["manifest"] = logged.run.hash
     config = logged.facts["config"]
-    assert config["content"] == content
+    assert {name: config["content"][name] for name in content} == content
     assert config["manifest"]["n_parameters"] == logged.run.n_parameters
-    (run,) = (record["run"] for record in logged.records if record["type"] == "run")
+    run = next(record["run"] for record in logged.records if record["type"] == "run")
     assert (run["project"], run["job_type"]) == ("somewhere", "influence")
     assert run["run_group"] == tracking.group_of(logged.run) == f"run-{logged.run.hash[:8]}"
-    (artifact,) = (r["artifact"] for r in logged.records if r["type"] == "artifact" and r["artifact"]["type"] == "influence")
-    metadata = artifact["metadata"] if isinstance(artifact["metadata"], dict) else json.loads(artifact["metadata"])
-    assert metadata["content"] == content
+    metadata, entries = logged.artifact("influence")
+    assert {"manifest": metadata["made_of"]["manifest"], **metadata["content"]} == content
     assert metadata["group"] == run["run_group"]
-    entries = {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
     assert set(entries) == set(names)
     for name, staged in entries.items():
         assert staged.is_relative_to(logged.files)  # WANDB_DATA_DIR
         assert staged.read_bytes() == (folder / name).read_bytes()
+
+
+def test_hashes_lead_from_the_cleaned_set_to_the_ids_to_the_scores_to_the_record(logged: Logged) -> None:
+    sgd_ie = la.score(logged.run, "sgd-ie", ray_address=None, save=False, check=0)
+    worst = [removal[0] for removal in sgd_ie.most_harmful(6)]  # as many as the headline says
+    drop, ids = logged.artifact("drop")
+    assert ids["drop.txt"].read_text().split() == [str(i) for i in worst]
+    assert select(logged.run, str(ids["drop.txt"])) == [(i,) for i in worst]
+    content = logged.facts["config"]["content"]
+    made_of = {name: content[name] for name in ("manifest", "scores/sgd-ie.parquet", "cleaning.parquet")}
+    assert drop["made_of"] == made_of
+    cleaned, files = logged.artifact("cleaned")
+    assert cleaned["made_of"] == {"manifest": logged.run.hash, "drop.txt": drop["content"]["drop.txt"]}
+    for told, staged in ((drop, ids), (cleaned, files)):
+        assert told["content"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in staged.items()}
+        assert told["content"].items() <= content.items()
+    kept = [i for i in range(N) if i not in worst]
+    assert files["kept.txt"].read_text().split() == [str(i) for i in kept]
+    rows = parquet.read_table(files["cleaned.parquet"])
+    assert rows["sample"].to_pylist() == kept
+    assert np.array_equal(np.array(rows["0"].to_pylist()), data().tensors[0][kept].numpy())
+    assert rows["source"].to_pylist() == ["north" if i < 10 else "south" for i in kept]
+    pictures = datasets.Dataset(rows)["image"]  # which the file says they are
+    assert [picture.size for picture in pictures] == [(6, 6)] * len(kept)
+
+
+def test_of_a_large_training_set_the_ids_are_logged_and_not_the_data(
+    logged: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "LARGEST", 100)
+    again = Logged(logged.run, [], Path(tracking.track(logged.run, None, over_time=0)), tmp_path)
+    assert set(again.artifact("cleaned")[1]) == {"kept.txt"}
 
 
 def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Logged) -> None:
@@ -354,6 +434,7 @@ def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Log
     assert [section["name"] for section in spec["section"]["panelBankConfig"]["sections"]] == [s.name for s in built.sections]
     known = set(logged.summary) | {"progress/fraction", "progress/seconds_left"}
     # Only what cleaning was done by is there.
+    assert built.runset_settings.pinned_columns[:2] == ["run:displayName", "summary:headline"]
     known |= {f"cleaning by {method}_table" for method in ("loo", "acc-sgd-ie", "acc-low-rank", "tracin")}
     charts = {}
     for section in built.sections:
@@ -378,6 +459,57 @@ def test_every_panel_of_the_workspace_shows_something_that_is_logged(logged: Log
     for key, panel in shown.items():
         if key != "cleaning by random":
             assert charts[key] == (panel["panelDefId"], panel["fieldSettings"])
+
+
+def texts(block: Any) -> str:
+    """All that is to be read in a block of a report."""
+    if isinstance(block, dict):
+        return "".join(texts(value) for key, value in block.items() if key in ("children", "text"))
+    return "".join(map(texts, block)) if isinstance(block, list) else str(block)
+
+
+def test_the_report_has_headline_verdicts_and_panels_of_what_is_there(logged: Logged) -> None:
+    built = tracking.report(logged.run, "somewhere", "someone")
+    assert (built.project, built.entity) == ("somewhere", "someone")
+    assert built.title == "Influence of the training samples: run"
+    spec = json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    blocks = [block for block in spec["blocks"] if texts(block) or block["type"] == "panel-grid"]
+    said = [texts(block) for block in blocks if block["type"] == "heading"]
+    assert said[0] == str(headline(logged.run)) == built.description
+    assert said[2:] == ["Rankings", "Predictions", "Agreement", "Cleaning", "Over training time", "Cost"]
+    (verdicts,) = (texts(block) for block in blocks if block["type"] == "list")
+    for method in METHODS:
+        assert f"{method}, 26 removals, query val: " in verdicts
+    assert "these are true scores" in verdicts
+    assert any(cleaning_table.MAY_ERR in texts(block) for block in blocks)
+    grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
+    assert len(grids) == 6
+    known = {*logged.summary, "progress/fraction", "progress/seconds_left"}
+    for grid in grids:
+        (runs,) = grid["runSets"]
+        (shown,) = runs["filters"]["filters"]
+        assert (shown["key"]["name"], shown["op"], shown["value"]) == ("group", "=", tracking.group_of(logged.run))
+        assert grid["panelBankSectionConfig"]["panels"]
+    first = json.dumps(grids[0]["panelBankSectionConfig"]["panels"])
+    assert all(f"ranking/{method}" in first and f"groups/{method}" in first for method in METHODS)
+    assert {f"ranking/{method}" for method in METHODS} <= known
+
+
+def test_a_report_leaves_out_what_is_not_there_and_needs_scores_and_to_be_saved_a_key(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make())
+    with pytest.raises(la.RequestError, match="no scores yet"):
+        tracking.report(run)
+    la.score(run, "sgd-ie", ray_address=None, check=0)
+    run.manifest = {**run.manifest, "logger": {"project": "theirs", "group": 'it\'s "a" group', "id": "x"}}
+    built = tracking.report(run)
+    assert built.project == "theirs"
+    spec = json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    said = [texts(block) for block in spec["blocks"] if block["type"] == "heading"]
+    assert said[2:] == ["Rankings", "Agreement", "Over training time", "Cost"]
+    runs = [block["metadata"]["runSets"][0] for block in spec["blocks"] if block["type"] == "panel-grid"]
+    assert {one["filters"]["filters"][0]["value"] for one in runs} == {'it\'s "a" group'}
+    with pytest.raises(la.RequestError, match="report on run cannot be saved without a key"):
+        tracking.report(run, save=True)
 
 
 def test_the_workspace_is_saved_once_where_there_is_a_key(
@@ -428,6 +560,31 @@ def test_dashboards_name_the_commands_for_offline_runs(logged: Logged, monkeypat
         assert "Nothing of somewhere" in tracking.dashboards("somewhere")
     finally:
         uploaded.unlink()
+
+
+def test_dashboards_find_every_project_that_results_were_logged_to(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import wandb
+
+    monkeypatch.chdir(tmp_path)
+    directory = str(tmp_path / "several")
+    quiet = wandb.Settings(silent=True, console="off")
+    paths = {}
+    for project in ("one", "two"):
+        paths[project] = tracking.track(logged.run, None, project, directory, over_time=0)
+    for project in ("two", "of others"):  # a training of its own, and what has nothing to do with us
+        other = wandb.init(project=project, dir=directory, settings=quiet, entity="some-team", config={"a": "training"})
+        paths[f"{project}, other"] = str(Path(other.dir).parent)
+        other.finish()
+    text = tracking.dashboards(directory=directory)
+    assert "2 offline runs of two " in text
+    assert "1 offline run of one " in text
+    assert text.index(" of two ") < text.index(" of one ")  # the newest first
+    for name, path in paths.items():
+        assert (f"wandb sync {Path(path).relative_to(tmp_path)}" in text) == ("of others" not in name)
+    assert "1 offline run of of others" in tracking.dashboards("of others", directory)
+    assert tracking.dashboards(directory=str(tmp_path)).startswith("Nothing of lightning-acc was logged")
 
 
 def test_one_live_run_shows_progress_and_receives_the_results(

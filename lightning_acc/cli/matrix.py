@@ -20,6 +20,7 @@ def matrix(
     memory_gb: float = 2.0,
     check: str = "auto",
     top: int = 5,
+    wandb: bool = False,
 ) -> None:
     """Say of single predictions which samples helped and harmed them most; the page shows them.
 
@@ -39,7 +40,9 @@ def matrix(
         memory_gb: budget of each process.
         check: how many removals to retrain without, as for score.
         top: how many samples to print for each of the first ten examples.
+        wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
+    from lightning_acc.cli.live import live
     from lightning_acc.run import Run
     from lightning_acc.scoring.matrices import score_matrix
     from lightning_acc.scoring.matrices.matrix import as_text
@@ -47,18 +50,19 @@ def matrix(
 
     top = arguments.whole("top", top, "samples cannot be printed", least=1)
     opened = Run(run)
-    found = score_matrix(
-        opened,
-        method,
-        query,
-        some_examples(opened, query, examples),
-        select(opened, removals),
-        moment(at),
-        None,
-        dtype,
-        ray_address,
-        device=device,
-        check=int(check) if check.isdecimal() else check,
-        memory_gb=memory_gb,
-    )
-    print(as_text(found, found.examples[:10], top))
+    with live(opened, "matrix", f"{method} {examples}", wandb):
+        found = score_matrix(
+            opened,
+            method,
+            query,
+            some_examples(opened, query, examples),
+            select(opened, removals),
+            moment(at),
+            None,
+            dtype,
+            ray_address,
+            device=device,
+            check=int(check) if check.isdecimal() else check,
+            memory_gb=memory_gb,
+        )
+        print(as_text(found, found.examples[:10], top))

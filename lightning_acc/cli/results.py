@@ -64,27 +64,29 @@ def report(run: str) -> None:
     print(f"report: {write_report(run)}")
 
 
-def track(run: str, project: str | None = None) -> None:
+def track(run: str, project: str | None = None, report: bool = False) -> None:
     """Log rankings, agreement and cost to W&B; offline where there is no key.
 
     Args:
         run: the run directory.
         project: by default that of the training's own logger, else lightning-acc.
+        report: whether to draft a W&B Report on it, too, which needs a key.
     """
     from lightning_acc.judge import agreement
     from lightning_acc.run import Run
-    from lightning_acc.show.tracking import mode
-    from lightning_acc.show.tracking import track as log
+    from lightning_acc.show import tracking
 
     opened = Run(run)
-    print(f"W&B ({mode()}): {log(opened, agreement.read(opened), project)}")
+    print(f"W&B ({tracking.mode()}): {tracking.track(opened, agreement.read(opened), project)}")
+    if report:
+        print(f"W&B report: {tracking.report(opened, project, save=True).url}")
 
 
 def dashboards(project: str | None = None) -> None:
     """Say how to open what was logged to W&B: its address, or the commands for runs that are offline.
 
     Args:
-        project: by default lightning-acc.
+        project: by default every project that results were logged to from here.
     """
     from lightning_acc.show import tracking
 

@@ -104,6 +104,7 @@ def score(
     followed: int | None = None,
     confirm: str | None = None,
     top: int = 10,
+    wandb: bool = False,
 ) -> None:
     """Estimate, for each removal, what the run would have ended with without it.
 
@@ -133,7 +134,9 @@ def score(
             default. Of Adam and the like, and where gradients are clipped: how many it takes through the optimizer's updates.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
+        wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
+    from lightning_acc.cli.live import live
     from lightning_acc.cli.shown import shown
     from lightning_acc.run import Run
     from lightning_acc.scoring.score import score as compute
@@ -141,23 +144,24 @@ def score(
 
     top = arguments.whole("top", top, "removals cannot be printed")
     opened = [Run(one) for one in run]
-    scores = compute(
-        opened,
-        method,
-        select(opened[0], removals),
-        query,
-        readout,
-        dtype,
-        ray_address,
-        device=device,
-        at=moment(at),
-        check=int(check) if check.isdecimal() else check,
-        directions=directions,
-        followed=followed,
-        confirm=most(confirm) if confirm else 0,
-        memory_gb=memory_gb,
-    )
-    print(shown(scores, top))
+    with live(opened[0], "score", f"{method} {at} {removals}", wandb):
+        scores = compute(
+            opened,
+            method,
+            select(opened[0], removals),
+            query,
+            readout,
+            dtype,
+            ray_address,
+            device=device,
+            at=moment(at),
+            check=int(check) if check.isdecimal() else check,
+            directions=directions,
+            followed=followed,
+            confirm=most(confirm) if confirm else 0,
+            memory_gb=memory_gb,
+        )
+        print(shown(scores, top))
 
 
 def retrain(
@@ -169,6 +173,7 @@ def retrain(
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     at: str = "end",
+    wandb: bool = False,
 ) -> None:
     """Retrain without each removal: the truth the estimates are compared with (score --method loo).
 
@@ -184,9 +189,9 @@ def retrain(
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
-        at: when the query is read, as for score.
+        wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
-    score(run, "loo", removals, query, at, None, dtype, device, ray_address, memory_gb)
+    score(run, "loo", removals, query, at, None, dtype, device, ray_address, memory_gb, wandb=wandb)
 
 
 def evaluate(run: str) -> None:
@@ -211,6 +216,7 @@ def clean(
     ray_address: str | None = "local",
     memory_gb: float = 2.0,
     at: str | None = None,
+    wandb: bool = False,
 ) -> None:
     """Drop the most harmful samples, train anew over several seeds, and test; beside controls.
 
@@ -224,13 +230,21 @@ def clean(
         ray_address: local, auto, ray://host:port, or null for this process.
         memory_gb: budget of each process.
         at: when the rankings read their query, as for score; by default at the end, where methods are named.
+        wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
+    from lightning_acc.cli.live import live
     from lightning_acc.judge.cleaning import clean as compute
     from lightning_acc.judge.cleaning_table import as_text
+    from lightning_acc.run import Run
     from lightning_acc.scoring.selection import moment
+    from lightning_acc.show.headline import headline
 
     when = None if at is None else moment(at)
-    print(as_text(compute(run, method, fractions, seeds, test, ray_address, device=device, at=when, memory_gb=memory_gb)))
+    opened = [Run(one) for one in run]
+    with live(opened[0], "clean", " ".join(method or ()), wandb):
+        table = compute(opened, method, fractions, seeds, test, ray_address, device=device, at=when, memory_gb=memory_gb)
+        print(as_text(table))
+        print(headline(opened[0]))
 
 
 def study(study: Study, ray_address: str | None = "local") -> None:

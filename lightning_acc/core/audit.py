@@ -1,4 +1,4 @@
-"""The audit: does F, replayed over the record, give the recorded parameters? (DESIGN section 2, fact 7)
+"""The audit: does F, replayed over the record, give the recorded parameters?
 
 An error is judged number by number. What round-off explains follows from how the update answers round-off in the gradient:
 Adam answers with a step of the size of lr where a gradient is near 0, SGD with next to nothing. And errors too small to be

@@ -30,6 +30,7 @@ from lightning_acc.errors import RequestError, RunError
 from lightning_acc.judge import cleaning_table
 from lightning_acc.judge.cleaning_table import ADDED
 from lightning_acc.judge.controls import NotAClassifier, correct, rankings
+from lightning_acc.judge.exports import harmful_first
 from lightning_acc.judge.fresh_training import Retraining, retrain, visited_samples
 from lightning_acc.judge.validation import QUERY, why_not_added, with_validation
 from lightning_acc.methods import registry
@@ -208,7 +209,7 @@ def _ranking(runs: list[Record], method: str, at: At, **shared: Any) -> tuple[st
     """What the table calls the ranking, and all samples, the most harmful first; scored as by default, where not stored."""
     scores = score(runs, method, at=at, check=0, **shared)
     name = cleaning_table.label(method, scores.conditions["at"], len(runs))
-    return name, np.argsort(scores.estimates, kind="stable")
+    return name, harmful_first(scores)
 
 
 def _plan(

@@ -17,6 +17,7 @@ from lightning_acc.core.queries.moments import END, in_words
 from lightning_acc.errors import RequestError
 from lightning_acc.extras import extra
 from lightning_acc.judge.agreement import stored_scores, truth_for
+from lightning_acc.judge.fresh_training import visited_samples
 from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
 from lightning_acc.record import batches
@@ -130,6 +131,19 @@ def ids_to_drop(scores: Scores, fraction: float | None = None, count: int | None
     return [single[i][0] for i in order if values[i] < 0]
 
 
+def harmful_first(scores: Scores) -> np.ndarray:
+    """The single samples of a table, (n,), the most harmful first by what its method says: no truth stands among estimates."""
+    single = sorted((removal[0], value) for removal, value in scores.by_removal("estimate").items() if len(removal) == 1)
+    samples, values = np.array([i for i, _ in single], dtype=np.int64), np.array([value for _, value in single])
+    return samples[np.argsort(values, kind="stable")]
+
+
+def dropped(run: Record, scores: Scores, count: int) -> list[int]:
+    """The samples that ``clean`` drops by these scores: of those that training saw the ``count`` most harmful, in order."""
+    order = harmful_first(scores)
+    return [int(i) for i in order[np.isin(order, visited_samples(run).numpy())][:count]]
+
+
 def write_ids(ids: Iterable[int], path: str | os.PathLike[str]) -> None:
     """Write sample ids, one on each line: as ``--removals FILE`` reads them, each a removal by itself.
 
@@ -141,13 +155,22 @@ def write_ids(ids: Iterable[int], path: str | os.PathLike[str]) -> None:
         RequestError: something in ``ids`` is no sample id.
         RunError: the file cannot be written.
     """
+    _write(path, as_lines(ids))
+
+
+def as_lines(ids: Iterable[int]) -> str:
+    """Sample ids as ``write_ids`` writes them.
+
+    Raises:
+        RequestError: something in ``ids`` is no sample id.
+    """
     lines = []
     for i in arguments.listed("ids", ids, "sample ids"):
         number = arguments.index(i)
         if number is None or number < 0:
             raise RequestError(f"{arguments.shown(i)} is no sample id: ids are whole numbers from 0.")
         lines.append(f"{number}\n")
-    _write(path, "".join(lines))
+    return "".join(lines)
 
 
 def cleaned_dataset(run: Record, drop: Iterable[int], dataset: datasets.Dataset | None = None) -> datasets.Dataset:

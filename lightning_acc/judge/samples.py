@@ -6,7 +6,8 @@ import bisect
 import io
 import itertools
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class SampleView:
         true_label: its label before a known corruption.
         corrupted: whether it is known to be corrupted.
         name: the id it had in its batches, where that is not its number.
+        more: what else its data module described of it, by column: numbers, booleans and texts.
     """
 
     sample: int
@@ -54,6 +56,7 @@ class SampleView:
     true_label: str | None = None
     corrupted: bool | None = None
     name: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def called(self) -> str:
@@ -62,13 +65,18 @@ class SampleView:
 
 
 class SampleViews:
-    """Views of the samples of a run, from what its data module described, else from the tensors it was trained on."""
+    """Views of the samples of a run, from what its data module described, else from the tensors it was trained on.
+
+    Attributes:
+        further: columns that the data module described beside those a view has a field for, in its order.
+    """
 
     def __init__(self, run: Record) -> None:
         self._run = run
         self._names = run.sample_names
         table = run.sample_info()
         self._columns: dict[str, list[Any]] = table.to_pydict() if table is not None else {}
+        self.further = _further(self._columns)
 
     @property
     def columns(self) -> dict[str, list[Any]]:
@@ -94,7 +102,11 @@ class SampleViews:
         return [_label(batches.readable(content or {})) for content in contents]
 
     def __getitem__(self, sample: int) -> SampleView:
-        known = _described(sample, self._columns) if self._columns else _seen(sample, self._run.content_of(sample) or {})
+        known = (
+            _described(sample, self._columns, self.further)
+            if self._columns
+            else _seen(sample, self._run.content_of(sample) or {})
+        )
         return known if self._names is None else replace(known, name=_in_a_line(self._names[sample]))
 
 
@@ -123,8 +135,8 @@ class ExampleViews:
         return view if view.image is not None or view.text is not None else replace(view, text=_numbers(leaves))
 
 
-def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
-    """The view of what a data module told, row ``number`` of its columns."""
+def _described(number: int, columns: dict[str, list[Any]], further: Iterable[str] = ()) -> SampleView:
+    """The view of what a data module told, row ``number`` of its columns; of those ``further`` ones as they are."""
     known = {name: column[number] for name, column in columns.items()}
     names = {name: str(known[name]) for name in ("label", "true_label") if known.get(name) is not None}
     return SampleView(
@@ -134,7 +146,19 @@ def _described(number: int, columns: dict[str, list[Any]]) -> SampleView:
         label=names.get("label"),
         true_label=names.get("true_label"),
         corrupted=known.get("corrupted") if _is_flag(known.get("corrupted")) else None,
+        more={name: _plain(known[name]) for name in further},
     )
+
+
+def _further(columns: Mapping[str, list[Any]]) -> list[str]:
+    """The columns that a view has no field for, but those of bytes."""
+    taken = {one.name for one in fields(SampleView)} - {"sample", "name", "more"}
+    return [name for name in columns if name not in taken and not any(isinstance(one, bytes) for one in columns[name])]
+
+
+def _plain(value: Any) -> Any:
+    """A number, a boolean or a text; of dates, lists and the like their text."""
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
 def _seen(number: int, leaves: Leaves) -> SampleView:

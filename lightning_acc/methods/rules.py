@@ -40,7 +40,7 @@ class ForwardRule(ABC, Generic[Carry]):
 
     @abstractmethod
     def init(self, state: State, removals: Removals) -> Carry:
-        """What is carried before the first step: no shift at all."""
+        """What is carried before the first step, in ``state`` (p,): no shift at all."""
 
     @abstractmethod
     def wake(self, carry: Carry, first: int, last: int) -> None:
@@ -109,9 +109,9 @@ class LinearisedRule(ForwardRule[RunAndShifts]):
 
     @abstractmethod
     def move(self, point: Point, shifts: State, removals: Removals) -> Tensor | None:
-        """Write over ``shifts``, what is carried of the removals, what it is after the step, linearised at ``point``.
+        """Write over ``shifts``, what is carried of the removals (n, p), what it is after the step, linearised at ``point``.
 
-        Returns what the shifts changed the gradient by, see ``bend``; None where the rule linearises no gradient.
+        Returns what the shifts changed the gradient by, (n,), see ``bend``; None where the rule linearises no gradient.
         """
 
     def finish(self, carry: RunAndShifts) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ class AdjointSgdIe:
         return adjoint, query_gradient.new_zeros(*query_gradient.shape[:-1], n_samples)
 
     def advance(self, point: Point, carry: tuple[State, Tensor]) -> tuple[State, Tensor]:
-        """One step back."""
+        """One step back, of the adjoint (..., p) and the scores (..., n_samples)."""
         adjoint, scores = carry
         pulled = point.pullback(adjoint)
         self.see(point, pulled.gamma, pulled.slopes)
@@ -235,7 +235,7 @@ class AdjointSgdIe:
         return (pulled.adjoint if self.propagates else adjoint), scores
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
-        """The query is read here, too."""
+        """The query is read here, too: its gradient (..., p) joins the adjoint (..., p)."""
         (adjoint, *slots), scores = carry
         return (adjoint + query_gradient, *slots), scores
 

@@ -27,7 +27,7 @@ REMEDY = "Restore it, or record the run again."
 FORMAT = "lightning_acc run"
 SCHEMA = 1
 CONVENTION = "fixed-denominator"
-"""A removed sample's loss weight becomes 0 and no other weight changes (DESIGN of both papers; see the README)."""
+"""A removed sample's loss weight becomes 0 and no other weight changes (the papers' convention; see the README)."""
 
 _OF_A_RUN = re.compile(
     r"(manifest\.json|lock|module\.safetensors|evaluation\.json|cleaning\.parquet"

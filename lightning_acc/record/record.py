@@ -202,7 +202,7 @@ class Record:
         return dict(self.manifest["batch_structure"])
 
     def frozen_tensors(self) -> dict[str, Tensor]:
-        """Buffers and untrained parameters of the module, by name."""
+        """Buffers and untrained parameters of the module, by name, each of its own shape, such as (features,)."""
         return self._load("module.safetensors")[0] if "module.safetensors" in self.manifest["files"] else {}
 
     def query_names(self) -> list[str]:

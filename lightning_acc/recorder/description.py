@@ -75,12 +75,27 @@ def data(trainer: Any) -> dict[str, Any]:
 
 
 def logger(trainer: Any) -> dict[str, Any] | None:
-    """Project, group and id of the training's W&B run, so that later runs can join it; None without one."""
+    """Project, group and id of the training's W&B run, so that later runs can join it; None without one.
+
+    A W&B run that has no group gets one, as it is what brings its results together with it.
+    """
     for candidate in trainer.loggers:
         if type(candidate).__name__ == "WandbLogger":
             run = candidate.experiment
-            return {"project": run.project, "group": run.group or None, "id": run.id}
+            return {"project": run.project, "group": run.group or _grouped(run), "id": run.id}
     return None
+
+
+def _grouped(run: Any) -> str | None:
+    """The group that a W&B run has from now on; None where it takes none."""
+    group = f"training-{run.id}"
+    try:
+        # W&B has no way to say it once a run has begun, but tells its server all of a run whenever its notes are set.
+        run._settings.run_group = group
+        run.notes = run.notes
+    except Exception:  # an ornament: another version of W&B, or one that is disabled
+        return None
+    return group if run.group == group else None
 
 
 def write_frozen(writer: RunWriter, state: Mapping[str, Any]) -> None:

@@ -42,6 +42,8 @@ class TrajectoryRecorder(Callback):
     averaging (the trained weights are recorded, ``at="ema"`` reads the averaged ones), callbacks that look for a learning
     rate or a batch size, and callbacks and module hooks that leave gradients and weights alone, which is checked.
 
+    Of a ``WandbLogger`` the W&B run that has no group gets one, which the results are logged in as well.
+
     Example::
 
         recorder = TrajectoryRecorder("runs/adult")

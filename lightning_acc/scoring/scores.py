@@ -147,7 +147,7 @@ class Scores:
         return dict(zip(self.removals, self.table[column].to_pylist(), strict=True))
 
     def picked(self, removals: list[Removal], conditions: dict[str, Any], shifts: Tensor | None = None) -> Scores:
-        """The scores of some of the removals, in another order, under other conditions."""
+        """The scores of some of the removals, in another order, under other conditions, with their ``shifts`` (n, p)."""
         row = {removal: i for i, removal in enumerate(self.removals)}
         rows = np.array([row[removal] for removal in removals], dtype=np.int64)
         more = {name: column[rows] for name, column in self.more.items()}

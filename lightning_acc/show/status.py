@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import textwrap
 from collections.abc import Iterator
 
 from lightning_acc import arguments
@@ -17,9 +18,11 @@ from lightning_acc.record import manifest
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import Store
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.show.headline import fullest, headline
 from lightning_acc.show.predictions import stored_matrices
 
 PAGE = "report/index.html"
+WIDTH = 100
 CHECKED = 64
 """Samples to retrain without, to hold all estimates against."""
 Row = tuple[str, ...]
@@ -51,7 +54,9 @@ def status(path: str | os.PathLike[str]) -> str:
         lines.append(f"ended early ({run.manifest['stopped']}) {run.manifest.get('reason', '')}".rstrip())
     tables = agreement.stored_scores(run)
     there, missing = list(_there(run, tables)), list(_missing(run, tables))
-    command = f"export --scores {_first(tables)} --csv ranking.csv --ids drop.txt"
+    if (said := headline(run, tables)) is not None:
+        lines.append(textwrap.fill(said.text, WIDTH))
+    command = f"export --scores {fullest(tables)} --csv ranking.csv --ids drop.txt"
     if there:
         lines += ["there:", *_aligned(there)]
     if missing:
@@ -99,11 +104,6 @@ def _missing(run: Record, tables: dict[str, Scores]) -> Iterator[tuple[str, str,
         yield "cleaning", "what dropping the most harmful gains", "clean"
     if not run.store.exists(PAGE):
         yield "page", "all of this to look at", "report"
-
-
-def _first(tables: dict[str, Scores]) -> str:
-    """The name of the most faithful ranking that is there."""
-    return min(tables, key=lambda name: registry.place(tables[name].conditions["method"]), default="")
 
 
 def _trust(run: Record) -> str:

@@ -31,6 +31,7 @@ from lightning_acc.scoring.score import score
 from lightning_acc.scoring.selection import moment, select, some_examples
 from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 from lightning_acc.show import tracking
+from lightning_acc.show.headline import headline
 from lightning_acc.show.report import write_report
 
 
@@ -171,6 +172,7 @@ def wandb_logger(directory: str, project: str, group: str | None = None) -> Any:
 
     return WandbLogger(
         project=project,
+        name=tracking.name_of(directory, "training"),
         group=group or f"{tracking.last_part(directory)}-{time.strftime('%Y%m%d-%H%M%S')}",
         job_type="training",
         **tracking.logger_options(),
@@ -193,6 +195,8 @@ def run(args: list[str]) -> None:
             print(f"W&B ({tracking.mode()}): {tracking.track(recorded, rows, options.project, into=shown)}")
     else:
         _score_and_evaluate(recorded, options)
+    if (said := headline(recorded)) is not None:
+        print(said)
     print(f"report: {write_report(recorded)}")
 
 

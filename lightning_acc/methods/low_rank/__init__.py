@@ -1,1 +1,1 @@
-"""acc-low-rank: ACC-SGD-IE for every sample at the price of a few trainings (DESIGN section 4)."""
+"""acc-low-rank: ACC-SGD-IE for every sample at the price of a few trainings."""

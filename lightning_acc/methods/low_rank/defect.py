@@ -142,20 +142,20 @@ class AdjointDefect(AdjointSgdIe):
         self._t = n_steps
 
     def at(self, end: int) -> State:
-        """``lambda_e`` of a window's end."""
+        """``lambda_e`` of a window's end, (p,) of each part of the state."""
         if end == len(self.curvatures):
             return self.final
         i, parts = self._place[end], len(self.final)
         return tuple(self._rows[i * parts : (i + 1) * parts])
 
     def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
-        """The adjoint after the last step and the scores, none yet."""
+        """The adjoint after the last step, (p,), and the scores, (n_samples,), none yet."""
         carry = super().init(query_gradient, state, n_samples)
         self.final = carry[0]
         return carry
 
     def advance(self, point: Point, carry: tuple[State, Tensor]) -> tuple[State, Tensor]:
-        """One step back."""
+        """One step back, of the adjoint (p,) and the scores (n_samples,)."""
         unmoved = through_the_update(point, carry[0])
         adjoint, scores = super().advance(point, carry)
         self._t -= 1
@@ -166,7 +166,7 @@ class AdjointDefect(AdjointSgdIe):
         return adjoint, scores
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
-        """The query is read here, too."""
+        """The query is read here, too: its gradient (p,) joins the adjoint (p,), and what is kept of the step."""
         self.curvatures[self._t] += query_gradient
         if self._t in self._place:
             self.at(self._t)[0].add_(query_gradient)
@@ -228,7 +228,7 @@ class UpdateAlone:
         self._replay.update.in_one_pass(self._own, point.gradient[None], point.step.groups)
 
     def begin(self, t: int, who: Tensor) -> None:
-        """The windows of ``who`` begin with step t."""
+        """The windows of the removals ``who``, (m,), begin with step t."""
         self._last[who] = t
         for part, own in zip(self._parts, self._own, strict=True):
             part[who] = own

@@ -239,8 +239,8 @@ def updated(parts: Sequence[Tensor], change: Tensor, drift: Tensor, source: Tens
     """What an affine update makes of changes of the state's parts and of the gradient, all (n, any).
 
     Args:
-        parts: changes of the parts of the state.
-        change: of the gradient.
+        parts: changes of the parts of the state, (n, any) each.
+        change: of the gradient, (n, any).
         drift: (parts, parts), of the optimizer's update.
         source: (parts,).
     """

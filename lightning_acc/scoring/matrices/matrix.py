@@ -92,17 +92,17 @@ class ScoreMatrix:
         return found
 
     def top(self, example: int, k: int = 10) -> tuple[list[Removal], np.ndarray]:
-        """The ``k`` removals that move an example most, the strongest first, with their scores: whether they help or harm it,
-        the sign tells.
+        """The ``k`` removals that move an example most, the strongest first, with their scores, (k,): whether they help or harm
+        it, the sign tells.
         """
         return self._first(example, k, -np.abs(self.of(example)))
 
     def helpful(self, example: int, k: int = 10) -> tuple[list[Removal], np.ndarray]:
-        """The ``k`` removals whose samples help an example most: without them its loss would be highest."""
+        """The ``k`` removals whose samples help an example most, with scores (k,): without them its loss would be highest."""
         return self._first(example, k, -self.of(example))
 
     def harmful(self, example: int, k: int = 10) -> tuple[list[Removal], np.ndarray]:
-        """The ``k`` removals whose samples harm an example most: without them its loss would be lowest."""
+        """The ``k`` removals whose samples harm an example most, with scores (k,): without them its loss would be lowest."""
         return self._first(example, k, self.of(example))
 
     def _first(self, example: int, k: int, keys: np.ndarray) -> tuple[list[Removal], np.ndarray]:

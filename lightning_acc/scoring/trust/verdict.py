@@ -247,7 +247,7 @@ def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def confirmed(
     estimates: dict[Removal, float], truths: dict[Removal, float], extremes: Sequence[Removal], random: np.ndarray
 ) -> float | None:
-    """The share of the extremes whose truth has the estimate's sign and lies beyond nine tenths of the ``random`` truths."""
+    """The share of the extremes whose truth has the estimate's sign and lies beyond nine tenths of the ``random`` ones (m,)."""
     if not extremes:
         return None
     low, high = np.quantile(random, [1 - SHARE_OF_RANDOM, SHARE_OF_RANDOM])

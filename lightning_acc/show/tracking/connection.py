@@ -1,4 +1,4 @@
-"""Whether W&B is online, and one W&B run of ours: its group, its configuration, the content hashes that tie runs together."""
+"""Whether W&B is online, and one W&B run of ours: its name, its group, its configuration."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import sys
 from typing import Any
 from urllib.parse import urlparse
 
-import pyarrow as pa
-
 from lightning_acc.credentials import is_secret, without_credentials
 from lightning_acc.extras import extra
-from lightning_acc.judge import agreement, cleaning_table
-from lightning_acc.record import tables as parquet
 from lightning_acc.record.record import Record
-from lightning_acc.record.store import digest
-from lightning_acc.scoring.scores import Scores
 
 PROJECT = "lightning-acc"
 """The project where neither the caller nor the training's logger names one."""
+MARK = "training_run"
+"""In the configuration of every W&B run of ours: the id of the W&B run of the training; by it ours are told from others."""
+LONGEST = 128
+"""Characters W&B allows a name, and a group."""
 
 
 def mode() -> Any:
@@ -51,8 +49,13 @@ def finish() -> None:
 
 def group_of(run: Record) -> str:
     """The W&B group of everything that belongs to a training run: that of its logger, else name and content hash."""
-    group = _training(run).get("group") or f"{last_part(run.path)[:100]}-{run.hash[:8]}"  # W&B allows 128 characters
+    group = training_of(run).get("group") or f"{last_part(run.path)[: LONGEST - 9]}-{run.hash[:8]}"
     return str(group)
+
+
+def name_of(path: str, job: str, what: str = "") -> str:
+    """What a W&B run is called: what it is about, and what is done there, as ``digits: score sgd-ie along``."""
+    return f"{last_part(path)}: {job} {without_credentials(what)}".strip()[:LONGEST]
 
 
 def last_part(path: str) -> str:
@@ -60,12 +63,12 @@ def last_part(path: str) -> str:
     return str(without_credentials(path)).rstrip("/").rsplit("/", 1)[-1]
 
 
-def _training(run: Record) -> dict[str, Any]:
+def training_of(run: Record) -> dict[str, Any]:
     """Project, group and id of the W&B run of the training, where it had one."""
     return dict(without_credentials(run.manifest["logger"] or {}))
 
 
-def start(run: Record, job: str, project: str | None = None, directory: str | None = None) -> Any:
+def start(run: Record, job: str, project: str | None = None, directory: str | None = None, what: str = "") -> Any:
     """Open a W&B run about ``run``, beside any that is open in this process already.
 
     Args:
@@ -73,16 +76,17 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
         job: what the W&B run is: its job type.
         project: None takes that of the training's logger, else ``lightning-acc``.
         directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
+        what: what else tells it from others of this job, such as the method; stands in its name.
     """
     with extra():
         import wandb
-    training = _training(run)
+    training = training_of(run)
     directory = directory or os.environ.get("WANDB_DIR") or "."
     os.makedirs(directory, exist_ok=True)
     manifest = {key: value for key, value in run.manifest.items() if key not in ("files", "layout")}
     config = {
         "run": run.path,
-        "training_run": training.get("id"),
+        MARK: training.get("id"),
         "manifest": {**manifest, "n_parameters": run.n_parameters},
         "content": {"manifest": run.hash},
     }
@@ -90,6 +94,7 @@ def start(run: Record, job: str, project: str | None = None, directory: str | No
         project=project or training.get("project") or PROJECT,
         group=group_of(run),
         job_type=job,
+        name=name_of(run.path, job, what),
         config=without_credentials(config),
         dir=directory,
         mode=mode(),
@@ -106,38 +111,3 @@ def _settings() -> Any:
     words = sys.argv[1:]
     secret = any(without_credentials(word) != word or (word.startswith("-") and is_secret(word)) for word in words)
     return wandb.Settings(silent=True, console="off", x_disable_meta=secret)
-
-
-def results(
-    run: Record, tables: dict[str, Scores], evaluation: list[dict[str, Any]] | None, cleaning: pa.Table | None
-) -> dict[str, bytes]:
-    """The files of the run directory that hold its results, by name: score tables, evaluation and cleaning."""
-    files = {f"scores/{name}.parquet": run.store.read(f"scores/{name}.parquet") for name in tables}
-    if evaluation:
-        files[agreement.NAME] = agreement.as_json(run, evaluation)
-    if cleaning is not None:
-        name = cleaning_table.NAME
-        files[name] = run.store.read(name) if run.store.exists(name) else parquet.sealed(cleaning, name)
-    return files
-
-
-def tie(tracked: Any, run: Record, tables: dict[str, Scores], files: dict[str, bytes]) -> None:
-    """Log the results as one artifact, and write the hashes of all content into its metadata and into the configuration.
-
-    A W&B run that is offline cannot name the artifacts it used. Equal hashes say what belongs together instead.
-    """
-    import wandb
-
-    content = {"manifest": run.hash, **{name: digest(data) for name, data in files.items()}}
-    conditions = {name: table.conditions for name, table in tables.items()}
-    tracked.config.update({"content": content, "scores": without_credentials(conditions)}, allow_val_change=True)
-    artifact = wandb.Artifact(
-        f"influence-{run.hash[:12]}",
-        type="influence",
-        description=f"Score tables and evaluation of {group_of(run)}",
-        metadata={"content": content, "training_run": _training(run).get("id"), "group": group_of(run)},
-    )
-    for name, data in files.items():
-        with artifact.new_file(name, mode="wb") as file:
-            file.write(data)
-    tracked.log_artifact(artifact)

@@ -17,9 +17,13 @@ from lightning_acc.judge.samples import SampleViews
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.show.headline import headline
+from lightning_acc.show.predictions import stored_matrices
 from lightning_acc.show.tracking import panels
-from lightning_acc.show.tracking.connection import results, start, tie
+from lightning_acc.show.tracking.artifacts import results, tie
+from lightning_acc.show.tracking.connection import start
 from lightning_acc.show.tracking.driver import Live
+from lightning_acc.show.tracking.groups import groups
 from lightning_acc.show.tracking.predictions import predictions
 
 _CONDITIONS = ("method", "query", "at", "readout", "dtype", "removals", "runs")
@@ -36,9 +40,11 @@ def track(
 ) -> str:
     """Log what is known about a run to W&B, never asking anything; offline where there is no key.
 
-    Logged are the rankings with pictures or text, what made the worst predictions, the agreement with the truth, the
-    removal curves of cleaning, the influence of the most harmful and most helpful samples over training time, cost, the
-    finding of corrupted samples, and the results themselves as an artifact. Of these, what the run directory holds.
+    Its headline (``lightning_acc.show.headline``) stands in the summary, and as the notes. Logged are the rankings with
+    pictures or text and all that is described of the samples, the groups these make, what made the worst predictions, the
+    agreement with the truth, the removal curves of cleaning, the influence of the most harmful and most helpful samples over
+    training time, cost, and the finding of corrupted samples; and as artifacts the results themselves, the ids of the samples
+    to drop, and the data without them. Of these, what the run directory holds.
 
     Args:
         run: the recorded run with its scores.
@@ -56,16 +62,22 @@ def track(
         RequestError: there are no scores to log.
     """
     tables = stored_scores(run)
-    if not tables:
+    if not tables and not stored_matrices(run):
         raise RequestError(f"{run.path} has no scores yet: compute some with score(run, method=...) first.")
     cleaned = _cleaning(run)
     with nullcontext(into.tracked) if into else start(run, "influence", project, directory) as tracked:
-        tie(tracked, run, tables, results(run, tables, evaluation, cleaned))
+        said = headline(run, tables)
+        tie(tracked, run, tables, results(run, tables, evaluation, cleaned), said)
+        if said is not None:
+            tracked.summary["headline"] = tracked.notes = said.text
         views = SampleViews(run)
         pictures = panels.Pictures(views)
         for name, table in tables.items():
             tracked.log({f"ranking/{name}": panels.ranking(table, truth_for(tables, table), pictures)})
             tracked.summary.update(panels.verdict(name, table))
+            grouped = groups(run, tables, name)
+            if grouped is not None:
+                tracked.log({f"groups/{name}": grouped})
             gallery = panels.gallery(table, views)
             if gallery:
                 tracked.log({f"most harmful/{name}": gallery})
@@ -81,7 +93,8 @@ def track(
         found = None if views.corrupted is None else panels.detection(tables, views.corrupted)
         if found is not None:
             tracked.log({"finding the corrupted": found})
-        tracked.log(panels.cost((_label(run, table.conditions), table) for table in tables.values()))
+        if tables:
+            tracked.log(panels.cost((_label(run, table.conditions), table) for table in tables.values()))
         if evaluation:
             _log_evaluation(tracked, run, evaluation)
         if cleaned is not None:

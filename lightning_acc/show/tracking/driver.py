@@ -43,7 +43,7 @@ class Live:
 
 
 @contextmanager
-def live(run: Record, job: str, project: str | None = None, directory: str | None = None) -> Iterator[Live]:
+def live(run: Record, job: str, project: str | None = None, directory: str | None = None, *, what: str = "") -> Iterator[Live]:
     """A W&B run that shows the progress of ``job``, and can be given the results before it ends.
 
     It is one run for both as a run that is offline cannot be resumed.
@@ -60,6 +60,7 @@ def live(run: Record, job: str, project: str | None = None, directory: str | Non
         job: what is done: the job type of the W&B run.
         project: None takes that of the training's logger, else ``lightning-acc``.
         directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
+        what: what else tells it from others of this job, such as the method; stands in its name.
     """
-    with start(run, job, project, directory) as tracked:
+    with start(run, job, project, directory, what) as tracked:
         yield Live(tracked)

@@ -1,10 +1,9 @@
-"""The W&B workspace that arranges what ``track`` logs, and how to open it: online, or offline in a terminal."""
+"""The W&B workspace that arranges what ``track`` logs."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 NAME = "Influence"
-SHOWN_RUNS = 20
-"""Offline runs that are listed, the newest first."""
-_SAVED = "lightning-acc-workspaces.json"
+PINNED = ["run:displayName", "summary:headline", "run:group", "run:jobType"]
+"""Columns of the list of runs that come first."""
+SAVED = "lightning-acc-workspaces.json"
 
 
 def workspace(
@@ -51,109 +50,90 @@ def workspace(
         RequestError: it was to be saved, and there is no key, or W&B refused or could not be reached.
     """
     project = project or PROJECT
-    entity = entity or os.environ.get("WANDB_ENTITY") or ""
     online = mode() == "online"
-    if save and not online:
-        raise RequestError(f"The workspace of {project} cannot be saved without a key: run wandb login first.")
-    if online and not entity:
-        with _refusals(project):
-            with extra():
-                import wandb
-            entity = str(wandb.Api().default_entity or "")
+    what = f"workspace of {project}"
+    entity = entity_for(what, entity, save)
     built = _build(project, entity, tables)
-    saved = _saved(directory)
-    if save or (save is None and online and f"{entity}/{project}" not in saved):
-        with _refusals(project):
+    known = saved(directory)
+    if save or (save is None and online and f"{entity}/{project}" not in known):
+        with refusals(what):
             built.save()
-            note = _files(directory) / _SAVED
+            note = files(directory) / SAVED
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps({**saved, f"{entity}/{project}": built.url}, indent=1))
+            note.write_text(json.dumps({**known, f"{entity}/{project}": built.url}, indent=1))
     return built
 
 
+def entity_for(what: str, entity: str | None, save: bool | None) -> str:
+    """The user or team for whom ``what`` is made: as given, by ``WANDB_ENTITY``, or that of the key; nothing without one.
+
+    Raises:
+        RequestError: it is to be saved, and there is no key, or W&B cannot be asked.
+    """
+    entity = entity or os.environ.get("WANDB_ENTITY") or ""
+    if save and mode() != "online":
+        raise RequestError(f"The {what} cannot be saved without a key: run wandb login first.")
+    if mode() == "online" and not entity:
+        with refusals(what):
+            with extra():
+                import wandb
+            entity = str(wandb.Api().default_entity or "")
+    return entity
+
+
 @contextmanager
-def _refusals(project: str) -> Iterator[None]:
+def refusals(what: str) -> Iterator[None]:
     """In here whatever the network and the server answer is one sentence."""
     try:
         yield
     except Exception as error:
-        raise RequestError(f"The workspace of {project} was not saved: {error}") from error
+        raise RequestError(f"The {what} was not saved: {error}") from error
 
 
-def dashboards(project: str | None = None, directory: str | None = None) -> str:
-    """How to open what was logged, as text for a terminal.
-
-    With a key: the addresses of the project and of its workspace, which is made if need be. For every run that W&B keeps
-    on this machine and has not uploaded: the commands that show it in the terminal, and that upload it.
-
-    Args:
-        project: None for ``lightning-acc``.
-        directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
-    """
-    project = project or PROJECT
-    lines = _online(project, directory) if mode() == "online" else []
-    waiting = [run for run in _offline_runs(directory, project) if not list(run.glob("*.wandb.synced"))]
-    if waiting:
-        lines.append(f"{len(waiting)} offline run{'s' * (len(waiting) > 1)} of {project} on this machine, the newest first:")
-        lines += [f"  wandb leet {_word(run)}" for run in waiting[:SHOWN_RUNS]]
-        lines += [f"  and {len(waiting) - SHOWN_RUNS} more in {_word(_files(directory))}"] * (len(waiting) > SHOWN_RUNS)
-        lines.append("To upload them later, from this machine and after wandb login:")
-        lines += [f"  wandb sync {_word(run)}" for run in waiting[:SHOWN_RUNS]]
-    elif not lines:
-        lines.append(f"Nothing of {project} was logged in {_word(_files(directory))} yet: lightning-acc track RUN does it.")
-    return "\n".join(lines)
-
-
-def _online(project: str, directory: str | None) -> list[str]:
-    try:
-        built = workspace(project, directory=directory)
-    except RequestError as error:
-        return [str(error)]
-    known = _saved(directory).get(f"{built.entity}/{project}", "")
-    return [f"project:   {known.split('?')[0]}", f"workspace: {known}"] if known else []
-
-
-def _files(directory: str | None) -> Path:
+def files(directory: str | None) -> Path:
     """Where W&B puts its runs."""
     return Path(directory or os.environ.get("WANDB_DIR") or ".") / "wandb"
 
 
-def _saved(directory: str | None) -> dict[str, str]:
+def saved(directory: str | None) -> dict[str, str]:
     """Addresses of the workspaces saved from here, by entity and project."""
     try:
-        return dict(json.loads((_files(directory) / _SAVED).read_text()))
+        return dict(json.loads((files(directory) / SAVED).read_text()))
     except (OSError, ValueError):
         return {}
-
-
-def _offline_runs(directory: str | None, project: str) -> list[Path]:
-    # A run's file begins with its identity, of which the project is the field with number 3.
-    name = project.encode()
-    field = b"\x1a" + bytes([len(name) % 256]) + name
-
-    def belongs(run: Path) -> bool:
-        for file in run.glob("*.wandb"):
-            with file.open("rb") as content:
-                return field in content.read(1024)
-        return False
-
-    runs = sorted(_files(directory).glob("offline-run-*"), key=lambda run: run.name, reverse=True)
-    return [run for run in runs if belongs(run)]
-
-
-def _word(path: Path) -> str:
-    return shlex.quote(os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve()))
 
 
 def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace:
     with extra(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the library's own, of pydantic
         from wandb_workspaces import workspaces as ws
+
+    def section(name: str, columns: int, content: list[Any]) -> Any:
+        rows = -(-len(content) // columns)
+        layout = ws.SectionLayoutSettings(columns=columns, rows=min(rows, 3))
+        return ws.Section(name=name, panels=content, is_open=True, layout_settings=layout)
+
+    built = ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME,
+        sections=[section(*one) for one in sections(list(registry.METHODS) if tables is None else tables)],
+        runset_settings=ws.RunsetSettings(pinned_columns=PINNED),
+    )
+    built._to_model()  # W&B's own description of a workspace refuses here what it would refuse when saving
+    return built
+
+
+def sections(tables: Sequence[str]) -> list[tuple[str, int, list[Any]]]:
+    """What is shown of these score tables: of each section its name, the number of its columns, and its panels."""
+    with extra(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         from wandb_workspaces.reports.v2 import interface as wr
 
-    if tables is None:
-        tables = list(registry.METHODS)
     estimates = [name for name in tables if not registry.is_truth(name.split("-")[0].split(".")[0])]
+
+    def table(key: str) -> Any:
+        return wr.WeavePanelSummaryTable(table_name=key)
 
     def chart(key: str, kind: str, fields: Sequence[str], title: str, x: str | None = None) -> Any:
         strings = {"title": title} if x is None else {"title": title, "xname": x}
@@ -167,57 +147,34 @@ def _build(project: str, entity: str, tables: Sequence[str] | None) -> Workspace
     def bars(key: str, value: str, title: str) -> Any:
         return chart(key, "bar", ("label", "method", "value", value), title)
 
-    def section(name: str, columns: int, *content: Any) -> Any:
-        rows = -(-len(content) // columns)
-        layout = ws.SectionLayoutSettings(columns=columns, rows=min(rows, 3))
-        return ws.Section(name=name, panels=list(content), is_open=True, layout_settings=layout)
-
     removing = "fraction removed"
-    built = ws.Workspace(
-        entity=entity,
-        project=project,
-        name=NAME,
-        sections=[
-            section(
-                "Rankings",
-                1,
-                *(wr.WeavePanelSummaryTable(table_name=f"ranking/{name}") for name in tables),
-                wr.MediaBrowser(media_keys=[f"most harmful/{name}" for name in tables], title="Most harmful", num_columns=8),
-            ),
-            section("Predictions", 1, wr.WeavePanelSummaryTable(table_name="predictions")),
-            section(
-                "Agreement",
-                2,
-                wr.WeavePanelSummaryTable(table_name="agreement"),
-                lines("finding the corrupted", "Share of corrupted samples among the k most harmful", "k"),
-                *(
-                    chart(f"agreement/{name}-against-loo", "scatter", ("x", "loo", "y", name), f"{name} against retraining")
-                    for name in estimates
-                ),
-            ),
-            section(
-                "Cleaning",
-                3,
-                *(lines(f"cleaning/{quantity}", f"{quantity} after removing", removing) for quantity in panels.CLEANED),
-                *(lines(f"cleaning by {name}", f"Removing by {name}, 95 % interval", removing) for name in tables),
-                wr.WeavePanelSummaryTable(table_name="cleaning"),
-            ),
-            section(
-                "Over training time",
-                1,
-                lines("over time", "Influence gathered over training", "step"),
-                wr.WeavePanelSummaryTable(table_name="over time/visits"),
-            ),
-            section(
-                "Cost",
-                2,
-                bars("cost", "seconds", "Seconds of work"),
-                bars("cost/memory", "peak_memory_gb", "Peak memory of a process, GB"),
-                wr.LinePlot(title="Progress", y=["progress/fraction"], range_y=(0, 1)),
-                wr.LinePlot(title="Seconds left", y=["progress/seconds_left"]),
-            ),
-        ],
-        runset_settings=ws.RunsetSettings(pinned_columns=["run:displayName", "run:group", "run:jobType"]),
-    )
-    built._to_model()  # W&B's own description of a workspace refuses here what it would refuse when saving
-    return built
+    galleries = [f"most harmful/{name}" for name in tables]
+    rankings = [*(table(f"ranking/{name}") for name in tables), *(table(f"groups/{name}") for name in tables)]
+    agreement = [
+        table("agreement"),
+        lines("finding the corrupted", "Share of corrupted samples among the k most harmful", "k"),
+        *(
+            chart(f"agreement/{name}-against-loo", "scatter", ("x", "loo", "y", name), f"{name} against retraining")
+            for name in estimates
+        ),
+    ]
+    cleaning = [
+        *(lines(f"cleaning/{quantity}", f"{quantity} after removing", removing) for quantity in panels.CLEANED),
+        *(lines(f"cleaning by {name}", f"Removing by {name}, 95 % interval", removing) for name in tables),
+        table("cleaning"),
+    ]
+    cost = [
+        bars("cost", "seconds", "Seconds of work"),
+        bars("cost/memory", "peak_memory_gb", "Peak memory of a process, GB"),
+        wr.LinePlot(title="Progress", y=["progress/fraction"], range_y=(0, 1)),
+        wr.LinePlot(title="Seconds left", y=["progress/seconds_left"]),
+    ]
+    over_time = [lines("over time", "Influence gathered over training", "step"), table("over time/visits")]
+    return [
+        ("Rankings", 1, [*rankings, wr.MediaBrowser(media_keys=galleries, title="Most harmful", num_columns=8)]),
+        ("Predictions", 1, [table("predictions")]),
+        ("Agreement", 2, agreement),
+        ("Cleaning", 3, cleaning),
+        ("Over training time", 1, over_time),
+        ("Cost", 2, cost),
+    ]

@@ -42,6 +42,10 @@ class Pictures:
             self._images[view.sample] = image(view.image)
         return [view.label, view.true_label, view.corrupted, self._images[view.sample], view.text]
 
+    def further(self, sample: int | None) -> list[Any]:
+        """What else is described of a sample, in the order of the columns; of nothing for a removal of several."""
+        return [None if sample is None else self.views[sample].more.get(column) for column in self.views.further]
+
 
 def image(file: bytes | None, caption: str | None = None) -> Any:
     """A picture file as a W&B image; None for none, and for what cannot be read."""
@@ -54,7 +58,10 @@ def image(file: bytes | None, caption: str | None = None) -> Any:
 
 
 def ranking(table: Scores, truth: Scores | None, pictures: Pictures) -> Any:
-    """The most harmful and the most helpful removals, each single sample with its picture, text and labels."""
+    """The most harmful and the most helpful removals: each with its size, and of a single sample all that is known of it.
+
+    A column that the data module described, and whose name is taken, is called ``described <name>``.
+    """
     import wandb
 
     expected = truth.by_removal() if truth is not None else {}
@@ -62,12 +69,15 @@ def ranking(table: Scores, truth: Scores | None, pictures: Pictures) -> Any:
     names = {removal: label for removal, label in zip(table.removals, table.labels, strict=True) if len(removal) > 1}
     rows = sorted(zip(places, table.removals, table.values.tolist(), sources, table.estimates.tolist(), strict=True))
     columns: list[str | int] = ["rank", "sample", "score", "loo", "label", "true label", "corrupted", "picture", "text"]
-    columns += ["source", "estimate"]
+    columns += ["source", "estimate", "samples"]
+    columns += [f"described {column}" if column in columns else column for column in pictures.views.further]
     data = []
     for rank, removal, score, source, estimate in rows if len(rows) <= 2 * SHOWN else rows[:SHOWN] + rows[-SHOWN:]:
-        seen = pictures.cells(removal[0] if len(removal) == 1 else None)
+        single = removal[0] if len(removal) == 1 else None
         true = expected.get(removal, score if source != "estimate" else None)
-        data.append([rank, names.get(removal, _name(removal, pictures.views)), score, true, *seen, source, estimate])
+        name = names.get(removal, _name(removal, pictures.views))
+        cells = [*pictures.cells(single), source, estimate, len(removal), *pictures.further(single)]
+        data.append([rank, name, score, true, *cells])
     return wandb.Table(columns=columns, data=data)
 
 
