@@ -35,6 +35,8 @@ SURE = 6.0
 """Standard deviations from which what all errors have in common is no chance."""
 OF_A_STEP = 1e-4
 """A share of the steps that all errors may have in common: rounded weights make it, and no other learning rate."""
+AT_ONCE = 2**20
+"""Numbers that are looked at in float64 together: of large models all would take many times their memory."""
 OF_AN_AVERAGE = 1e-2
 """A share of the way of an average that a callback's rounding, and a replay's, may make."""
 DOUBT = 1e-5
@@ -91,7 +93,7 @@ def audit(run: Record) -> AuditReport:
     recorded_there, apart = run.manifest.get("device", CPU.type), None
     if recorded_there != replay.device.type:
         apart = f"recorded on {recorded_there}, replayed on {replay.device.type}"
-    roundoff = RoundOff(replay.initial, _rounded_apart(run) if apart else replay.rounded_to, apart is not None)
+    roundoff = RoundOff(replay.initial, _rounded(run, replay, apart is not None), apart is not None)
     common = _Common(replay.dtype)
     snapshots = set(run.snapshots)
     worst = tolerance = 0.0
@@ -122,10 +124,16 @@ def audit(run: Record) -> AuditReport:
     return AuditReport(bad is None, worst, bad, len(replay), tolerance, drift if bad is not None else None, apart)
 
 
-def _rounded_apart(run: Record) -> torch.dtype:
-    """By whose rounding the gradient of a training on another kind of device may differ; TF32 has the ten bits of float16."""
-    whole = torch.float16 if run.manifest.get("tf32") else DTYPES[run.dtype]
-    return rounded_to(run.manifest.get("precision", "32-true"), whole, True)
+def _rounded(run: Record, replay: Replay, apart: bool) -> torch.dtype:
+    """By whose rounding the gradients of training and replay may differ.
+
+    Products in TF32, which has the ten bits of float16, round what they multiply: numbers that differ in their last place, as
+    sums on a GPU do from one time to the next, are then apart by one of those bits.
+    """
+    whole = torch.float16 if run.manifest.get("tf32") and replay.device != CPU else None
+    if not apart:
+        return whole or replay.rounded_to
+    return rounded_to(run.manifest.get("precision", "32-true"), whole or DTYPES[run.dtype], True)
 
 
 class RoundOff:
@@ -181,11 +189,12 @@ class _Common:
         """One comparison; all (p,)."""
         if not bool(error.any()) or not bool(torch.isfinite(error).all()):
             return
-        error, allowed, moved, theta = (one.double().cpu() for one in (error, allowed, moved, theta))
-        weight = 1 / allowed.clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-        columns = torch.stack([moved, lr * theta]) * weight
-        self._normal += columns @ columns.T
-        self._right += columns @ (error * weight)
+        for part in zip(*(one.split(AT_ONCE) for one in (error, allowed, moved, theta)), strict=True):
+            error, allowed, moved, theta = (one.double() for one in part)
+            weight = 1 / allowed.clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
+            columns = torch.stack([moved, lr * theta]) * weight
+            self._normal += (columns @ columns.T).cpu()
+            self._right += (columns @ (error * weight)).cpu()
 
     def found(self) -> str | None:
         """In words, what all errors have in common; None where it may be chance."""

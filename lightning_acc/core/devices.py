@@ -87,7 +87,7 @@ States = dict[str, Tensor]
 
 def states(device: torch.device) -> States:
     """Of the generators that what computes on ``device`` draws from: the CPU's and its own."""
-    return {place.type: _generator(place).get_state() for place in (CPU, device)}
+    return {place.type: _generator(place).get_state() for place in {CPU, device}}
 
 
 def in_use() -> torch.device:

@@ -51,6 +51,8 @@ class Assembly:
         self.objective = objective
         self._trainer = trainer
         self._optimizer = optimizer
+        self._even: dict[tuple[int, ...], Tensor] = {}
+        """The weights of steps whose samples weigh the same, by the sizes of the batches and how many make a step."""
 
     @property
     def weighted(self) -> bool:
@@ -64,7 +66,12 @@ class Assembly:
         divided all the same.
         """
         parts = self._trainer.accumulate_grad_batches * self._trainer.world_size
+        sizes = (parts, *(len(batch.ids) for batch in seen))
+        if sizes in self._even:
+            return self._even[sizes]
         weights: Tensor = torch.cat([self._within(batch) for batch in seen]) / parts
+        if not self.weighted:
+            self._even[sizes] = weights
         return weights
 
     def _within(self, batch: SeenBatch) -> Tensor:

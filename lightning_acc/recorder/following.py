@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_acc.core import devices
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.steps import SeenStep
+from lightning_acc.record.steps import SeenStep, int64
 from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder import ranks
 from lightning_acc.recorder.beginning import Assembly, understand
@@ -181,8 +181,8 @@ class Following:
         except RecordingRefused as refusal:
             raise refusals.with_suspects(refusal, self._module) from refusal
         self._step = {
-            "sample_ids": torch.tensor([sample for batch in self._seen for sample in batch.ids], dtype=torch.int64),
-            "contents": torch.tensor([number for batch in self._seen for number in batch.contents], dtype=torch.int64),
+            "sample_ids": int64(batch.ids for batch in self._seen),
+            "contents": int64(batch.contents for batch in self._seen),
             "weights": self._assembly.weights(self._seen),
             "groups": groups,
             "sizes": [len(batch.ids) for batch in self._seen],
