@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_shards import CONDITIONS
 
 import lightning_acc as la
 from lightning_acc.cli.main import main
-from lightning_acc.core import devices
+from lightning_acc.core import audit, devices
 from lightning_acc.core.audit import ACROSS_DEVICES, IN_GRADIENT, RoundOff
 from lightning_acc.core.replay import Replay
 from lightning_acc.record.schema import files
@@ -78,6 +79,39 @@ def test_a_gradient_of_another_device_may_be_rounded_otherwise(run: la.Run) -> N
     moved = step.groups[0]["lr"] * IN_GRADIENT * torch.finfo(replay.dtype).eps * gradient.abs().max()
     more = apart.allowed - here.allowed
     torch.testing.assert_close(more, torch.full_like(more, 2 * (ACROSS_DEVICES - 1) * float(moved)), rtol=0.1, atol=0)
+
+
+class TenBits(torch.autograd.Function):
+    """What TF32 leaves of a float32, to the nearest; its derivative is rounded, too, where it is multiplied next."""
+
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    @staticmethod
+    def backward(_: Any, *slopes: torch.Tensor) -> torch.Tensor:
+        return slopes[0]
+
+
+def test_products_in_tf32_are_apart_by_its_rounding_where_their_factors_are_by_the_last_place() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, target = torch.randn(32, 100, generator=random), torch.randn(32, 10, generator=random)
+    first, last = torch.randn(100, 200, generator=random) / 10, torch.randn(200, 10, generator=random) / 14
+
+    def gradient(weights: torch.Tensor) -> torch.Tensor:
+        weights = weights.clone().requires_grad_()
+        hidden = torch.nn.functional.gelu(TenBits.apply(x) @ TenBits.apply(weights))  # type: ignore[no-untyped-call]
+        loss = (TenBits.apply(hidden) @ TenBits.apply(last) - target).square().mean()  # type: ignore[no-untyped-call]
+        return torch.autograd.grad(loss, weights)[0]
+
+    eps = torch.finfo(torch.float32).eps
+    there, here = gradient(first), gradient(first * (1 + 4 * eps * torch.randn(first.shape, generator=random)))
+    error = float((there - here).abs().max() / there.abs().max())
+    of_gpu, of_cpu = (SimpleNamespace(device=torch.device(kind), rounded_to=torch.float32) for kind in ("cuda", "cpu"))
+    run: Any = SimpleNamespace(manifest={"tf32": True}, dtype="float32")
+    assert audit._rounded(run, of_cpu, False) == torch.float32  # type: ignore[arg-type]
+    rounded = audit._rounded(run, of_gpu, False)  # type: ignore[arg-type]
+    assert IN_GRADIENT * eps < error < IN_GRADIENT * audit.IN_NARROW[rounded] * torch.finfo(rounded).eps
 
 
 @no_gpu

@@ -26,7 +26,7 @@ from lightning_acc.record.schema.keys import DTYPES
 IN_GRADIENT = 16
 """Round-off in a number of the gradient, in units of the last place of its largest number: what cancels is as large."""
 ACROSS_DEVICES = 16
-"""By so much more where the training was on another kind of device, which adds up in another order. Not yet seen on a GPU."""
+"""By so much more where the training was on another kind of device, which adds up in another order."""
 IN_PARAMETER = 4
 """Round-off a step leaves in a parameter by itself, in units of its last place."""
 IN_NARROW = {torch.bfloat16: 0.25, torch.float16: 0.25}

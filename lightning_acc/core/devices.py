@@ -1,4 +1,4 @@
-"""Where a run is replayed: on the CPU, or on a GPU. ``Replay`` alone moves data there. Not yet run on a GPU."""
+"""Where a run is replayed: on the CPU, or on a GPU. ``Replay`` alone moves data there."""
 
 from __future__ import annotations
 

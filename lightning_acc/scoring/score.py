@@ -73,7 +73,7 @@ def score(
             of an optimizer whose update is not affine (Adam, or any that clips) it is linear.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
         device: ``"cpu"``, ``"cuda"`` or one of several GPUs (``"cuda:1"``); ``"auto"`` is the GPU where there is one. What
-            drew random numbers (dropout) is replayed on the kind of device they were drawn on. Not yet run on a GPU.
+            drew random numbers (dropout) is replayed on the kind of device they were drawn on.
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
         directions: of ``acc-low-rank``: in how many it follows the contraction of the training, 0 in none. None, without

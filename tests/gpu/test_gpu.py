@@ -1,4 +1,4 @@
-"""The same facts on real cards; skipped where there is none. Not yet run on a GPU: ``tests/pretend.py`` stands in for one."""
+"""The same facts on real cards; skipped where there is none. ``tests/pretend.py`` stands in for one elsewhere."""
 
 from __future__ import annotations
 
