@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
+from lightning_acc.core.audit import confirm
+from lightning_acc.core.replay import Replay
 from lightning_acc.record.steps import Steps
 
 WORDS, LENGTH = 60, 12
@@ -103,3 +105,19 @@ def test_it_is_found_in_small_runs_too(
     assert run.audit().max_abs_error == 0
     told(monkeypatch, **{what: 1.001})
     assert not run.audit().ok
+
+
+def test_a_run_that_rounds_on_the_way_is_audited_once_for_all_its_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    replays = []
+    monkeypatch.setattr("lightning_acc.core.audit.Replay", lambda *a, **k: replays.append(1) or Replay(*a, **k))
+    replay = Replay(run)
+    off = replay.placed(run.snapshot(len(replay))) * 1.01  # as where a GPU adds up in another order each time
+    for _ in range(3):
+        confirm(replay, off)
+    assert len(replays) == 1
+    told(monkeypatch, lr=1.1)
+    with pytest.raises(la.RunError, match="audit FAILED"):
+        confirm(Replay(la.Run(tmp_path / "run")), off)
