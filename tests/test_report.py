@@ -33,6 +33,7 @@ from lightning_acc.judge.agreement import stored_scores
 from lightning_acc.scoring import scores
 from lightning_acc.scoring.selection import select
 from lightning_acc.show import report
+from lightning_acc.show.headline import headline
 from lightning_acc.show.report import samples
 from lightning_acc.show.tracking import dashboard
 from lightning_acc.studies.data.base import png
@@ -284,6 +285,11 @@ def whole_ranking(browser: Browser) -> list[int]:
             assert browser.see("document.querySelector('#rows').getAttribute('aria-rowcount')") == str(len(found) + 1)
             return [found[place] for place in sorted(found)]
         browser.see("document.querySelector('#sheet').scrollBy(0, 300)")
+
+
+def test_the_headline_stands_at_the_top(run: la.Run, page: Path) -> None:
+    said = str(headline(run))
+    assert f'<p class="said">{said[0].upper()}{said[1:]}.</p>' in page.read_text()
 
 
 def test_headings_sort_and_all_rows_are_reached_by_scrolling(run: la.Run, browser: Browser) -> None:

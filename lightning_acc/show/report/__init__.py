@@ -23,6 +23,7 @@ from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.figures import shown
+from lightning_acc.show.headline import headline
 from lightning_acc.show.report import groups, predictions, samples
 from lightning_acc.show.report.samples import shortened
 
@@ -57,17 +58,18 @@ def write_report(run: Record | str | os.PathLike[str]) -> str:
         RequestError: there are no scores to show.
     """
     run = opened(run)
-    run.store.write("report/index.html", render(run.name, _facts(run), collect(run)).encode())
+    run.store.write("report/index.html", render(run.name, _facts(run), collect(run), str(headline(run) or "")).encode())
     return run.store.locate("report/index.html")
 
 
-def render(title: str, facts: list[tuple[str, str]], content: dict[str, Any]) -> str:
+def render(title: str, facts: list[tuple[str, str]], content: dict[str, Any], said: str = "") -> str:
     """The page as HTML.
 
     Args:
         title: name of the run.
         facts: names and values shown under the title.
         content: what ``collect`` gives.
+        said: what to do, in a sentence.
     """
     import jinja2
 
@@ -82,7 +84,7 @@ def render(title: str, facts: list[tuple[str, str]], content: dict[str, Any]) ->
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = jinja2.Environment(autoescape=True).from_string(page)
-    return template.render(title=title, facts=facts, data=data, style=style, script=script, script_hash=script_hash)
+    return template.render(title=title, facts=facts, said=said, data=data, style=style, script=script, script_hash=script_hash)
 
 
 def collect(run: Record) -> dict[str, Any]:
