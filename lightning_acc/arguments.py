@@ -11,9 +11,12 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from lightning_acc.errors import RequestError
+
+Budget = float | Literal["auto"]
+"""Gigabytes of 2^30 bytes for each process that computes, or as ``core.devices.budget`` says."""
 
 
 def shown(value: object) -> str:

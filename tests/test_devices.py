@@ -51,6 +51,21 @@ def test_a_gpu_that_is_not_there_is_one_sentence(run: la.Run, capsys: pytest.Cap
         assert "torch finds no GPU here" in capsys.readouterr().err
 
 
+def test_the_budget_is_2_gb_on_the_cpu_and_half_of_what_is_free_of_a_gpu(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    free = {"mem_get_info": (60 * 2**30, 80 * 2**30), "memory_reserved": 10 * 2**30, "memory_allocated": 4 * 2**30}
+    for name, found in free.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert devices.budget("auto", cpu) == devices.budget(2, cpu) == 2 * 2**30
+    assert devices.budget("auto", gpu) == 33 * 2**30 - devices.CONTEXT_BYTES
+    assert devices.budget(0.5, gpu) == 2**29
+    for bad in ("2", "half", 0, None):
+        with pytest.raises(la.RequestError, match="memory_gb="):
+            devices.budget(bad, gpu)
+    asked = {"check": 0, "save": False, "ray_address": None}
+    assert np.array_equal(la.score(run, "loo", **asked).values, la.score(run, "loo", memory_gb=2, **asked).values)
+
+
 def test_scores_of_another_device_are_others_and_those_that_do_not_say_are_of_the_cpu() -> None:
     assert shards.key(CONDITIONS) == shards.key({**CONDITIONS, "device": "cpu"}) != shards.key({**CONDITIONS, "device": "cuda"})
     assert shards.same(CONDITIONS, {**CONDITIONS, "device": "cpu"})

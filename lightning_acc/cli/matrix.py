@@ -17,7 +17,7 @@ def matrix(
     dtype: Literal["float32", "float64"] | None = None,
     device: str = "auto",
     ray_address: str | None = "local",
-    memory_gb: float = 2.0,
+    memory_gb: arguments.Budget = "auto",
     check: str = "auto",
     top: int = 5,
     wandb: bool = False,
@@ -37,7 +37,7 @@ def matrix(
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process.
+        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         check: how many removals to retrain without, as for score.
         top: how many samples to print for each of the first ten examples.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.

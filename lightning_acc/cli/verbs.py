@@ -61,7 +61,7 @@ def plan(
     device: str = "auto",
     ray_address: str | None = "local",
     workers: int | None = None,
-    memory_gb: float = 2.0,
+    memory_gb: arguments.Budget = "auto",
     at: str = "end",
 ) -> None:
     """What each method would cost on this run, from a few of its steps, and which one to use.
@@ -74,7 +74,7 @@ def plan(
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: where it would be computed: local, auto, ray://host:port, or null for this process.
         workers: how many workers there are; by default as many as this machine has cores.
-        memory_gb: budget of each process.
+        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         at: when the query is read, as for score.
     """
     from lightning_acc.planning.plan import plan as forecast
@@ -98,7 +98,7 @@ def score(
     dtype: Literal["float32", "float64"] | None = None,
     device: str = "auto",
     ray_address: str | None = "local",
-    memory_gb: float = 2.0,
+    memory_gb: arguments.Budget = "auto",
     check: str = "auto",
     directions: int | None = None,
     followed: int | None = None,
@@ -125,7 +125,7 @@ def score(
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process.
+        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         check: how many removals to retrain without, so that the scores say how far they hold; auto for as many as the time
             of the scoring, or a minute, allows; 0 for none.
         directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and can be
@@ -171,7 +171,7 @@ def retrain(
     dtype: Literal["float32", "float64"] | None = None,
     device: str = "auto",
     ray_address: str | None = "local",
-    memory_gb: float = 2.0,
+    memory_gb: arguments.Budget = "auto",
     at: str = "end",
     wandb: bool = False,
 ) -> None:
@@ -188,7 +188,7 @@ def retrain(
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process.
+        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
     score(run, "loo", removals, query, at, None, dtype, device, ray_address, memory_gb, wandb=wandb)
@@ -214,7 +214,7 @@ def clean(
     test: str | None = None,
     device: str = "auto",
     ray_address: str | None = "local",
-    memory_gb: float = 2.0,
+    memory_gb: arguments.Budget = "auto",
     at: str | None = None,
     wandb: bool = False,
 ) -> None:
@@ -228,7 +228,7 @@ def clean(
         test: the recorded query to test on; by default test where there is one, else val.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process.
+        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         at: when the rankings read their query, as for score; by default at the end, where methods are named.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """

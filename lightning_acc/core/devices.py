@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_acc.arguments import shown
+from lightning_acc.arguments import memory_bytes, shown
 from lightning_acc.core.process import peak_memory_gb
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.record import Record
@@ -20,6 +20,8 @@ AUTO, CUDA = "auto", "cuda"
 KINDS = [CPU.type, CUDA]
 CONTEXT_BYTES = 2**29
 """What a process takes of a card beside its tensors."""
+ON_CPU = 2 * 2**30
+"""Bytes that ``"auto"`` is on the CPU, wherever it is asked: the same pieces, and the same bits."""
 
 
 def chosen(device: str, run: Record) -> torch.device:
@@ -155,6 +157,20 @@ def share(device: torch.device, memory: int) -> float:
         return 0.0
     whole = torch.cuda.get_device_properties(device).total_memory
     return min(1.0, math.ceil(100 * (memory + CONTEXT_BYTES) / whole) / 100)
+
+
+def budget(memory_gb: object, device: torch.device) -> int:
+    """``memory_gb`` in bytes: ``"auto"`` is 2 GB on the CPU, and half of what is free of a GPU, where two pieces then fit.
+
+    Raises:
+        RequestError: it is no positive number.
+    """
+    if not (isinstance(memory_gb, str) and memory_gb == AUTO):
+        return memory_bytes(memory_gb)
+    if device.type != CUDA:
+        return ON_CPU
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+    return max(1, (torch.cuda.mem_get_info(device)[0] + kept) // 2 - CONTEXT_BYTES)
 
 
 def peak_gb(device: torch.device) -> float:

@@ -40,7 +40,6 @@ from lightning_acc.record.record import Record, opened
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import cluster, shards
 from lightning_acc.scoring.score import score
-from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 
 TRAININGS_AT_ONCE = 8
 """Batched together: enough to be fast, few enough that the workers end together."""
@@ -80,7 +79,7 @@ def clean(
     device: str = "auto",
     at: At | None = None,
     controls: Sequence[str] = CONTROLS,
-    memory_gb: float = DEFAULT_MEMORY_GB,
+    memory_gb: arguments.Budget = "auto",
     save: bool = True,
     progress: bool | None = None,
 ) -> pa.Table:
@@ -104,7 +103,7 @@ def clean(
             the training's; loo its stored scores; oracle the column ``corrupted`` of ``describe_samples``. Where that is
             missing, the control is left out. Influence and the two of validation rest on the validation set, which may itself
             be wrong: where its labels are wrong in the same way as the training's, they find much less.
-        memory_gb: budget of each process.
+        memory_gb: as for ``score``.
         save: store the table as ``cleaning.parquet`` in the run directory, and every training as it is done: a command that
             was stopped, or is repeated with more fractions or seeds, trains what is missing.
         progress: show a progress bar; None shows one in a terminal, and elsewhere a line now and then.
@@ -138,8 +137,8 @@ def clean(
             f"method={methods}, controls={controls} and fractions={shares} ask for nothing: name a ranking and a share to drop."
         )
     seeds = arguments.whole("seeds", seeds, "gives no interval", least=2)
-    ray_address, memory = arguments.ray_address(ray_address), arguments.memory_bytes(memory_gb)
-    place = devices.chosen(device, run)
+    ray_address, place = arguments.ray_address(ray_address), devices.chosen(device, run)
+    memory = devices.budget(memory_gb, place)
     job = _Job(rebuild.portable(run), _test_query(run, test), memory, place)
     at = list(at) if np.iterable(at) and not isinstance(at, str) else at
     when = moments.find(run, at).name

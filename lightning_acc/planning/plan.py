@@ -137,7 +137,7 @@ def plan(
     device: str = "auto",
     at: At = moments.END,
     workers: int | None = None,
-    memory_gb: float = 2.0,
+    memory_gb: arguments.Budget = "auto",
     progress: bool | None = None,
 ) -> Plan:
     """What would ``score`` cost by each method: time, memory and disk, from a few timed steps, before it runs.
@@ -162,12 +162,13 @@ def plan(
     """
     if workers is not None:
         workers = arguments.whole("workers", workers, "cannot compute anything", least=1)
-    memory, ray_address = arguments.memory_bytes(memory_gb), arguments.ray_address(ray_address)
+    ray_address = arguments.ray_address(ray_address)
     if ray_address not in (None, "local") and workers is None:
         raise RequestError(f"How many workers compute at {ray_address!r} is not known before it is reached: give workers=.")
     run = opened(run)
     distinct = list(dict.fromkeys(removal_sets.named(removals, run)[0]))
     query, when, place = queries.find(run, query), moments.find(run, at), devices.chosen(device, run)
+    memory = devices.budget(memory_gb, place)
     n = len(distinct)
     costs: dict[str, Cost] = {}
     peaks: dict[str, int] = {}

@@ -27,7 +27,7 @@ from lightning_acc.scoring.bank import Bank
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust import check as checks
 from lightning_acc.scoring.trust.check import Check
-from lightning_acc.scoring.work import DEFAULT_MEMORY_GB, READOUTS, Job, Result, compute, table_name
+from lightning_acc.scoring.work import READOUTS, Job, Result, compute, table_name
 
 
 @several.averaging
@@ -48,7 +48,7 @@ def score(
     followed: int | None = None,
     confirm: int = 0,
     keep_shifts: bool = False,
-    memory_gb: float = DEFAULT_MEMORY_GB,
+    memory_gb: arguments.Budget = "auto",
     bank_gb: float = bank.DEFAULT_GB,
     save: bool = True,
     progress: bool | None = None,
@@ -93,6 +93,7 @@ def score(
         keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``; of an
             average, its own.
         memory_gb: budget of each process for what it computes with, beyond the run's data itself; on a GPU, of its memory.
+            ``"auto"``: 2 on the CPU, half of what is free of a GPU.
         bank_gb: how much the run directory may hold of what retraining ended with (``bank/``): from this, removals that were
             retrained without answer another query at no training, of ``score`` or of ``score_matrix``.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
@@ -112,13 +113,14 @@ def score(
     _tell_of_the_best(run, at)
     confirm = arguments.whole("confirm", confirm, "is no number of removals to retrain without")
     ray_address = arguments.ray_address(ray_address)
-    memory, bank_bytes = arguments.memory_bytes(memory_gb), bank.budget(bank_gb)
+    place = devices.chosen(device, run)
+    memory, bank_bytes = devices.budget(memory_gb, place), bank.budget(bank_gb)
     chosen = registry.find(method).configured(directions=directions, followed=followed).settled(run, keep_shifts)
     readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
     wanted, names = removal_sets.named(removals, run)
     question = Question(queries.find(run, query), moments.find(run, at), readout, keep_shifts, memory)
-    job = Job(rebuild.portable(run), chosen, question, dtype, devices.chosen(device, run))
+    job = Job(rebuild.portable(run), chosen, question, dtype, place)
     replay = job.replay()  # refuses what cannot be replayed before any worker starts
     distinct = list(dict.fromkeys(wanted))
     started = time.perf_counter()

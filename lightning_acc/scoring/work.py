@@ -28,7 +28,6 @@ from lightning_acc.record.schema.keys import SCORED
 from lightning_acc.record.store import digest
 
 READOUTS = ("exact", "linear")
-DEFAULT_MEMORY_GB = 2.0
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from lightning_acc.scoring import cluster
 from lightning_acc.scoring.matrices import score_matrix
 from lightning_acc.scoring.score import score
 from lightning_acc.scoring.selection import moment, select, some_examples
-from lightning_acc.scoring.work import DEFAULT_MEMORY_GB
 from lightning_acc.show import tracking
 from lightning_acc.show.headline import headline
 from lightning_acc.show.report import write_report
@@ -47,7 +46,7 @@ class Influence:
         dtype: None as recorded, or float64.
         device: auto, cpu, cuda, or one of several, such as cuda:1.
         ray_address: local, auto, ray://..., or None for this process.
-        memory_gb: budget of each process.
+        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         examples: of the query whose predictions are explained (by sgd-ie): all, worst:N, numbers with commas; null for none.
         clean_fractions: of the training samples to drop before training anew; none by default.
         clean_methods: by whose rankings.
@@ -64,7 +63,7 @@ class Influence:
     dtype: str | None = None
     device: str = "auto"
     ray_address: str | None = "local"
-    memory_gb: float = DEFAULT_MEMORY_GB
+    memory_gb: arguments.Budget = "auto"
     examples: str | None = "worst:60"
     clean_fractions: list[float] = field(default_factory=list)
     clean_methods: list[str] = field(default_factory=lambda: [BEST[0]])

@@ -32,7 +32,7 @@ from lightning_acc.scoring.matrices.matrix import ScoreMatrix
 from lightning_acc.scoring.trust import check as checks
 from lightning_acc.scoring.trust.check import Check
 from lightning_acc.scoring.trust.verdict import UNCHECKED
-from lightning_acc.scoring.work import DEFAULT_MEMORY_GB, READOUTS, Job, Result, compute, table_name
+from lightning_acc.scoring.work import READOUTS, Job, Result, compute, table_name
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def score_matrix(
     *,
     device: str = "auto",
     check: Check = "auto",
-    memory_gb: float = DEFAULT_MEMORY_GB,
+    memory_gb: arguments.Budget = "auto",
     bank_gb: float = bank.DEFAULT_GB,
     save: bool = True,
     progress: bool | None = None,
@@ -94,7 +94,7 @@ def score_matrix(
         ray_address: as for ``score``; blocks are examples, for methods that sweep back, else removals.
         check: how many removals to retrain without, for the matrix' verdict: the mean over the examples of the rank correlation
             with the truth. As for ``score``, whose own check is taken where its shifts are in the bank.
-        memory_gb: budget of each process; the matrix itself takes 4 bytes a number beside it.
+        memory_gb: as for ``score``; the matrix itself takes 4 bytes a number beside it.
         bank_gb: as for ``score``.
         save: store the matrix as ``matrices/<name>.safetensors`` in the run directory, and its blocks as they are done.
         progress: as for ``score``.
@@ -104,7 +104,8 @@ def score_matrix(
         RequestError: there is no such method, query, example, sample, readout, moment, dtype or device.
     """
     run = opened(run)
-    ray_address, memory = arguments.ray_address(ray_address), arguments.memory_bytes(memory_gb)
+    ray_address, place = arguments.ray_address(ray_address), devices.chosen(device, run)
+    memory = devices.budget(memory_gb, place)
     chosen = registry.find(method).configured().settled(run, False)
     readout = chosen.default_readout(False) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
@@ -112,7 +113,7 @@ def score_matrix(
     asked = queries.find(run, query)
     columns = _examples(asked, examples)
     question = Question(asked, moments.find(run, at), readout, False, memory, each=True)
-    job = Job(rebuild.portable(run), chosen, question, dtype, devices.chosen(device, run))
+    job = Job(rebuild.portable(run), chosen, question, dtype, place)
     replay = job.replay()
     distinct = list(dict.fromkeys(wanted))
 
