@@ -110,7 +110,8 @@ def test_a_client_far_from_the_cluster(nodes: Any, alone: np.ndarray, no_ray: No
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's project: the package of the run's module, which no node has installed."""
-    shutil.copy(Path(__file__).parent / "problems.py", tmp_path / "problems.py")
+    for name in ("problems.py", "lightly.py"):
+        shutil.copy(Path(__file__).parent / name, tmp_path / name)
     return tmp_path
 
 

@@ -30,7 +30,7 @@ from lightning_acc.judge import samples
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.store import Store, check_name, digest, without_credentials
 from lightning_acc.scoring import scores
-from lightning_acc.show import report
+from lightning_acc.show.report.samples import thumbnail
 from lightning_acc.show.tracking import panels
 
 EVIL = """
@@ -491,12 +491,12 @@ def test_what_is_no_picture_is_left_out(kind: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
     data: Any = NO_PICTURES[kind]
     assert samples.opened_picture(data) is None
-    assert report._thumbnail(data) is None
+    assert thumbnail(data) is None
     assert panels.image(data) is None
 
 
 def test_what_hangs_behind_a_picture_is_not_embedded() -> None:
-    assert len(report._thumbnail(picture("PNG") + bytes(2**20)) or "") < 2**14
+    assert len(thumbnail(picture("PNG") + bytes(2**20)) or "") < 2**14
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
@@ -504,4 +504,4 @@ def test_pictures_are_shown(kind: str) -> None:
     for size in ((40, 40), (300, 100)):
         data = picture(kind, size)
         assert panels.image(data).format == "png"
-        assert (report._thumbnail(data) or "").startswith(f"data:image/{kind.lower() if size == (40, 40) else 'jpeg'};base64,")
+        assert (thumbnail(data) or "").startswith(f"data:image/{kind.lower() if size == (40, 40) else 'jpeg'};base64,")

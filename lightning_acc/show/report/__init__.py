@@ -112,6 +112,8 @@ def collect(run: Record) -> dict[str, Any]:
         pictures[sample] = {**pictures.get(sample, {}), **fields}
     columns = samples.columns(run, views, ids)
     known = groups.by_word(columns, ids)
+    for table in stored.values():  # one table may name what another has the truth of
+        known.update(table.names)
     return {
         "methods": methods,
         "ids": len(ids) if isinstance(ids, range) else ids,
