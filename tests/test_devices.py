@@ -124,8 +124,10 @@ def test_products_in_tf32_are_apart_by_its_rounding_where_their_factors_are_by_t
     error = float((there - here).abs().max() / there.abs().max())
     of_gpu, of_cpu = (SimpleNamespace(device=torch.device(kind), rounded_to=torch.float32) for kind in ("cuda", "cpu"))
     run: Any = SimpleNamespace(manifest={"tf32": True}, dtype="float32")
-    assert audit._rounded(run, of_cpu, False) == torch.float32  # type: ignore[arg-type]
     rounded = audit._rounded(run, of_gpu, False)  # type: ignore[arg-type]
+    assert audit._rounded(run, of_cpu, True) == rounded  # type: ignore[arg-type]  # trained there, replayed on the CPU
+    run.manifest["tf32"] = False
+    assert audit._rounded(run, of_gpu, False) == audit._rounded(run, of_cpu, True) == torch.float32  # type: ignore[arg-type]
     assert IN_GRADIENT * eps < error < IN_GRADIENT * audit.IN_NARROW[rounded] * torch.finfo(rounded).eps
 
 

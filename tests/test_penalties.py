@@ -174,28 +174,28 @@ def read_at(kind: type[Tokens], theta: Tensor) -> float:
     return float(nn.functional.cross_entropy(module(ids), labels).detach())
 
 
+def as_retrained(kind: type[Tokens], run: la.Run, *left_out: int) -> None:
+    """The record passes its audit, and loo is a plain training without each of the samples."""
+    assert run.audit().ok
+    whole = retrained(kind, run)
+    torch.testing.assert_close(run.parameters(run.n_steps), whole, rtol=1e-9, atol=1e-12)
+    scores = la.score(run, "loo", left_out, query=read(), keep_shifts=True, ray_address=None)
+    truth = torch.stack([retrained(kind, run, sample) - whole for sample in left_out])
+    assert float((scores.shifts - truth).norm() / truth.norm()) < 1e-9
+
+
 @pytest.mark.parametrize("kind", PENALISED)
 def test_a_penalty_stays_where_a_sample_is_left_out(tmp_path: Path, kind: type[Tokens]) -> None:
     run = recorded(tmp_path / "run", kind)
     assert run.manifest["loss"]["penalised"]
     assert run.manifest["loss"]["source"] == "reductions"
-    assert run.audit().ok
-    whole = retrained(kind, run)
-    torch.testing.assert_close(run.parameters(run.n_steps), whole, rtol=1e-9, atol=1e-12)
-    scores = la.score(run, "loo", [4, 17], query=read(), keep_shifts=True, ray_address=None)
-    truth = torch.stack([retrained(kind, run, sample) - whole for sample in (4, 17)])
-    assert float((scores.shifts - truth).norm() / truth.norm()) < 1e-9
+    as_retrained(kind, run, 4, 17)
 
 
 @pytest.mark.parametrize("kind", [L2, Uncertain])
 def test_accumulated_batches_share_their_penalty(tmp_path: Path, kind: type[Tokens]) -> None:
     run = recorded(tmp_path / "run", kind, accumulate_grad_batches=2)
-    assert run.audit().ok
-    whole = retrained(kind, run)
-    torch.testing.assert_close(run.parameters(run.n_steps), whole, rtol=1e-9, atol=1e-12)
-    scores = la.score(run, "loo", [4], query=read(), keep_shifts=True, ray_address=None)
-    truth = retrained(kind, run, 4) - whole
-    assert float((scores.shifts[0] - truth).norm() / truth.norm()) < 1e-9
+    as_retrained(kind, run, 4)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork", "ignore:.*sync_dist", "ignore:'set_vital' is deprecated")
@@ -204,12 +204,7 @@ def test_two_processes_share_their_penalty(tmp_path: Path, kind: type[Tokens]) -
     run = recorded(tmp_path / "run", kind, strategy="ddp_fork", devices=2)
     assert run.manifest["loss"]["penalised"]
     assert [len(step.sizes) for step in run.steps] == [2] * run.n_steps
-    assert run.audit().ok
-    whole = retrained(kind, run)
-    torch.testing.assert_close(run.parameters(run.n_steps), whole, rtol=1e-9, atol=1e-12)
-    scores = la.score(run, "loo", [4], query=read(), keep_shifts=True, ray_address=None)
-    truth = retrained(kind, run, 4) - whole
-    assert float((scores.shifts[0] - truth).norm() / truth.norm()) < 1e-9
+    as_retrained(kind, run, 4)
 
 
 @pytest.mark.parametrize("kind", [L2, Orthogonal, Uncertain])

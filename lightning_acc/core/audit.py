@@ -138,7 +138,7 @@ def _rounded(run: Record, replay: Replay, apart: bool) -> torch.dtype:
     Products in TF32, which has the ten bits of float16, round what they multiply: numbers that differ in their last place, as
     sums on a GPU do from one time to the next, are then apart by one of those bits.
     """
-    whole = torch.float16 if run.manifest.get("tf32") and replay.device != CPU else None
+    whole = torch.float16 if run.manifest.get("tf32") else None
     if not apart:
         return whole or replay.rounded_to
     return rounded_to(run.manifest.get("precision", "32-true"), whole or DTYPES[run.dtype], True)
