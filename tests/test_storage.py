@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -84,6 +85,8 @@ def test_loader_workers_that_fork_while_steps_are_written(url: str, monkeypatch:
     from lightning_acc.record import writer
 
     monkeypatch.setattr(writer, "FLUSH_STEPS", 2)
+    monkeypatch.setattr(writer, "SECONDS_AT_FIRST", math.inf)  # no file for the time being, however slow the storage is
+    monkeypatch.setattr(writer, "SECONDS", math.inf)
     loader = DataLoader(data(), 7, shuffle=True, num_workers=2, multiprocessing_context="fork")
     run = record(url, make(), loader)  # type: ignore[arg-type]
     assert len(run.store.names("steps")) == 6
