@@ -20,7 +20,7 @@ ROUND_OFF = 1e-12
 
 
 def found(run: la.Run, followed: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
-    followed = budget.most_followed(run) if followed is None else followed
+    followed = budget.most_followed(Replay(run)) if followed is None else followed
     options = {"ray_address": None, "save": False, **options}
     return la.score(run, "acc-low-rank", removals, followed=followed, **options, check=0)
 
@@ -135,10 +135,10 @@ def test_late_visits_are_modelled_and_no_more_than_is_affordable() -> None:
 
 def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    assert LowRank().settled(run, keep_shifts=False).form == "tracked"
+    assert LowRank().settled(Replay(run), keep_shifts=False).form == "tracked"
     monkeypatch.setattr(budget, "TRACKED_WORK", 0.0)
     monkeypatch.setattr(budget, "FOLLOWED_WORK", 0.0)
-    assert LowRank().settled(run, keep_shifts=False).form == "screened"
+    assert LowRank().settled(Replay(run), keep_shifts=False).form == "screened"
     scores = la.score(run, "acc-low-rank", ray_address=None, check=0)
     assert scores.conditions["form"] == "screened"
     assert scores.conditions["readout"] == "exact"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_acc import arguments
 from lightning_acc.core.devices import CPU, generators_kept, recorded_on
@@ -21,6 +22,7 @@ from lightning_acc.core.stand_in import place_in
 from lightning_acc.core.step import Batch, Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
+from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record, opened
 from lightning_acc.record.schema.keys import DTYPES, SCORED
 from lightning_acc.record.steps import StepRecord
@@ -124,13 +126,30 @@ class Replay:
     @cached_property
     def activation_bytes(self) -> int:
         """Bytes autograd keeps for one forward pass over the run's largest batch, beside the batch itself."""
-        largest = max(range(len(self)), key=lambda t: len(self.run.steps[t].sample_ids))
-        leaves = [batches.cast(leaves, self.dtype, self.device) for leaves in self.run.batches(largest)]
+        leaves = self._largest
         shared = [*self.objective.tensors(), *(leaf for batch in leaves for leaf in batch.values())]
         total = 0
         for batch in leaves:
             total += saved_bytes(partial(self.objective.losses, leaves=batch), self.initial[0], shared)
         return total
+
+    @cached_property
+    def multiplications(self) -> float:
+        """Of one forward pass over the run's largest batch: of its matrix products and convolutions, as torch counts them, and
+        at least one of each sample by each parameter, as some go uncounted.
+        """
+        leaves = self._largest
+        with generators_kept(self.device), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            for batch in leaves:
+                self.objective.losses(self.initial[0], batch)
+        each = sum(map(batches.batch_size, leaves)) * len(self.initial[0])
+        return float(max(counter.get_total_flops() / 2, each))
+
+    @property
+    def _largest(self) -> list[Leaves]:
+        """The batches of the step that sees the most samples."""
+        largest = max(range(len(self)), key=lambda t: len(self.run.steps[t].sample_ids))
+        return [batches.cast(leaves, self.dtype, self.device) for leaves in self.run.batches(largest)]
 
     @cached_property
     def states_at_once(self) -> int:

@@ -203,6 +203,30 @@ class Step:
         together = {name: torch.cat([batch.leaves[name] for batch in self.accumulated]) for name in self.accumulated[0].leaves}
         return batches.rows(together, positions)
 
+    def removed(self, theta: Tensor, removals: Removals, curved: bool = False) -> Removed:
+        """What the removed samples contribute to G_t at ``theta``; see ``Point.removed``."""
+        removed, position = removals.occurrences(self.sample_ids)
+        touched, inverse, counts = torch.unique(removed, return_inverse=True, return_counts=True)
+        thetas = theta.expand(len(touched), -1).clone().requires_grad_()
+        if not len(touched):
+            return Removed(touched, thetas, torch.zeros_like(thetas))
+        slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
+        # Each removal gets a batch of its own samples, padded with any sample at weight 0.
+        columns = position.new_zeros(len(touched), int(counts.max()))
+        columns[inverse, slot] = position
+        own = self.single_samples(columns) if columns.shape[1] < len(self.sample_ids) else None
+        if own is not None:
+            weights = self.weights.new_zeros(columns.shape)
+            weights[inverse, slot] = self.weights[position]
+            with self.objective.within(self._place):
+                losses = self.objective.losses_each(thetas, own, own_rows=True)
+        else:
+            weights = self.weights.new_zeros(len(touched), len(self.sample_ids))
+            weights[inverse, position] = self.weights[position]
+            losses = self.losses_each(thetas)
+        (graph,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=curved)
+        return Removed(touched, thetas, graph)
+
     def weights_without(self, removals: Removals) -> Tensor:
         """Loss weights (n, B) with each removal's occurrences at 0."""
         removed, position = removals.occurrences(self.sample_ids)
@@ -248,28 +272,7 @@ class Point:
             removals: n removals.
             curved: whether Hessian-vector products are going to be asked for.
         """
-        removed, position = removals.occurrences(self.step.sample_ids)
-        touched, inverse, counts = torch.unique(removed, return_inverse=True, return_counts=True)
-        thetas = self._leaf.detach().expand(len(touched), -1).clone().requires_grad_()
-        if not len(touched):
-            return Removed(touched, thetas, torch.zeros_like(thetas))
-        step = self.step
-        slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
-        # Each removal gets a batch of its own samples, padded with any sample at weight 0.
-        columns = position.new_zeros(len(touched), int(counts.max()))
-        columns[inverse, slot] = position
-        own = step.single_samples(columns) if columns.shape[1] < len(step.sample_ids) else None
-        if own is not None:
-            weights = step.weights.new_zeros(columns.shape)
-            weights[inverse, slot] = step.weights[position]
-            with step.objective.within(step._place):
-                losses = step.objective.losses_each(thetas, own, own_rows=True)
-        else:
-            weights = step.weights.new_zeros(len(touched), len(step.sample_ids))
-            weights[inverse, position] = step.weights[position]
-            losses = step.losses_each(thetas)
-        (graph,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=curved)
-        return Removed(touched, thetas, graph)
+        return self.step.removed(self._leaf.detach(), removals, curved)
 
     def pullback(self, adjoint: State) -> Pulled:
         """``adjoint``, of the state after the step, through F: through the update, and from its gradient through G.

@@ -16,7 +16,6 @@ from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
-from lightning_acc.record.record import Record
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Method(ABC):
                 )
         return self
 
-    def settled(self, run: Record, keep_shifts: bool) -> Method:
+    def settled(self, replay: Replay, keep_shifts: bool) -> Method:
         """The method with what it chooses by itself on this run."""
         return self
 

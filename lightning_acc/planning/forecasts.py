@@ -133,7 +133,7 @@ class LowRankPass(Forecast):
     def _tracked(self) -> tuple[float, int, int]:
         """Seconds of the basis and the pass, how many are read exactly, and how many are tracked together."""
         c, replay, theta = self.c, self.replay, self.replay.initial[0]
-        size, most = budget.removals_at_once(replay, c.memory), budget.most_directions(replay.run)
+        size, most = budget.removals_at_once(budget.bytes_needed(replay), c.memory), budget.most_directions(replay)
         vectors = torch.linalg.qr(self._directions(most).T)[0]
 
         def step(t: int, m: int) -> float:
@@ -149,7 +149,7 @@ class LowRankPass(Forecast):
     def _screened(self) -> tuple[float, int, int]:
         """The same where few removals are followed."""
         c, replay, n = self.c, self.replay, len(self.c.visited)
-        followed, modelled = screened.counts(replay, n, c.memory, budget.most_followed(replay.run))
+        followed, modelled = screened.counts(replay, n, c.memory, budget.most_followed(replay))
         directions, some = self._directions(followed), followed + modelled
         share = 1 + screened.FRESH_SHARE * bool(modelled)
 
@@ -181,10 +181,10 @@ class LowRankPass(Forecast):
         vector, state = replay.initial[0].nbytes, sum(part.nbytes for part in replay.initial)
         each, at_a_step = budget.bytes_needed(replay)
         if self.screens:
-            followed, modelled = screened.counts(replay, removals, allowed, budget.most_followed(replay.run))
+            followed, modelled = screened.counts(replay, removals, allowed, budget.most_followed(replay))
             forward = (3 * followed + 2 * modelled) * state + 3 * screened.DIRECTIONS * bool(modelled) * vector
         else:
-            forward = 4 * budget.most_directions(replay.run) * vector + at_a_step + each * removals
+            forward = 4 * budget.most_directions(replay) * vector + at_a_step + each * removals
         return max(tape.held(replay, allowed) * state + at_a_step, forward)
 
 
@@ -211,7 +211,8 @@ class DefectPass(Forecast):
 
         shared = c.readings * c.seconds(lambda: c.query.gradient(replay.objective, start[0]))
         shared += (1 + tape.taken_again(replay, c.memory)) * ahead + c.over_the_run(lambda t: c.seconds(lambda: back(t)))
-        at_once = budget.removals_at_once(replay, c.memory)
+        at_once = budget.removals_at_once(budget.bytes_by_the_update(replay), c.memory)
+        piece = budget.piece_by_the_update(replay, c.memory)
         followed = n if self.method.most is None else min(n, self.method.most)
         passes = -(-followed // at_once)
         each = -(-followed // passes)
@@ -219,22 +220,23 @@ class DefectPass(Forecast):
         scale = c.over_the_run(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
         if self.method.is_relative:
             return Cost(c.load, shared + scale * (passes * a + followed * slope), 0.0, None)
-        return Cost(c.load, shared + scale * a, c.share_visited * scale * slope, at_once if n > at_once else None)
+        own = scale * a * -(-min(n, piece) // at_once)
+        return Cost(c.load, shared + own, c.share_visited * scale * slope, piece if n > piece else None)
 
     def _step(self, t: int, m: int) -> float:
         """Seconds of step t with m removals, all of them in a window."""
         total, start = len(self.replay), self.replay.initial
-        adjoints = defect.AdjointDefect(total, [], start[0].expand(total, -1))
+        adjoints = defect.AdjointDefect(total, [], start[0].expand(2 * total, -1))
         shifts = defect.UpdateAlone(self.replay, self.c.sample(t, m), adjoints, total)
         shifts.begin(t, torch.arange(m))
-        return self.c.seconds(lambda: shifts.advance(t, self.replay.step(t).at(start)))
+        return self.c.seconds(lambda: shifts.advance(t, self.replay.step(t)))
 
     def bytes(self, removals: int) -> int:
         """Bytes the passes add; what the sweep back kept is given back before."""
         replay, allowed = self.replay, self.c.memory
-        each, at_a_step = budget.bytes_needed(replay)
+        each, at_a_step = needed = budget.bytes_by_the_update(replay)
         followed = removals if self.method.most is None else min(removals, self.method.most)
-        together = min(followed, budget.removals_at_once(replay, allowed))
+        together = min(followed, budget.removals_at_once(needed, allowed))
         states = tape.held(replay, allowed) * sum(part.nbytes for part in replay.initial)
         return at_a_step + max(states, each * together)
 
@@ -242,7 +244,7 @@ class DefectPass(Forecast):
 def forecast(method: Method, calibration: Calibration) -> Forecast:
     """The forecast for the way in which a method runs."""
     if isinstance(method, LowRank):
-        settled = method.settled(calibration.replay.run, keep_shifts=False)
+        settled = method.settled(calibration.replay, keep_shifts=False)
         return (DefectPass if settled.form == DEFECT else LowRankPass)(calibration, settled)
     assert isinstance(method, Swept)
     return Forward(calibration, method) if method.reverse is None else Back(calibration, method)

@@ -195,10 +195,11 @@ def plan(
     resident, disk = resident_bytes(), _table_bytes(distinct)
     rows = []
     for name, method in METHODS.items():
-        readout = method.settled(run, keep_shifts=False).default_readout(keep_shifts=False)
+        settled = method.settled(calibration.replay, keep_shifts=False)
+        readout = settled.default_readout(keep_shifts=False)
         row: dict[str, Any] = {"method": name, "readout": readout, "n": n, "disk_gb": disk / 2**30}
         if name in costs:
-            row["disk_gb"] += method.scratch_bytes(calibration.replay) / 2**30
+            row["disk_gb"] += settled.scratch_bytes(calibration.replay) / 2**30
             cost = costs[name]
             count = len(cost.chunks(n))
             base = min(resident, WORKER_BYTES + _run_bytes(run)) if resources.farmed_out(count) else resident

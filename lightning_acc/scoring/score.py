@@ -18,7 +18,7 @@ from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal
-from lightning_acc.core.replay import explained
+from lightning_acc.core.replay import Replay, explained
 from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
 from lightning_acc.record.record import Record, opened
@@ -115,13 +115,15 @@ def score(
     ray_address = arguments.ray_address(ray_address)
     place = devices.chosen(device, run)
     memory, bank_bytes = devices.budget(memory_gb, place), bank.budget(bank_gb)
-    chosen = registry.find(method).configured(directions=directions, followed=followed).settled(run, keep_shifts)
+    when, portable = moments.find(run, at), rebuild.portable(run)
+    configured = registry.find(method).configured(directions=directions, followed=followed)
+    replay = Replay(portable, dtype, when.last, device=place)  # refuses what cannot be replayed before any worker starts
+    chosen = configured.settled(replay, keep_shifts)
     readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
     wanted, names = removal_sets.named(removals, run)
-    question = Question(queries.find(run, query), moments.find(run, at), readout, keep_shifts, memory)
-    job = Job(rebuild.portable(run), chosen, question, dtype, place)
-    replay = job.replay()  # refuses what cannot be replayed before any worker starts
+    question = Question(queries.find(run, query), when, readout, keep_shifts, memory)
+    job = Job(portable, chosen, question, dtype, place)
     distinct = list(dict.fromkeys(wanted))
     started = time.perf_counter()
     conditions = job.conditions(distinct)

@@ -7,7 +7,7 @@ replay is bit-exact.
 
 from lightning_acc.core.optimizers.known import NO_FUNCTION, RULES, register_optimizer
 from lightning_acc.core.optimizers.rule import Hyperparameters, Numbers, OptimizerRule, State
-from lightning_acc.core.optimizers.update import Update, clip
+from lightning_acc.core.optimizers.update import Update, clipped
 
 __all__ = [
     "NO_FUNCTION",
@@ -17,6 +17,6 @@ __all__ = [
     "OptimizerRule",
     "State",
     "Update",
-    "clip",
+    "clipped",
     "register_optimizer",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ BLOCK = 2**16
 """Numbers that are updated together in place: what is made on the way stays in the processor's caches."""
 
 
-def clip(gradient: list[Tensor], value: float, algorithm: str) -> list[Tensor]:
+def clipped(gradient: list[Tensor], groups: list[Hyperparameters]) -> list[Tensor]:
     """Lightning's gradient clipping, of the parameters' gradients (..., p_k): by their joint norm, or each number by value."""
-    if algorithm == "value":
+    value = groups[0]["gradient_clip_val"]
+    if not value:
+        return gradient
+    if groups[0]["gradient_clip_algorithm"] == "value":
         return [piece.clamp(-value, value) for piece in gradient]
     norms = torch.stack([torch.linalg.vector_norm(piece, dim=-1) for piece in gradient], -1)
     factor = torch.clamp(value / (torch.linalg.vector_norm(norms, dim=-1, keepdim=True) + 1e-6), max=1.0)
@@ -82,11 +86,7 @@ class Update:
             rows = max(1, gradient.numel() // max(1, length))
             size = max(BLOCK // rows, 1024) if self.rule.by_number else max(1, length)
             for g, *block in zip(*(part.split(size, -1) for part in (gradient, *pieces)), strict=True):
-                updated = self._one(tuple(block), g, h)
-                if not self.rule.by_number:  # what it hands back may be what it was given, in another place
-                    updated = tuple(part.clone() for part in updated)
-                for part, new in zip(block, updated, strict=True):
-                    part.copy_(new)
+                self._write(tuple(block), g, h)
 
     def _by_parameter(
         self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]
@@ -94,26 +94,51 @@ class Update:
         """What the rule is given of each parameter: hyper-parameters, its gradient as it is clipped, and views of its state."""
         # Parameter by parameter and not in one sweep: vectorised kernels round the last few elements of a tensor
         # differently, so that the bits depend on where a tensor ends.
-        if groups[0]["gradient_clip_val"]:
-            gradients = clip(list(gradients), groups[0]["gradient_clip_val"], groups[0]["gradient_clip_algorithm"])
-        groups = [_typed(h) for h in groups]
-        given = [{**groups[group], "shape": shape} for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
-        for h, g, *piece in zip(given, gradients, *(part.split(self.layout.sizes, -1) for part in state), strict=True):
+        pieces = (part.split(self.layout.sizes, -1) for part in state)
+        for h, g, *piece in zip(self.given(groups), clipped(list(gradients), groups), *pieces, strict=True):
             yield h, g, tuple(piece)
 
-    def in_one_pass(self, state: State, gradient: Tensor, groups: list[Hyperparameters]) -> None:
-        """The same, written over ``state`` (n, p), contiguous: to round-off, and where the rule knows how in a tenth of the
-        time.
+    def given(self, groups: list[Hyperparameters]) -> list[Hyperparameters]:
+        """What the rule is told of each parameter: the hyper-parameters of its group, and its shape."""
+        groups = [_typed(h) for h in groups]
+        return [{**groups[group], "shape": shape} for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
+
+    def ranges(self, size: int) -> list[tuple[slice, int]]:
+        """The flat parameters in ranges that can be updated by themselves, each with the index of a parameter in it: of at most
+        ``size`` numbers of one group where the rule goes number by number, else of one parameter.
         """
-        h, one_pass = groups[0], self.rule.one_pass
-        alike = all(group == h for group in groups) and "dtypes" not in h
-        if one_pass is not None and alike and gradient.device.type == "cpu":
-            if h["gradient_clip_val"]:
-                (gradient,) = clip([gradient], h["gradient_clip_val"], h["gradient_clip_algorithm"])
+        found: list[tuple[slice, int]] = []
+        ends = list(accumulate(self.layout.sizes, initial=0))
+        groups, apart = self.group_of, not self.rule.by_number
+        firsts = [i for i, group in enumerate(groups) if apart or i == 0 or groups[i - 1] != group]
+        for first, last in zip(firsts, [*firsts[1:], len(self.group_of)], strict=True):
+            start, end = ends[first], ends[last]
+            width = max(1, end - start) if apart else size
+            found += [(slice(at, min(at + width, end)), first) for at in range(start, end, width)]
+        return found
+
+    def in_one_pass(self, state: State, gradient: Tensor, h: Hyperparameters) -> None:
+        """U of one of the ``ranges``, written over ``state`` (..., size), by its gradient (..., size), clipped.
+
+        To round-off the same; and in a tenth of the time where the rule knows how and the tensors are contiguous.
+
+        Args:
+            state: of the range.
+            gradient: of the range.
+            h: what is ``given`` of its parameter.
+        """
+        one_pass, dense = self.rule.one_pass, all(part.is_contiguous() for part in (gradient, *state))
+        if one_pass is not None and dense and "dtypes" not in h and gradient.device.type == "cpu":
             one_pass(state, gradient, h)
         else:
-            for part, updated in zip(state, self(state, gradient, groups), strict=True):
-                part.copy_(updated)
+            self._write(state, gradient, h)
+
+    def _write(self, state: State, gradient: Tensor, h: Hyperparameters) -> None:
+        updated = self._one(state, gradient, h)
+        if not self.rule.by_number:  # what it hands back may be what it was given, in another place
+            updated = tuple(part.clone() for part in updated)
+        for part, new in zip(state, updated, strict=True):
+            part.copy_(new)
 
     def check(self, groups: list[Hyperparameters]) -> None:
         """See that the hyper-parameters of the parameter groups are such as this optimizer takes.

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.optimizers import RULES, State
+from lightning_acc.core.optimizers import RULES, State, clipped
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.step import Point
+from lightning_acc.core.step import Point, Step
 from lightning_acc.methods import sweeps
 from lightning_acc.methods.low_rank.back import scratch
 from lightning_acc.methods.method import Question
@@ -34,7 +34,8 @@ from lightning_acc.record.record import Record
 
 WINDOW_EPOCHS = 2
 CACHED = 2**17
-"""Numbers of a part of the state that are taken through an update together: what stays in the caches. More is slower."""
+"""Numbers of a part of the state that are taken through an update together, of one removal or of several: what stays in the
+caches. More is slower."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def defect(
         progress: told the fraction done.
     """
     ends = window_ends(replay, removals, window)
-    with scratch(replay, len(replay) + len(ends) * len(replay.initial)) as rows:
+    with scratch(replay, vectors_kept(replay, ends)) as rows:
         adjoints = AdjointDefect(len(replay), ends, rows)
         per_sample = sweeps.reverse(replay, adjoints, question, lambda done: progress(0.2 * done)).cpu()
         first = torch.stack([per_sample[list(removal)].sum() for removal in removals])
@@ -81,11 +82,8 @@ def defect(
         scores, done = first.clone(), 0
         for part in chosen.split(at_once):
             shifts = UpdateAlone(replay, Removals([removals[i] for i in part]), adjoints, window)
-            state = replay.initial
             for t in range(len(replay)):
-                point = replay.step(t).at(state)
-                shifts.advance(t, point)
-                state = point.next()
+                shifts.advance(t, replay.step(t))
                 progress(0.2 + 0.8 * (done + len(part) * (t + 1) / len(replay)) / len(chosen))
             shifts.finish()
             scores[part] = shifts.scores.cpu()
@@ -119,25 +117,31 @@ def window_ends(replay: Replay, removals: Sequence[Removal], window: int) -> lis
     return sorted(end for end in ends.union((last + window + 1).tolist()) if end < len(replay))
 
 
+def vectors_kept(replay: Replay, ends: Sequence[int] = ()) -> int:
+    """How many vectors (p,) ``AdjointDefect`` keeps: two of every step, and ``lambda_e`` of these ends of windows."""
+    return 2 * len(replay) + len(ends) * len(replay.initial)
+
+
 class AdjointDefect(AdjointSgdIe):
-    """SGD-IE's reverse sweep, which also keeps ``c_t`` of every step, and ``lambda_e`` where windows end.
+    """SGD-IE's reverse sweep, which also keeps ``c_t`` and ``G_t`` of every step, and ``lambda_e`` where windows end.
 
     Where the query is read, ``c_t`` holds its gradient, too: so a shift is read on its way through a window.
 
     Args:
         n_steps: T.
         ends: see ``window_ends``.
-        rows: where to keep them, (T + len(ends) * parts of the state, p).
+        rows: where to keep them, (2 T + len(ends) * parts of the state, p).
 
     Attributes:
         curvatures: ``c_t``, (T, p).
+        gradients: ``G_t``, (T, p).
         final: ``lambda_T``.
     """
 
     final: State
 
     def __init__(self, n_steps: int, ends: Sequence[int], rows: Tensor) -> None:
-        self.curvatures, self._rows = rows[:n_steps], rows[n_steps:]
+        self.curvatures, self.gradients, self._rows = rows.tensor_split((n_steps, 2 * n_steps))
         self._place = {end: i for i, end in enumerate(ends)}
         self._t = n_steps
 
@@ -160,6 +164,7 @@ class AdjointDefect(AdjointSgdIe):
         adjoint, scores = super().advance(point, carry)
         self._t -= 1
         self.curvatures[self._t] = adjoint[0] - unmoved
+        self.gradients[self._t] = point.gradient
         if self._t in self._place:
             for row, part in zip(self.at(self._t), adjoint, strict=True):
                 row.copy_(part)
@@ -185,7 +190,8 @@ def through_the_update(point: Point, adjoint: State) -> Tensor:
 class UpdateAlone:
     """``s + D~`` of n removals, taken forward through the run; collects their scores.
 
-    The run itself goes along: shifts are differences between results of the same operations, so that round-off cancels.
+    The run itself goes along: shifts are differences between results of the same operations, so that round-off cancels. All is
+    done range by range of the parameters, which the gradients of a step are read for once.
 
     Args:
         replay: of the run.
@@ -199,39 +205,58 @@ class UpdateAlone:
 
     def __init__(self, replay: Replay, removals: Removals, adjoints: AdjointDefect, window: int) -> None:
         self._replay, self._removals, self._adjoints, self._window = replay, removals, adjoints, window
-        self._own = tuple(part[None].clone() for part in replay.initial)
-        self._parts = tuple(part.repeat(len(removals), 1) for part in replay.initial)
+        self._own = tuple(part.clone() for part in replay.initial)
+        self._ranges = replay.update.ranges(CACHED)
+        self._parts = [tuple(p[columns].repeat(len(removals), 1) for p in self._own) for columns, _ in self._ranges]
+        """Of each range, (n, its size) of each part of the state."""
         self._last = torch.full((len(removals),), -1)
         """The last step that saw each of them; -1 of those in no window, whose parts are anything."""
         self.scores = replay.initial[0].new_zeros(len(removals))
 
-    def advance(self, t: int, point: Point) -> None:
+    def advance(self, t: int, step: Step) -> None:
         """Take step t."""
-        removed = point.removed(self._removals)
-        who, gradients = removed.removals, removed.gradients
+        device, update = self._replay.device, self._replay.update
+        gradient, curvature = self._adjoints.gradients[t].to(device), self._adjoints.curvatures[t].to(device)
+        without = self._gradients_without(step, gradient)
+        (gradient,) = clipped([gradient], step.groups)
+        who = torch.tensor(list(without), dtype=torch.long)
         left = self._last + self._window + 1 == t
         left[who] = False  # the next window begins where the last one ends: they are one
         self._end(left & (self._last >= 0), t)
         self.begin(t, who[self._last[who] < 0])
         self._last[who] = t
-        curvature = self._adjoints.curvatures[t].to(self._replay.device)
-        inside, size = self._last >= 0, max(1, CACHED // len(point.gradient))
-        for first in range(0, len(inside), size):
-            rows = slice(first, first + size)
-            if inside[rows].any():
-                parts = tuple(part[rows] for part in self._parts)
-                scores = (parts[0] - self._own[0]) @ curvature
-                self.scores[rows] += torch.where(inside[rows].to(scores.device), scores, 0.0)
-                gradient, mine = point.gradient.repeat(len(scores), 1), (who >= first) & (who < first + size)
-                gradient[who[mine] - first] -= gradients[mine]
-                self._replay.update.in_one_pass(parts, gradient, point.step.groups)
-        self._replay.update.in_one_pass(self._own, point.gradient[None], point.step.groups)
+        inside, given = self._last >= 0, update.given(step.groups)
+        for (columns, parameter), parts in zip(self._ranges, self._parts, strict=True):
+            own, mine, bent = tuple(part[columns] for part in self._own), gradient[columns], curvature[columns]
+            for rows in torch.arange(len(inside)).split(max(1, CACHED // len(mine))):
+                if inside[rows].any():
+                    some = slice(int(rows[0]), int(rows[-1]) + 1)
+                    states = tuple(part[some] for part in parts)
+                    scores = (states[0] - own[0]) @ bent
+                    self.scores[some] += torch.where(inside[some].to(device), scores, 0.0)
+                    gradients = mine.repeat(len(rows), 1)
+                    for i in without.keys() & rows.tolist():
+                        gradients[i - some.start] = without[i][columns]
+                    update.in_one_pass(states, gradients, given[parameter])
+            update.in_one_pass(own, mine, given[parameter])
+
+    def _gradients_without(self, step: Step, gradient: Tensor) -> dict[int, Tensor]:
+        """What clipping leaves of the gradient (p,) without each of the removals that the step has seen samples of."""
+        found: dict[int, Tensor] = {}
+        for first in range(0, len(self._removals), step.states_at_once):
+            part = self._removals.part(first, min(first + step.states_at_once, len(self._removals)))
+            removed = step.removed(self._own[0], part)
+            if len(removed.removals):
+                (rows,) = clipped([gradient - removed.gradients], step.groups)
+                found.update(zip((first + removed.removals).tolist(), rows, strict=True))
+        return found
 
     def begin(self, t: int, who: Tensor) -> None:
         """The windows of the removals ``who``, (m,), begin with step t."""
         self._last[who] = t
-        for part, own in zip(self._parts, self._own, strict=True):
-            part[who] = own
+        for (columns, _), parts in zip(self._ranges, self._parts, strict=True):
+            for part, own in zip(parts, self._own, strict=True):
+                part[who] = own[columns]
 
     def finish(self) -> None:
         """The last windows end after the last step."""
@@ -241,6 +266,8 @@ class UpdateAlone:
         """The windows of these (n,) end after e steps."""
         ended = torch.nonzero(who)[:, 0]
         if len(ended):
-            for part, own, adjoint in zip(self._parts, self._own, self._adjoints.at(e), strict=True):
-                self.scores[ended] += (part[ended] - own) @ adjoint.to(own)
+            adjoint = tuple(part.to(self._replay.device) for part in self._adjoints.at(e))
+            for (columns, _), parts in zip(self._ranges, self._parts, strict=True):
+                for part, own, by in zip(parts, self._own, adjoint, strict=True):
+                    self.scores[ended] += (part[ended] - own[columns]) @ by[columns]
             self._last[ended] = -1

@@ -16,13 +16,12 @@ from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import budget
 from lightning_acc.methods.low_rank.back import scratch_bytes
-from lightning_acc.methods.low_rank.defect import defect, has_a_defect, window_steps
+from lightning_acc.methods.low_rank.defect import defect, has_a_defect, vectors_kept, window_steps
 from lightning_acc.methods.low_rank.screened import screened
 from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.methods.memory import even_pieces
 from lightning_acc.methods.method import Answer, Method, Question, one_by_one
 from lightning_acc.methods.swept import refuse_without_derivative
-from lightning_acc.record.record import Record
 
 TRACKED, SCREENED, DEFECT = "tracked", "screened", "defect"
 TRUSTED = 0.5
@@ -73,7 +72,7 @@ class LowRank(Method):
             )
         return LowRank(directions, followed)
 
-    def settled(self, run: Record, keep_shifts: bool) -> LowRank:
+    def settled(self, replay: Replay, keep_shifts: bool) -> LowRank:
         """By its defect where the update is not affine; screened as asked for, or where not all directions training contracts
         in are affordable; else tracked.
 
@@ -81,10 +80,10 @@ class LowRank(Method):
             RequestError: shifts are to be kept of removals that are screened, or directions or shifts are asked for where the
                 update is not affine.
         """
-        if has_a_defect(run):
-            return self._by_defect(run, keep_shifts)
-        affordable = budget.TRACKED_WORK / budget.training_work(run)
-        usual = SCREENED if affordable < min(budget.MOST_DIRECTIONS, run.n_parameters) else TRACKED
+        if has_a_defect(replay.run):
+            return self._by_defect(replay, keep_shifts)
+        affordable = budget.TRACKED_WORK / budget.training_work(replay)
+        usual = SCREENED if affordable < min(budget.MOST_DIRECTIONS, replay.run.n_parameters) else TRACKED
         form = usual
         if self.followed is not None:
             form = SCREENED
@@ -95,15 +94,15 @@ class LowRank(Method):
         asked = self.followed is not None or self.directions is not None
         return LowRank(self.directions, self.followed, form, unusual=form != usual and not asked)
 
-    def _by_defect(self, run: Record, keep_shifts: bool) -> LowRank:
+    def _by_defect(self, replay: Replay, keep_shifts: bool) -> LowRank:
         given = f"directions={self.directions}" if self.directions is not None else f"keep_shifts={keep_shifts}"
         if keep_shifts or self.directions is not None:
             raise RequestError(
                 f"{given} of {self.name} is for updates that are affine, as SGD's is without clipping, which this run's are "
                 "not: leave it out, or use acc-sgd-ie."
             )
-        most = budget.most_by_the_update(run) if self.followed is None else self.followed
-        return LowRank(None, self.followed, DEFECT, most=None if most >= run.n_samples else most)
+        most = budget.most_by_the_update(replay) if self.followed is None else self.followed
+        return LowRank(None, self.followed, DEFECT, most=None if most >= replay.run.n_samples else most)
 
     @property
     def is_relative(self) -> bool:  # type: ignore[override]
@@ -160,7 +159,9 @@ class LowRank(Method):
             )
         if self.is_relative:
             return even_pieces(removals, max(1, len(removals)))
-        return even_pieces(removals, budget.removals_at_once(replay, question.memory))
+        if self.form == DEFECT:
+            return even_pieces(removals, budget.piece_by_the_update(replay, question.memory))
+        return even_pieces(removals, budget.removals_at_once(budget.bytes_needed(replay), question.memory))
 
     def blocks(
         self, replay: Replay, removals: Sequence[Removal], examples: Sequence[int], question: Question
@@ -174,7 +175,7 @@ class LowRank(Method):
 
     def scratch_bytes(self, replay: Replay) -> int:
         """Of the sweep back."""
-        return scratch_bytes(replay)
+        return scratch_bytes(replay, vectors_kept(replay) if self.form == DEFECT else None)
 
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
@@ -195,7 +196,7 @@ class LowRank(Method):
         own Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the
         uncertainty.
         """
-        n, most = len(removals), budget.most_directions(replay.run)
+        n, most = len(removals), budget.most_directions(replay)
         exactly = 0
         if question.readout == "exact":
             exactly = budget.read_exactly(replay.run, n, question.query, question.moments.readings)
@@ -224,7 +225,7 @@ class LowRank(Method):
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
         """The same, with the most influential removals followed exactly."""
-        followed = budget.most_followed(replay.run) if self.followed is None else self.followed
+        followed = budget.most_followed(replay) if self.followed is None else self.followed
         passed = screened(replay, removals, question, followed, lambda done: progress(0.99 * done))
         details: dict[str, Any] = {"followed_exactly": passed.followed, "modelled": passed.modelled}
         if passed.model_error is not None:
@@ -235,7 +236,8 @@ class LowRank(Method):
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
         """What the update itself changed bounds, in practice, what all that is left out would."""
-        most, at_once = len(removals) if self.most is None else self.most, budget.removals_at_once(replay, question.memory)
+        most = len(removals) if self.most is None else self.most
+        at_once = budget.removals_at_once(budget.bytes_by_the_update(replay), question.memory)
         window = window_steps(replay)
         passed = defect(replay, removals, question, most, at_once, window, lambda done: progress(0.99 * done))
         changed, sizes = (passed.scores - passed.first).abs(), passed.first.abs()
