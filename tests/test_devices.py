@@ -152,3 +152,22 @@ def test_states_of_a_gpus_generator_have_their_place_in_a_record(tmp_path: Path)
     assert [sorted(given) for step in run.steps[:3] for given in step.rng] == [["cpu", "cuda"], ["cpu"], ["cpu", "cuda"]]
     for wrong in ({"rng_cuda": torch.zeros(2, 15, dtype=torch.uint8)}, {"rng_batches_cuda": torch.tensor([0, 99])}):
         assert "cuda" in str(files.fault_of(name, {**tensors, **states, **wrong}, metadata, run.manifest))
+
+
+def test_where_one_removal_needs_more_the_budget_is_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"check": 0, "save": False, "ray_address": None}
+    questions = [
+        *(lambda run, name=name: la.score(run, name, [0, 3], **asked).values for name in ("loo", "acc-sgd-ie", "acc-low-rank")),
+        lambda run: la.score_matrix(run, examples=[1], **asked).values,
+        lambda run: la.plan(run, ray_address=None).table["seconds"].is_valid().to_numpy(),
+    ]
+    run = record(tmp_path / "run", make(hidden=4, optimizer={"class": "AdamW", "lr": 0.01}))
+    expected = [ask(run) for ask in questions]
+    monkeypatch.setattr(devices, "ON_CPU", 1)
+    for ask, values in zip(questions, expected, strict=True):
+        np.testing.assert_allclose(ask(run), values, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(devices, "available_bytes", lambda: 10.0)  # half of which is too little
+    for ask in questions[:4]:
+        with pytest.raises(la.RequestError, match=r"more than the budget of .*: give memory_gb="):
+            ask(run)
+    assert not questions[4](run)[:3].any()

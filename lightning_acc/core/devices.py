@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.arguments import memory_bytes, shown
-from lightning_acc.core.process import peak_memory_gb
+from lightning_acc.core.process import available_bytes, peak_memory_gb
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.record import Record
 
@@ -159,8 +159,9 @@ def share(device: torch.device, memory: int) -> float:
     return min(1.0, math.ceil(100 * (memory + CONTEXT_BYTES) / whole) / 100)
 
 
-def budget(memory_gb: object, device: torch.device) -> int:
-    """``memory_gb`` in bytes: ``"auto"`` is 2 GB on the CPU, and half of what is free of a GPU, where two pieces then fit.
+def budget(memory_gb: object, device: torch.device, least: int = 0) -> int:
+    """``memory_gb`` in bytes: ``"auto"`` is half of what is free of a GPU, where two pieces then fit, and 2 GB on the CPU, or a
+    tenth more than ``least`` bytes, which the work cannot do without, where these are more but half of what is free.
 
     Raises:
         RequestError: it is no positive number.
@@ -168,7 +169,8 @@ def budget(memory_gb: object, device: torch.device) -> int:
     if not (isinstance(memory_gb, str) and memory_gb == AUTO):
         return memory_bytes(memory_gb)
     if device.type != CUDA:
-        return ON_CPU
+        needed = int(1.1 * least)
+        return needed if ON_CPU < needed <= available_bytes() // 2 else ON_CPU
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
     return max(1, (torch.cuda.mem_get_info(device)[0] + kept) // 2 - CONTEXT_BYTES)
 

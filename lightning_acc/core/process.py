@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -62,6 +63,15 @@ def peak_memory_gb() -> float:
     """Largest resident size of this process so far."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size / 2**30 if sys.platform == "darwin" else size / 2**20
+
+
+def available_bytes() -> float:
+    """Memory of this machine that processes can still have; all of it where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 2**10 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def resident_bytes() -> float:

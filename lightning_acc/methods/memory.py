@@ -99,16 +99,20 @@ def adjoints_at_once(replay: Replay, name: str, memory: int) -> int:
     Raises:
         RequestError: not even one fits.
     """
-    vector, parts = replay.initial[0].nbytes, len(replay.initial)
-    # Adjoint and scores of each; a step holds the new adjoint, gamma and what autograd makes on the way.
-    each = (4 * parts + 3) * vector + 2 * replay.run.n_samples * replay.initial[0].element_size()
-    fit = memory // 2 // each
-    if fit < 1:
+    each = example_bytes(replay)
+    if memory < each:
         raise RequestError(
-            f"One example of {name} needs about {2 * each / 2**30:.2f} GB on this run, more than the budget of "
-            f"{memory / 2**30:.2f} GB: give memory_gb={2.2 * each / 2**30:.1f} or more."
+            f"One example of {name} needs about {each / 2**30:.2f} GB on this run, more than the budget of "
+            f"{memory / 2**30:.2f} GB: give memory_gb={1.1 * each / 2**30:.1f} or more."
         )
-    return int(min(fit, LARGEST_CHUNK // 2))
+    return int(min(memory // each, LARGEST_CHUNK // 2))
+
+
+def example_bytes(replay: Replay) -> int:
+    """Bytes for each example whose adjoint goes back: its adjoint and its scores; at a step the new adjoint, gamma and what
+    autograd makes on the way; and as much for the tape."""
+    vector, parts = replay.initial[0].nbytes, len(replay.initial)
+    return 2 * ((4 * parts + 3) * vector + 2 * replay.run.n_samples * replay.initial[0].element_size())
 
 
 def query_rows(replay: Replay, query: Query, memory: int) -> int:

@@ -151,6 +151,10 @@ class Method(ABC):
         middle = len(piece) // 2
         return [piece[:middle], piece[middle:]] if middle else [piece]
 
+    def least_bytes(self, replay: Replay, each: bool = False) -> int:
+        """Without which not even one removal can be asked about; ``each``: about one example of the query."""
+        return 0
+
     def scratch_bytes(self, replay: Replay) -> int:
         """Of the temporary files of a piece."""
         return 0

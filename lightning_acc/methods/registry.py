@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_acc import arguments
+from lightning_acc.core.replay import Replay
 from lightning_acc.methods.low_rank.entry import LowRank
 from lightning_acc.methods.memory import TRAINING, Copies
 from lightning_acc.methods.method import Method
@@ -31,6 +32,11 @@ def find(name: str) -> Method:
         RequestError: there is none.
     """
     return METHODS[arguments.choice("method", name, METHODS)]
+
+
+def least_bytes(method: Method, replay: Replay, each: bool = False) -> int:
+    """Bytes without which not one removal can be scored and retrained without; ``each``: of one example of the query."""
+    return max(method.least_bytes(replay, each), METHODS[TRUTH].least_bytes(replay))
 
 
 def is_truth(name: str) -> bool:

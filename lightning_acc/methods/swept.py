@@ -88,6 +88,12 @@ class Swept(Method):
         size = memory.adjoints_at_once(replay, self.name, question.memory)
         return [(list(removals), part) for part in memory.even_pieces(examples, size)]
 
+    def least_bytes(self, replay: Replay, each: bool = False) -> int:
+        """Of a chunk of one; or of one example, where adjoints go back."""
+        if self.reverse is None:
+            return self.copies.chunk(replay, 1)
+        return memory.example_bytes(replay) if each else 0
+
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:

@@ -25,7 +25,7 @@ from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
 from lightning_acc.core.removals import Removal
 from lightning_acc.errors import RequestError
-from lightning_acc.methods.registry import METHODS, TRUTH, is_ranking, is_truth, place
+from lightning_acc.methods.registry import METHODS, TRUTH, is_ranking, is_truth, least_bytes, place
 from lightning_acc.planning.calibration import Calibration, Cost
 from lightning_acc.planning.forecasts import forecast
 from lightning_acc.progress import Progress, duration, two_digits
@@ -168,17 +168,18 @@ def plan(
     run = opened(run)
     distinct = list(dict.fromkeys(removal_sets.named(removals, run)[0]))
     query, when, place = queries.find(run, query), moments.find(run, at), devices.chosen(device, run)
-    memory = devices.budget(memory_gb, place)
     n = len(distinct)
     costs: dict[str, Cost] = {}
     peaks: dict[str, int] = {}
     reasons: list[str] = []
     with as_scored(), Progress("plan", 1 + len(METHODS), progress) as bar:
-        calibration = Calibration(run, query, dtype, memory, distinct, when, place)
+        calibration = Calibration(run, query, dtype, devices.budget(memory_gb, place), distinct, when, place)
         for i, method in enumerate(METHODS.values()):
             bar.update(i, 1.0)
             try:
                 method.check(calibration.replay)
+                least = least_bytes(method.settled(calibration.replay, keep_shifts=False), calibration.replay)
+                calibration.memory = devices.budget(memory_gb, place, least)
                 expected = forecast(method, calibration)
                 cost = expected.cost()
                 peaks[method.name] = expected.bytes(max(cost.chunks(n), default=0))

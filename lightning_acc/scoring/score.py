@@ -114,11 +114,11 @@ def score(
     confirm = arguments.whole("confirm", confirm, "is no number of removals to retrain without")
     ray_address = arguments.ray_address(ray_address)
     place = devices.chosen(device, run)
-    memory, bank_bytes = devices.budget(memory_gb, place), bank.budget(bank_gb)
     when, portable = moments.find(run, at), rebuild.portable(run)
     configured = registry.find(method).configured(directions=directions, followed=followed)
     replay = Replay(portable, dtype, when.last, device=place)  # refuses what cannot be replayed before any worker starts
     chosen = configured.settled(replay, keep_shifts)
+    memory, bank_bytes = devices.budget(memory_gb, place, registry.least_bytes(chosen, replay)), bank.budget(bank_gb)
     readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
     wanted, names = removal_sets.named(removals, run)

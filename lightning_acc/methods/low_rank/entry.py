@@ -173,6 +173,12 @@ class LowRank(Method):
         """Screened removals are screened together."""
         return [piece] if self.is_relative else super().smaller(piece, question)
 
+    def least_bytes(self, replay: Replay, each: bool = False) -> int:
+        """Of one removal that is tracked, or follows the update; screened, it fits its removals to what there is."""
+        if self.form == SCREENED:
+            return 0
+        return sum((budget.bytes_by_the_update if self.form == DEFECT else budget.bytes_needed)(replay))
+
     def scratch_bytes(self, replay: Replay) -> int:
         """Of the sweep back."""
         return scratch_bytes(replay, vectors_kept(replay) if self.form == DEFECT else None)

@@ -105,10 +105,10 @@ def score_matrix(
     """
     run = opened(run)
     ray_address, place = arguments.ray_address(ray_address), devices.chosen(device, run)
-    memory = devices.budget(memory_gb, place)
     when, portable = moments.find(run, at), rebuild.portable(run)
     replay = Replay(portable, dtype, when.last, device=place)
     chosen = registry.find(method).configured().settled(replay, False)
+    memory = devices.budget(memory_gb, place, registry.least_bytes(chosen, replay, each=True))
     readout = chosen.default_readout(False) if readout is None else arguments.choice("readout", readout, READOUTS)
     check = checks.parse(check)
     wanted, _ = removal_sets.named(removals, run)
