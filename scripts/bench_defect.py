@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from bare_replay import bare_replay
 
 import lightning_acc as la
-from lightning_acc.core.replay import Replay
 from lightning_acc.scoring.trust.figures import kendall, rmse
 from lightning_acc.studies import data
 from lightning_acc.studies.models import Classifier
@@ -113,16 +113,6 @@ def trained(cell: Cell, directory: str) -> la.Run:
         num_sanity_val_steps=0,
     ).fit(module, datamodule=samples)
     return la.Run(directory)
-
-
-def bare_replay(run: la.Run) -> float:
-    """Seconds of processor time of the recorded training, taken again."""
-    replay = Replay(run)
-    steps, state = [replay.step(t) for t in range(len(replay))], replay.initial
-    started = time.process_time()
-    for step in steps:
-        state = step(state)
-    return time.process_time() - started
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
+from bare_replay import bare_replay
 from sklearn.metrics import roc_auc_score
 from study_figures import into_readme
 
 import lightning_acc as la
-from lightning_acc.core.replay import Replay
 from lightning_acc.judge import controls
 from lightning_acc.judge.agreement import agreement, stored_scores, truth_for
 from lightning_acc.scoring.work import FACTS
@@ -52,19 +51,6 @@ def main() -> None:
     if options.out == OUT:
         into_readme("mnist-full", tables[1:])
     print("\n".join([title, *tables]))
-
-
-def bare_replay(run: la.Run) -> float:
-    """Seconds of processor time of the recorded training, taken again on one thread."""
-    torch.set_num_threads(1)
-    replay = Replay(run)
-    state = replay.initial
-    for t in range(len(replay)):  # what is read from files is in memory after the first turn
-        replay.step(t)
-    started = time.process_time()
-    for t in range(len(replay)):
-        state = replay.step(t)(state)
-    return time.process_time() - started
 
 
 def ranked(path: str, method: str) -> dict[str, float] | None:

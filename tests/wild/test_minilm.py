@@ -35,9 +35,9 @@ def test_fine_tuning_minilm(tmp_path: Path, bench: ModuleType, lora: bool) -> No
     assert run.n_steps == 2
     assert run.n_parameters == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert run.audit().ok
-    scores = la.score(run, "sgd-ie", ray_address=None, check=0, save=False)
-    assert len(scores.values) == 8
-    assert bool(torch.isfinite(torch.tensor(scores.values)).all())
-    if lora:  # a removal of the full model needs more than the default budget
-        truth = la.score(run, "loo", [[0], [5]], ray_address=None, check=0, save=False)
-        assert bool(torch.tensor(truth.values).all())
+    for method in ("sgd-ie", "acc-low-rank"):
+        scores = la.score(run, method, ray_address=None, check=0, save=False)
+        assert len(scores.values) == 8
+        assert bool(torch.isfinite(torch.tensor(scores.values)).all())
+    truth = la.score(run, "loo", [[0], [5]], ray_address=None, check=0, save=False)
+    assert bool(torch.tensor(truth.values).all())
