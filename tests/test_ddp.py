@@ -188,3 +188,28 @@ def test_another_strategy_is_refused_by_name_unless_allowed(tmp_path: Path) -> N
     recorder = la.TrajectoryRecorder(tmp_path / "allowed", allow_untested=True)
     trainer(recorder, strategy=ShardedStrategy(device="cpu")).fit(make(), loader, loader)
     assert la.Run(tmp_path / "allowed").audit().ok
+
+
+class Spare(pl.LightningModule):
+    """With a layer that no step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return torch.nn.functional.cross_entropy(self.used(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_parameter_that_no_step_uses(tmp_path: Path) -> None:
+    """DistributedDataParallel averages nothing then, unless it looks for such parameters."""
+    loader = DataLoader(TensorDataset(torch.randn(12, 3), torch.arange(12) % 2), 3, shuffle=True)
+    words = "'spare.weight' gets no gradient in step 0, and without all of them .* strategy='ddp_find_unused_parameters_true'"
+    with pytest.raises(Exception, match=words):
+        trainer(la.TrajectoryRecorder(tmp_path / "refused"), **DDP).fit(Spare(), loader)
+    found = trainer(la.TrajectoryRecorder(tmp_path / "run"), devices=2, strategy="ddp_fork_find_unused_parameters_true")
+    found.fit(Spare(), loader)
+    assert la.Run(tmp_path / "run", module=Spare()).audit().ok

@@ -169,6 +169,12 @@ class TrainedOptimizer:
         self.with_gradient = present
         if all(present) and all(before):
             return
+        if not all(present) and getattr(self._trainer.strategy.model, "find_unused_parameters", None) is False:
+            raise RecordingRefused(
+                f"The parameter {self._names[present.index(False)]!r} gets no gradient in step {step}, and without all of them "
+                "DistributedDataParallel does not average those of the processes: give the trainer "
+                "strategy='ddp_find_unused_parameters_true', or freeze the parameter with requires_grad_(False)."
+            )
         for i, (name, group, now, then) in enumerate(zip(self._names, self.group_of, present, before, strict=True)):
             if (not now and self.update.moves_unused(i, groups[group])) or (now != then and self._slots[i]):
                 raise RecordingRefused(
