@@ -197,7 +197,7 @@ def test_it_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     optimizer, options = CASES[name]
     run = record(tmp_path / "run", make(hidden=4, optimizer=optimizer), **options)
     whole = by_defect(run, window=2).scores
-    for cached in (5 * run.n_parameters, 4):  # some removals together, and parts of the parameters
+    for cached in (5 * run.n_parameters, 4):  # some removals together, or each by itself
         monkeypatch.setattr(defect, "CACHED", cached)
         for at_once in (1, 10):
             torch.testing.assert_close(by_defect(run, window=2, at_once=at_once).scores, whole, rtol=1e-9, atol=1e-13)
@@ -255,7 +255,11 @@ def test_it_is_nearer_to_the_truth_than_sgd_ie(tmp_path: Path, name: str) -> Non
 
 def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
-    assert budget.most_by_the_update(Replay(run)) == int(20 * (200_000 + 39 * 6 / 25) / 3039)  # 39 parameters, 6 samples a step
+    # 39 parameters; 12 steps of 6 samples, of which each is seen by 3.
+    assert budget.most_by_the_update(Replay(run)) == int(20 * 12 * (200_000 + 39 * 6 / 25) / (12 * 3039 + 3 * 39 / 25))
+    dropping = record(tmp_path / "dropping", make(hidden=4, optimizer=ADAMW, dropout=0.5))
+    expected = int(20 * 12 * (200_000 + 39 * 6 / 25) / (12 * 3039 + 3 * 6 * 39 / 25))
+    assert budget.most_by_the_update(Replay(dropping)) == expected
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N
     assert "among" not in everyone.conditions
@@ -310,7 +314,7 @@ def test_an_update_in_one_pass_is_the_update(tmp_path: Path, options: dict[str, 
     expected = replay.update(state, gradient, groups)
     given = gradient.clone()
     (rows,) = clipped([gradient], groups)
-    for columns, parameter in replay.update.ranges(10):
+    for columns, parameter in replay.update.ranges():
         parts = tuple(part[:, columns].contiguous() for part in state)
         replay.update.in_one_pass(parts, rows[:, columns].contiguous(), replay.update.given(groups)[parameter])
         for part, new in zip(state, parts, strict=True):

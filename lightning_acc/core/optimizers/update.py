@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -103,19 +103,14 @@ class Update:
         groups = [_typed(h) for h in groups]
         return [{**groups[group], "shape": shape} for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
 
-    def ranges(self, size: int) -> list[tuple[slice, int]]:
-        """The flat parameters in ranges that can be updated by themselves, each with the index of a parameter in it: of at most
-        ``size`` numbers of one group where the rule goes number by number, else of one parameter.
+    def ranges(self) -> list[tuple[slice, int]]:
+        """The flat parameters in ranges that can be updated by themselves, each with the index of a parameter in it: of one
+        group where the rule goes number by number, else of one parameter.
         """
-        found: list[tuple[slice, int]] = []
-        ends = list(accumulate(self.layout.sizes, initial=0))
+        ends = list(itertools.accumulate(self.layout.sizes, initial=0))
         groups, apart = self.group_of, not self.rule.by_number
         firsts = [i for i, group in enumerate(groups) if apart or i == 0 or groups[i - 1] != group]
-        for first, last in zip(firsts, [*firsts[1:], len(self.group_of)], strict=True):
-            start, end = ends[first], ends[last]
-            width = max(1, end - start) if apart else size
-            found += [(slice(at, min(at + width, end)), first) for at in range(start, end, width)]
-        return found
+        return [(slice(ends[i], ends[j]), i) for i, j in itertools.pairwise([*firsts, len(groups)])]
 
     def in_one_pass(self, state: State, gradient: Tensor, h: Hyperparameters) -> None:
         """U of one of the ``ranges``, written over ``state`` (..., size), by its gradient (..., size), clipped.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_acc.core.optimizers import RULES
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
@@ -17,7 +19,8 @@ MOST_FOLLOWED, FEWEST_FOLLOWED, FOLLOWED_WORK = 256, 12, 4e11
 DEFECT_TRAININGS, STEP_NUMBERS, MULTIPLICATIONS, ROW_NUMBERS, PASSES = 20, 200_000, 25, 3000, 5
 """As many removals follow the update as cost so many trainings. A step of a training takes as long as the update, in one pass,
 of so many numbers, and of one more for every 25 multiplications of its forward pass; each removal takes as long as that of 3000
-beside its own, and an update in many passes 5 times as long. Measured with scripts/bench_defect.py."""
+beside its own, and where a step sees it, as the multiplications of its own sample, or of the whole batch where that cannot be
+taken apart, as with dropout. An update in many passes takes 5 times as long. Measured with scripts/bench_defect.py."""
 SWEEPS, SWEEP_TRAININGS = 2, 3
 """Removals that follow the update are worked on in pieces that cost so many sweeps back, each so many trainings: every piece
 makes one of its own."""
@@ -107,10 +110,14 @@ def piece_by_the_update(replay: Replay, memory: int) -> int:
 def _by_the_update(replay: Replay, trainings: float) -> int:
     """How many removals follow the update at the price of so many trainings."""
     run = replay.run
-    step = STEP_NUMBERS + training_work(replay) / run.n_steps / MULTIPLICATIONS
+    in_steps = training_work(replay) / MULTIPLICATIONS
+    occurrences = sum(len(step.sample_ids) for step in run.steps)
+    apart = replay.step(0).single_samples(torch.zeros(1, 1, dtype=torch.long)) is not None
+    visits = in_steps / run.n_samples if apart else in_steps / run.n_steps * occurrences / run.n_samples
     rule = RULES.get(run.manifest["optimizer"]["name"])
     passes = 1 if rule and rule.one_pass else PASSES
-    return int(trainings * step / (passes * (ROW_NUMBERS + run.n_parameters)))
+    each = run.n_steps * passes * (ROW_NUMBERS + run.n_parameters) + visits
+    return int(trainings * (run.n_steps * STEP_NUMBERS + in_steps) / each)
 
 
 def training_work(replay: Replay) -> float:

@@ -34,8 +34,7 @@ from lightning_acc.record.record import Record
 
 WINDOW_EPOCHS = 2
 CACHED = 2**17
-"""Numbers of a part of the state that are taken through an update together, of one removal or of several: what stays in the
-caches. More is slower."""
+"""Numbers of a part of the state that are taken through an update together: what stays in the caches. More is slower."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ class UpdateAlone:
     def __init__(self, replay: Replay, removals: Removals, adjoints: AdjointDefect, window: int) -> None:
         self._replay, self._removals, self._adjoints, self._window = replay, removals, adjoints, window
         self._own = tuple(part.clone() for part in replay.initial)
-        self._ranges = replay.update.ranges(CACHED)
+        self._ranges = replay.update.ranges()
         self._parts = [tuple(p[columns].repeat(len(removals), 1) for p in self._own) for columns, _ in self._ranges]
         """Of each range, (n, its size) of each part of the state."""
         self._last = torch.full((len(removals),), -1)
@@ -234,8 +233,11 @@ class UpdateAlone:
                     states = tuple(part[some] for part in parts)
                     scores = (states[0] - own[0]) @ bent
                     self.scores[some] += torch.where(inside[some].to(device), scores, 0.0)
-                    gradients = mine.repeat(len(rows), 1)
-                    for i in without.keys() & rows.tolist():
+                    gradients = mine.expand(len(rows), -1)
+                    touched = without.keys() & rows.tolist()
+                    if touched or len(rows) > 1:
+                        gradients = gradients.clone()
+                    for i in touched:
                         gradients[i - some.start] = without[i][columns]
                     update.in_one_pass(states, gradients, given[parameter])
             update.in_one_pass(own, mine, given[parameter])
