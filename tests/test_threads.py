@@ -149,6 +149,13 @@ def test_matrices_and_influence_over_time_say_so_too(run: la.Run, two_threads: N
     assert table.schema.metadata[b"threads"] == b"2"
 
 
+def test_a_table_that_tells_no_numbers_is_damaged(run: la.Run) -> None:
+    found = score(run, "loo", [0])
+    scores.write(run.store, "loo", scores.Scores.build(found.removals, found.values, {**found.conditions, "threads": "many"}))
+    with pytest.raises(la.RunError, match=r"loo\.parquet"):
+        scores.read(run.store, "loo")
+
+
 @dataclass(frozen=True)
 class Told:
     """A job, told on how many threads it is done."""

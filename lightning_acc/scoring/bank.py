@@ -148,6 +148,7 @@ class Bank:
         removals, steps = about.get("removals"), about.get("steps")
         if not (
             all(about.get(name) == value for name, value in self._same.items())
+            and type(about.get("threads", 1)) is int
             and isinstance(steps, list)
             and all(type(t) is int and 1 <= t <= self._run.n_steps for t in steps)
             and isinstance(removals, list)

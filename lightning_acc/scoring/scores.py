@@ -209,7 +209,11 @@ class Scores:
 
 
 def threads(*conditions: Mapping[str, Any]) -> str:
-    """On how many threads scores under these conditions were computed, "1", or "1 8"; on one where that is not told."""
+    """On how many threads scores under these conditions were computed, "1", or "1 8"; on one where that is not told.
+
+    Raises:
+        ValueError: one tells no numbers.
+    """
     return " ".join(map(str, sorted({int(n) for one in conditions for n in str(one.get("threads", 1)).split()} or {1})))
 
 
@@ -275,6 +279,7 @@ def _check(table: pa.Table, conditions: Mapping[str, str], numbers: list[float],
         raise ValueError("its conditions are others")
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise ValueError("its costs are none")
+    threads(conditions)
     if "verdict" in conditions:
         Verdict.from_json(conditions["verdict"])
 
