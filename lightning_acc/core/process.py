@@ -37,13 +37,13 @@ def as_recorded(manifest: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def as_scored() -> Iterator[None]:
-    """In here torch computes as every score is computed: on one thread, and differentiably.
+def as_scored(count: int = 1) -> Iterator[None]:
+    """In here torch computes as every score is computed: on ``count`` threads, and differentiably.
 
-    One thread, whoever calls: the workers of a machine then share its cores, small products do not wait for each other,
-    and the bits of the scores do not depend on where they were computed.
+    One thread, unless steps are worth more (``Replay.threads``), whoever calls: the workers of a machine then share
+    its cores, small products do not wait for each other, and the bits of the scores do not depend on where they were computed.
     """
-    with threads(1), torch.enable_grad():
+    with threads(count), torch.enable_grad():
         yield
 
 

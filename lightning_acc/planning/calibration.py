@@ -136,6 +136,13 @@ class Calibration:
         """
         return min(max(1.0, self.wall / max(self.cpu, 1e-9)), 2.0)
 
+    def serial(self, threads: int) -> float:
+        """What of a step so many threads do not share, by the clock; more than 1 where they only wait for each other."""
+        if threads == 1:
+            return 0.0
+        share = self.replay.seconds_on(threads) / self.replay.seconds_on(1)
+        return max(0.0, (threads * share - 1) / (threads - 1))
+
     def line(self, seconds: Callable[[int], float], size: int, times: int) -> tuple[float, float, int]:
         """``seconds(m)`` as ``a + c m``: a, c and the largest m timed, which is ``size`` where that does not take long.
 

@@ -62,10 +62,10 @@ class Plan:
     """What each method would cost.
 
     Attributes:
-        table: one row per method: ``method``, ``readout``, ``n`` (removals), ``seconds`` (of waiting, with the workers there
-            are), ``work_seconds`` (of one thread), ``peak_memory_gb`` (of one process), ``disk_gb`` (the stored table and
-            temporary files), ``chunks`` and ``check_seconds`` (what it takes besides to retrain without 48 removals, by which
-            a table is checked; 0 for the truth). The numbers of a method that cannot be used on this run are null; the
+        table: one row per method: ``method``, ``readout``, ``n`` (removals), ``seconds`` (of waiting, with the workers and
+            threads there are), ``work_seconds`` (of one thread), ``peak_memory_gb`` (of one process), ``disk_gb`` (the stored
+            table and temporary files), ``chunks`` and ``check_seconds`` (what it takes besides to retrain without 48 removals,
+            by which a table is checked; 0 for the truth). The numbers of a method that cannot be used on this run are null; the
             recommendation says why.
         recommendation: what to do, in a sentence or two.
     """
@@ -103,12 +103,16 @@ class Resources:
         workers: that compute at the same time.
         started: whether Ray is connected already.
         busy: seconds that go by for each second of a thread, as other processes take their share.
+        threads: that a chunk is computed on, where the others leave it so many.
+        serial: what of the work threads do not share, from 0 to 1.
     """
 
     ray_address: str | None
     workers: int
     started: bool
     busy: float
+    threads: int = 1
+    serial: float = 0.0
 
     def farmed_out(self, chunks: int) -> bool:
         """Whether ``score`` gives the chunks to workers of Ray."""
@@ -118,13 +122,18 @@ class Resources:
         """Seconds of waiting for n removals."""
         sizes = cost.chunks(n)
         if not self.farmed_out(len(sizes)):
-            return self.busy * cost.work_seconds(n)
+            return self.busy * self._waited(self.threads) * cost.work_seconds(n)
+        waited = self._waited(max(1, min(self.threads, self.workers // max(1, len(sizes)))))
         ends = [0.0] * self.workers
         for size in sizes:  # each chunk goes to the worker that is free first, and opens the run anew
             free = ends.index(min(ends))
-            ends[free] += cost.load + cost.per_chunk + cost.per_removal * size
+            ends[free] += cost.load + waited * (cost.per_chunk + cost.per_removal * size)
         start = (0.0 if self.started or self.ray_address != "local" else RAY_SECONDS) + WORKER_SECONDS
         return self.busy * (cost.load + start + max(ends))
+
+    def _waited(self, threads: int) -> float:
+        """Seconds of waiting for a second of work, which so many threads share (Amdahl's law)."""
+        return self.serial + (1 - self.serial) / threads
 
 
 def plan(
@@ -186,12 +195,14 @@ def plan(
                 costs[method.name] = cost
             except (RequestError, NotImplementedError) as error:
                 reasons.append(f"{method.name} cannot be computed on this run ({str(error).splitlines()[0]}).")
-    ray = sys.modules.get("ray")
+    ray, threads = sys.modules.get("ray"), calibration.replay.threads
     resources = Resources(
         ray_address,
         (1 if ray_address is None else os.cpu_count() or 1) if workers is None else workers,
         ray is not None and bool(ray.is_initialized()),
         calibration.busy,
+        threads,
+        calibration.serial(threads),
     )
     resident, disk = resident_bytes(), _table_bytes(distinct)
     rows = []

@@ -31,6 +31,7 @@ from lightning_acc.record.record import Record
 from lightning_acc.record.schema import files
 from lightning_acc.record.store import digest
 from lightning_acc.scoring import shards
+from lightning_acc.scoring.scores import threads
 from lightning_acc.scoring.work import Result
 
 FOLDER = "bank"
@@ -80,7 +81,7 @@ class Bank:
         name = self._name(digest(json.dumps([list(steps), list(removals)]).encode())[:16])
         tensors = {"shifts": result.shifts.contiguous(), "thetas": result.thetas.contiguous()}
         self._run.store.write(f"{name}.safetensors", files.sealed_tensors(tensors, {}, f"{name}.safetensors"))
-        about = {**self._same, "steps": list(steps), "removals": list(removals), "bytes": size}
+        about = {**self._same, "steps": list(steps), "removals": list(removals), "bytes": size, "threads": result.threads}
         self._run.store.write(f"{name}.json", seal.to_json(about, f"{name}.json"))
 
     def fits(self, replay: Replay, moments: Moments, removals: int) -> bool:
@@ -101,11 +102,13 @@ class Bank:
     def _name(self, which: str) -> str:
         return f"{FOLDER}/{self._key}-{which}"
 
-    def answer(self, replay: Replay, question: Question, removals: Sequence[Removal]) -> tuple[list[Removal], np.ndarray]:
-        """The true scores of those of the removals that are kept at all steps asked about: (m,), or (m, examples)."""
+    def answer(self, replay: Replay, question: Question, removals: Sequence[Removal]) -> tuple[list[Removal], np.ndarray, str]:
+        """Those of the removals that are kept at all steps asked about, their true scores, (m,) or (m, examples), and on how
+        many threads they were retrained."""
         missing = dict.fromkeys(removals)
         found: list[Removal] = []
         scores: list[Tensor] = []
+        used: list[dict[str, Any]] = []
         for name, about in self._entries():
             rows = [i for i, removal in enumerate(about["removals"]) if tuple(removal) in missing]
             if not rows or not set(question.moments.steps) <= set(about["steps"]):
@@ -117,9 +120,10 @@ class Bank:
             for removal in here:
                 del missing[removal]
             found += here
+            used.append(about)
             scores.append(_read(replay, question, tensors, about["steps"], rows))
         empty = torch.zeros(0, *((question.query.n_examples,) if question.each else ()))
-        return found, torch.cat(scores or [empty]).double().numpy()
+        return found, torch.cat(scores or [empty]).double().numpy(), threads(*used)
 
     def holds(self, steps: Sequence[int], removals: Sequence[Removal]) -> bool:
         """Whether all these removals are kept at all these steps."""
@@ -144,6 +148,7 @@ class Bank:
         removals, steps = about.get("removals"), about.get("steps")
         if not (
             all(about.get(name) == value for name, value in self._same.items())
+            and type(about.get("threads", 1)) is int
             and isinstance(steps, list)
             and all(type(t) is int and 1 <= t <= self._run.n_steps for t in steps)
             and isinstance(removals, list)

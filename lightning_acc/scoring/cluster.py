@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_acc import arguments
@@ -57,6 +57,7 @@ def each(
     bar: Progress,
     split: Split = lambda piece: [piece],
     gpu: float = 0.0,
+    threads: int = 1,
 ) -> Iterator[tuple[Any, Any]]:
     """``work(job, piece, progress)`` for every piece: yields each with its result, as they are done.
 
@@ -68,12 +69,15 @@ def each(
         bar: is told how far the pieces are.
         split: makes smaller pieces of one that ran out of memory; these are yielded in its place.
         gpu: what each asks of a card for itself, from 0 for none to 1.
+        threads: that a piece can use, at most. Where these are several, the job's field ``threads`` tells each how many it has:
+            all of them in this process, which does one piece after the other; CPUs of the cluster, see ``cpus_for``.
 
     Raises:
         RequestError: the cluster cannot be reached, or has no CPU, or no GPU where one is asked for.
         InfluenceError: what a piece raised; the others are stopped.
     """
     if address is None:
+        job = replace(job, threads=threads) if threads > 1 else job
         for i, piece in enumerate(pieces):
             yield from _here(work, job, piece, bar.of(i), split)
     elif pieces:
@@ -81,7 +85,25 @@ def each(
         with connect(address) as ray:
             if gpu and not ray.cluster_resources().get("GPU", 0):
                 raise RequestError(f"The Ray cluster at {address!r} has no GPU: add a node with one, or give device='cpu'.")
-            yield from _Farm(ray, work, job, bar, split, gpu).run(pieces)
+            cpus = cpus_for(ray, len(pieces), threads)
+            job = replace(job, threads=cpus) if cpus > 1 else job
+            yield from _Farm(ray, work, job, bar, split, gpu, cpus).run(pieces)
+
+
+def cpus_for(ray: Any, pieces: int, most: int) -> int:
+    """How many CPUs each of so many pieces may have, ``most`` at most, while all of them are worked on at once; else 1.
+
+    What others hold is left to them, on whichever node that is: a piece that asked for it would wait for them.
+    """
+    if most == 1:
+        return 1
+    for _ in range(20):  # what was given back just now is told a moment later
+        held = ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
+        if not held:
+            break
+        time.sleep(0.1)
+    nodes = [node["Resources"].get("CPU", 0) - held for node in ray.nodes() if node["Alive"]]
+    return max((k for k in range(2, most + 1) if sum(max(0, cpus // k) for cpus in nodes) >= pieces), default=1)
 
 
 def _here(
@@ -134,7 +156,7 @@ class _Task:
 
 
 class _Farm:
-    def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split, gpu: float) -> None:
+    def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split, gpu: float, cpus: int) -> None:
         self._ray, self._bar, self._split = ray, bar, split
         try:
             # In bytes, as whoever unpacks it must have set up its path before.
@@ -145,7 +167,7 @@ class _Farm:
                 "larger object_store_memory."
             ) from error
         # Tries are counted here: Ray's own would neither split a piece nor notice one that hangs.
-        options = {"num_cpus": 1, "num_gpus": gpu, "max_retries": 0}
+        options = {"num_cpus": cpus, "num_gpus": gpu, "max_retries": 0}
         self._remote = ray.remote(work_in_steps).options(num_returns="streaming", **options)
         self._desk: Any = None
         self._by_ray_client = ray.util.client.ray.is_connected()  # ray://, which has no streams

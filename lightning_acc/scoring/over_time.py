@@ -52,7 +52,7 @@ def influence_over_time(
     Returns:
         One row per visit, in step order: ``sample`` (int64), ``step`` (int64), ``score`` (float64, what that visit
         contributed) and ``cumulative`` (float64, the sum over the sample's visits so far). A step that saw a sample twice
-        is one visit. Samples that no step saw have no row.
+        is one visit. Samples that no step saw have no row. The table's Arrow metadata tell on how many ``threads``.
 
     Raises:
         RequestError: there is no such sample, query, dtype or device, or the loss cannot be differentiated twice, or the
@@ -64,9 +64,10 @@ def influence_over_time(
     refuse_without_derivative(replay, "Influence over time")
     question = Question(query, moments.find(run, moments.END), "linear", False, int(memory_gb * 2**30))
     rule = AdjointVisits(torch.tensor(wanted, dtype=torch.int64), run.n_samples, len(replay))
-    with as_scored(), twice_differentiable("Influence over time"):
+    threads = replay.threads
+    with as_scored(threads), twice_differentiable("Influence over time"):
         sweeps.reverse(replay, rule, question)
-    return _table(rule.visits[::-1])
+    return _table(rule.visits[::-1]).replace_schema_metadata({"threads": str(threads)})
 
 
 def _table(visits: list[tuple[int, Tensor, Tensor]]) -> pa.Table:

@@ -50,7 +50,8 @@ def compute_all(
         if not alone:
             job = replace(job, device=devices.of_worker(job.device))
         where = None if alone else ray_address
-        for piece, result in cluster.each(here, job, pieces, where, bar, partial(_smaller, job), gpu):
+        threads = replay.threads if pieces else 1
+        for piece, result in cluster.each(here, job, pieces, where, bar, partial(_smaller, job), gpu, threads):
             if isinstance(result, cluster.Failure):
                 failed.append((piece, result.reason))
             else:

@@ -93,7 +93,8 @@ def score(
         keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``; of an
             average, its own.
         memory_gb: budget of each process for what it computes with, beyond the run's data itself; on a GPU, of its memory.
-            ``"auto"``: 2 on the CPU, half of what is free of a GPU.
+            ``"auto"``: 2 on the CPU, half of what is free of a GPU. Where steps are large, each also computes on the cores that
+            the others leave, ``torch.get_num_threads()`` at most: ``conditions["threads"]`` tells on how many.
         bank_gb: how much the run directory may hold of what retraining ended with (``bank/``): from this, removals that were
             retrained without answer another query at no training, of ``score`` or of ``score_matrix``.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
@@ -143,7 +144,8 @@ def score(
     banked = Scores.build([], np.zeros(0), {**conditions, **shards.FREE})
     if kept is not None and left:
         open_ones = [removal for piece in left for removal in piece]
-        banked = Scores.build(*kept.answer(replay, question, open_ones), {**conditions, **shards.FREE})
+        found, values, threads = kept.answer(replay, question, open_ones)
+        banked = Scores.build(found, values, {**conditions, **shards.FREE, "threads": threads})
         known = set(banked.removals)
         for piece in left:  # stored as what is computed is
             if mine := [removal for removal in piece if removal in known]:
@@ -165,7 +167,10 @@ def score(
             shards.gather(run, conditions, name, None)
         pieces.refuse_failures([(removal, why) for piece, why in failed for removal in piece], amount, save)
 
-    parts = [Scores.build(piece, result.scores, {"seconds": 0.0}, more=result.more) for piece, result in finished]
+    parts = [
+        Scores.build(piece, result.scores, {"seconds": 0.0, "threads": result.threads}, more=result.more)
+        for piece, result in finished
+    ]
     parts += [banked, *([stored] if stored is not None else [])]
     whole = reduce(Scores.merged, parts)
     conditions.update(
@@ -175,6 +180,7 @@ def score(
         seconds=sum(result.seconds for _, result in finished),
         wall_seconds=time.perf_counter() - started,
         peak_memory_gb=max((result.peak_memory_gb for _, result in finished), default=0.0),
+        threads=whole.conditions["threads"],
     )
     told: list[dict[str, Any]] = [result.details for _, result in finished]
     earlier = {} if stored is None else stored.conditions

@@ -198,6 +198,7 @@ class Scores:
         share = len(rest) / max(1, len(older))
         seconds = self.conditions["seconds"] + share * older.conditions["seconds"]
         conditions = {**self.conditions, "seconds": seconds, "n": len(mine) + len(rest)}
+        conditions["threads"] = threads(*(table.conditions for table, rows in ((self, ours), (older, rest)) if rows))
         conditions.pop("verdict", None)
         names = dict.fromkeys([*self.more, *older.more])
         columns = {"estimate": (self.estimates, older.estimates)}
@@ -205,6 +206,15 @@ class Scores:
         both = {name: np.concatenate([own, other[rest]]) for name, (own, other) in columns.items()}
         removals = [*ours, *(theirs[i] for i in rest)]
         return Scores.build(removals, both.pop("estimate"), conditions, None, both, {**older.truths, **self.truths})
+
+
+def threads(*conditions: Mapping[str, Any]) -> str:
+    """On how many threads scores under these conditions were computed, "1", or "1 8"; on one where that is not told.
+
+    Raises:
+        ValueError: one tells no numbers.
+    """
+    return " ".join(map(str, sorted({int(n) for one in conditions for n in str(one.get("threads", 1)).split()} or {1})))
 
 
 def _column(scores: Scores, name: str, other: Scores) -> np.ndarray:
@@ -269,6 +279,7 @@ def _check(table: pa.Table, conditions: Mapping[str, str], numbers: list[float],
         raise ValueError("its conditions are others")
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise ValueError("its costs are none")
+    threads(conditions)
     if "verdict" in conditions:
         Verdict.from_json(conditions["verdict"])
 

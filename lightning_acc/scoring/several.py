@@ -30,7 +30,7 @@ from lightning_acc.errors import RequestError
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring import pieces, shards
-from lightning_acc.scoring.scores import Scores
+from lightning_acc.scoring.scores import Scores, threads
 from lightning_acc.scoring.trust.verdict import FAITHFUL, Verdict, judge, unchecked
 from lightning_acc.scoring.work import table_name
 
@@ -166,6 +166,7 @@ def _conditions(runs: list[Record], tables: list[Scores], when: str) -> dict[str
         **each[0],
         **cost,
         "peak_memory_gb": max(one["peak_memory_gb"] for one in each),
+        "threads": threads(*each),
         "reused": min(one["reused"] for one in each),
         "at": when,
         "runs": len(runs),

@@ -32,13 +32,14 @@ READOUTS = ("exact", "linear")
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to know to score a piece of removals."""
+    """Everything a worker needs to know to score a piece of removals, and on how many threads it does so."""
 
     run: Record
     method: Method
     question: Question
     dtype: str | None
     device: torch.device
+    threads: int = 1
 
     def replay(self) -> Replay:
         """The run, as the question asks for it: up to the last step that it is about."""
@@ -78,6 +79,7 @@ class Result:
         shifts: (steps, n, p), where they were asked for.
         thetas: (steps, p), beside them.
         seconds: of this process.
+        threads: on which it computed.
         peak_memory_gb: of this process so far, or of the card it computes on.
         details: how it was done, see ``Method.details``.
         more: further figures for each removal, (n,).
@@ -87,6 +89,7 @@ class Result:
     shifts: torch.Tensor | None
     thetas: torch.Tensor | None
     seconds: float
+    threads: int
     peak_memory_gb: float
     details: dict[str, Any]
     more: dict[str, np.ndarray]
@@ -94,7 +97,8 @@ class Result:
     @property
     def cost(self) -> dict[str, Any]:
         """What it cost and how it was done, as conditions of a table."""
-        return {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb, **self.details}
+        cost = {"seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb}
+        return {**cost, "threads": str(self.threads), **self.details}
 
 
 def table_name(conditions: dict[str, Any], dtype: str) -> str:
@@ -111,7 +115,7 @@ def table_name(conditions: dict[str, Any], dtype: str) -> str:
 def compute(job: Job, removals: list[Removal], progress: Callable[[float], None], replay: Replay | None = None) -> Result:
     """Score one piece of removals in this process, as ``core.process.as_scored`` computes."""
     started = time.perf_counter()
-    with as_scored(), twice_differentiable(job.method.name):
+    with as_scored(job.threads), twice_differentiable(job.method.name):
         replay = replay or job.replay()
         answer = job.method.answer(replay, removals, job.question, progress).on_cpu()
     progress(1.0)
@@ -120,6 +124,7 @@ def compute(job: Job, removals: list[Removal], progress: Callable[[float], None]
         shifts=answer.shifts,
         thetas=answer.thetas,
         seconds=time.perf_counter() - started,
+        threads=job.threads,
         peak_memory_gb=peak_gb(replay.device),
         details=answer.details,
         more={name: _plain(figures) for name, figures in answer.more.items()},

@@ -25,7 +25,7 @@ from lightning_acc.methods import registry
 from lightning_acc.methods.method import Question
 from lightning_acc.record.record import Record, opened
 from lightning_acc.record.store import digest
-from lightning_acc.scoring import bank, pieces, shards
+from lightning_acc.scoring import bank, pieces, scores, shards
 from lightning_acc.scoring.bank import Bank
 from lightning_acc.scoring.matrices import matrix as matrices
 from lightning_acc.scoring.matrices.matrix import ScoreMatrix
@@ -128,14 +128,16 @@ def score_matrix(
     values = by_example.T
     there = np.zeros(values.shape, dtype=bool)
     fill = partial(_fill, values, there, _places(distinct), _places(columns))
+    used = [part.conditions for part in known]
     for part in known:
         fill(part.removals, part.examples, part.values)
     left = [removal for removal, row in zip(distinct, there, strict=True) if not row.all()]
     vault = Bank(run, conditions, bank.budget(bank_gb)) if chosen.is_truth and save else None
     if vault is not None and left:
-        banked, read = vault.answer(replay, replace(question, query=asked.picked(columns)), left)
+        banked, read, threads = vault.answer(replay, replace(question, query=asked.picked(columns)), left)
         if banked:
             fill(banked, sorted(columns), read)
+            used.append({"threads": threads})
             left = [removal for removal in left if removal not in set(banked)]
         job = replace(job, question=replace(question, keep_shifts=vault.fits(replay, question.moments, len(left))))
     open_columns = [example for example, column in zip(columns, there.T, strict=True) if not column.all()]
@@ -144,7 +146,8 @@ def score_matrix(
     def keep(block: Block, result: Result) -> None:
         fill(block.removals, block.examples, result.scores)
         if save:
-            kept.keep(ScoreMatrix(block.removals, block.examples, conditions, np.float32(result.scores.T)))
+            told = {**conditions, "threads": str(result.threads)}
+            kept.keep(ScoreMatrix(block.removals, block.examples, told, np.float32(result.scores.T)))
             if vault is not None:
                 vault.keep(question.moments.steps, block.removals, result)
 
@@ -155,6 +158,7 @@ def score_matrix(
         replay, job, compute_block, blocks, ray_address, progress, amount, failed, "examples"
     ):
         keep(block, result)
+        used.append({"threads": result.threads})
         seconds, peak = seconds + result.seconds, max(peak, result.peak_memory_gb)
     if failed:
         lost = [((example,), why) for block, why in failed for example in block.examples]
@@ -165,6 +169,7 @@ def score_matrix(
         seconds=seconds,
         wall_seconds=time.perf_counter() - started,
         peak_memory_gb=peak,
+        threads=scores.threads(*used),
     )
     whole = ScoreMatrix(distinct, columns, conditions, by_example)
     if not chosen.is_truth:

@@ -17,6 +17,7 @@ from lightning_acc.methods.registry import METHODS, TRUTH
 from lightning_acc.record import seal
 from lightning_acc.record.schema import files
 from lightning_acc.record.store import Store
+from lightning_acc.scoring.scores import threads
 from lightning_acc.scoring.trust.verdict import FAITHFUL, Verdict, unchecked
 
 FOLDER = "matrices"
@@ -194,6 +195,7 @@ def _check(
         isinstance(conditions[key], str) for key in ("query", "query_fingerprint", "at", "readout", "dtype", "manifest_hash")
     ):
         raise ValueError("its conditions are others")
+    threads(conditions)
     if "verdict" in conditions:
         Verdict.from_json(conditions["verdict"])
 

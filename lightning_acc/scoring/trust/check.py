@@ -81,7 +81,7 @@ def price(replay: Replay, memory: int, n: int) -> Price:
     size = max(1, min(n, sum(SIZES[0]), chunk_size(replay, TRUTH, TRAINING, memory)))
     total, rule, chunk = len(replay), LeaveOneOut(), Removals([(i % replay.run.n_samples,) for i in range(size)])
     sizes = [len(step.sample_ids) for step in replay.records]
-    with as_scored():
+    with as_scored(replay.threads):
         carry = rule.init(replay.initial, chunk)
         steps = [replay.step(t) for t in {int(np.argmax(sizes)), total // 2}]
         rule.advance(steps[0], carry, chunk)  # warms up
