@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from lightning_acc.errors import RequestError
 
@@ -28,3 +29,10 @@ def extra(otherwise: str = "") -> Iterator[None]:
         raise RequestError(
             f"The package {package} is not installed: type {line}{otherwise and f', or {otherwise}'}."
         ) from error
+
+
+def required(package: str, otherwise: str = "") -> None:
+    """Refuse, before anything is computed, what will need ``package`` later; as ``extra``, but nothing is imported."""
+    if find_spec(package) is None:
+        with extra(otherwise):
+            raise ModuleNotFoundError(name=package)

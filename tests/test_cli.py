@@ -78,6 +78,31 @@ def test_run_does_everything_in_order(ran: tuple[Path, str]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("absent", "words", "message"),
+    [
+        ("wandb", ["--trainer.logger=false"], r'type pip install "lightning-acc\[wandb\]", or leave W&B out \('),
+        ("ray", [], r'type pip install "lightning-acc\[ray\]", or compute in this process \(--influence.ray_address null\)'),
+        ("", ["--influence.methods=[lo]"], "There is no method 'lo'"),
+    ],
+)
+def test_run_refuses_before_the_training_what_it_could_not_do_after_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    absent: str,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, absent, None)
+    with pytest.raises(SystemExit) as exit_status:
+        main(["run", "--config", str(CONFIG), *SMALL, *words])
+    assert exit_status.value.code == 1
+    assert re.fullmatch(rf"lightning-acc: .*{message}.*\n", capsys.readouterr().err.splitlines(keepends=True)[-1])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_every_verb_works_on_the_run(ran: tuple[Path, str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = str(ran[0] / "runs/digits")
     main(["audit", run])

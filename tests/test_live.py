@@ -71,6 +71,34 @@ def test_a_verb_shows_its_progress_and_then_the_results_in_one_run(
     assert (str(headline(run)) in said) == (verb == "clean")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "score --method=sgdie",
+        "score --removals=random:100",
+        "score --query=nothing",
+        "retrain --at=soon",
+        "matrix --examples=nothing",
+        "clean --fractions 2",
+    ],
+)
+def test_what_is_refused_before_it_begins_leaves_no_run(
+    run: la.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    verb, *options = words.split()
+    with pytest.raises(SystemExit, match="1"):
+        main([verb, run.path, *options, "--ray-address=null", "--wandb=true"])
+    assert capsys.readouterr().err.startswith("lightning-acc: ")
+    assert not list((tmp_path / "wandb-files").rglob("*.wandb"))
+
+
+def test_results_that_were_there_before_are_logged_without_progress(run: la.Run, tmp_path: Path) -> None:
+    words = ["score", run.path, "--method=tracin", "--check=0", "--ray-address=null"]
+    main(words)
+    main([*words, "--wandb=true"])
+    assert logged(run, tmp_path).summary["ranking/tracin"]["nrows"] >= 1
+
+
 def test_a_verb_tells_nothing_where_it_is_not_asked_to(run: la.Run, tmp_path: Path) -> None:
     main(["score", run.path, "--method=tracin", "--check=0", "--ray-address=null"])
     assert not list((tmp_path / "wandb-files").rglob("*.wandb"))

@@ -108,12 +108,21 @@ SLOW = (
     "jinja2",
 )
 
+HELP_OF_EVERY_VERB = """
+from lightning_acc.cli import main
+from lightning_acc.cli.verbs import VERBS
+for verb in [name for name in VERBS if name not in ("fit", "run")]:  # theirs has the options of Lightning's Trainer
+    try: main([verb, "--help"])
+    except SystemExit: pass
+"""
+
 
 @pytest.mark.parametrize(
     ("words", "absent"),
     [
         ("import lightning_acc, lightning_acc.cli", LIGHT),
         ("from lightning_acc.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass", LIGHT),
+        (HELP_OF_EVERY_VERB, tuple(name for name in LIGHT if name != "jsonargparse")),
         ("import lightning_acc as la; la.Run, la.score, la.score_matrix, la.evaluate, la.clean, la.plan", SLOW),
     ],
 )

@@ -178,6 +178,16 @@ class Browser:
             self.see("new Promise(done => setTimeout(done, 20))")
         raise AssertionError(f"{button} gave no {name}")
 
+    def copied(self, button: str, first: str = "") -> str:
+        """What a button puts on the clipboard, after this JavaScript."""
+        self.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # a page that nobody looks at may not read it
+        self.see("navigator.clipboard.writeText('what was there before')")
+        self.see(first)
+        self.click(button)
+        self.see("new Promise(done => setTimeout(done, 100))")
+        return str(self.see("navigator.clipboard.readText()"))
+
 
 class Described(pl.LightningDataModule):
     """60 samples with pictures, labels of which some are known to be wrong, and texts that try to break out of the page."""
@@ -386,6 +396,18 @@ def test_what_a_user_does(run: la.Run, page: Path, browser: Browser, tmp_path: P
         same = len(set(ranked[:10]) & set(other[:10]))
         assert f"The same are {same} of the 10 most harmful" in browser.see("document.querySelector('#compare p').textContent")
         assert browser.see("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+
+
+@pytest.mark.parametrize("way", ["", "navigator.clipboard.writeText = () => Promise.reject()"])
+def test_ids_are_copied_also_where_the_page_may_not_write_to_the_clipboard_itself(
+    run: la.Run, browser: Browser, way: str
+) -> None:
+    truth = by_sample(run, "loo")
+    ranked = sorted(truth, key=lambda sample: truth[sample])
+    for sample in ranked[:2]:
+        browser.click(f"#rows tr[data-sample='{sample}'] input")
+    assert browser.copied("#copy", way) == "".join(f"{sample}\n" for sample in ranked[:2])
+    assert browser.see("document.querySelector('#count').textContent") == "2 ids copied"
 
 
 def test_the_keyboard_steps_through_the_rows_and_selects(run: la.Run, browser: Browser) -> None:

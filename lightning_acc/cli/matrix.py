@@ -7,7 +7,7 @@ from typing import Literal
 from lightning_acc import arguments
 
 
-def matrix(
+def do_matrix(
     run: str,
     method: str = "sgd-ie",
     removals: str = "all",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_acc.credentials import without_credentials
 
 
-def export(
+def do_export(
     run: str,
     scores: str = "acc-sgd-ie",
     csv: str | None = None,
@@ -42,18 +42,18 @@ def export(
         print(f"{len(drop)} ids to drop: {without_credentials(ids)}")
 
 
-def status(run: str) -> None:
+def do_status(run: str) -> None:
     """Say what is there of a run, what is missing, and which command is next.
 
     Args:
         run: the run directory.
     """
-    from lightning_acc.show.status import status as tell
+    from lightning_acc.show.status import status
 
-    print(tell(run))
+    print(status(run))
 
 
-def report(run: str) -> None:
+def do_report(run: str) -> None:
     """Write the page report/index.html in the run directory.
 
     Args:
@@ -64,7 +64,7 @@ def report(run: str) -> None:
     print(f"report: {write_report(run)}")
 
 
-def track(run: str, project: str | None = None, report: bool = False) -> None:
+def do_track(run: str, project: str | None = None, report: bool = False) -> None:
     """Log rankings, agreement and cost to W&B; offline where there is no key.
 
     Args:
@@ -82,7 +82,7 @@ def track(run: str, project: str | None = None, report: bool = False) -> None:
         print(f"W&B report: {tracking.report(opened, project, save=True).url}")
 
 
-def dashboards(project: str | None = None) -> None:
+def do_dashboards(project: str | None = None) -> None:
     """Say how to open what was logged to W&B: its address, or the commands for runs that are offline.
 
     Args:

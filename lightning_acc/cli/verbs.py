@@ -1,18 +1,22 @@
-"""The verbs of the command line: a function each, whose arguments are its options and whose docstring is its help."""
+"""The verbs of the command line: a function each, whose arguments are its options and whose docstring is its help.
+
+None is called like something of the package: to find where a function is from, the parser asks ``lightning_acc`` for its name,
+and for ``score`` it would be given the one that computes, and torch with it, only to show help.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from lightning_acc import arguments
-from lightning_acc.cli.matrix import matrix
-from lightning_acc.cli.results import dashboards, export, report, status, track
+from lightning_acc.cli.matrix import do_matrix
+from lightning_acc.cli.results import do_dashboards, do_export, do_report, do_status, do_track
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
 from lightning_acc.studies.grid import Study
 
 
-def fit() -> None:
+def do_fit() -> None:
     """Train with a LightningCLI configuration (trainer, model, data) and record the run.
 
     The directory is ``recorder.directory``. With ``--runs N`` it is trained from N seeds, on the same data, and recorded in
@@ -20,14 +24,14 @@ def fit() -> None:
     """
 
 
-def run() -> None:
+def do_run() -> None:
     """Everything in order: fit, audit, score with every method, evaluate, report, W&B.
 
     See ``lightning-acc run --help`` for every option.
     """
 
 
-def audit(run: str) -> None:
+def do_audit(run: str) -> None:
     """Replay the training over the record and compare with the recorded parameters.
 
     Args:
@@ -42,18 +46,18 @@ def audit(run: str) -> None:
         raise RunError(f"{opened.path} did not pass its audit.")
 
 
-def repair(run: str) -> None:
+def do_repair(run: str) -> None:
     """Make the whole steps of a record whose training was killed a run.
 
     Args:
         run: the run directory.
     """
-    from lightning_acc.recorder.ending import repair as make_whole
+    from lightning_acc.recorder.ending import repair
 
-    print(f"{without_credentials(run)} is a run of {make_whole(run)} steps now.")
+    print(f"{without_credentials(run)} is a run of {repair(run)} steps now.")
 
 
-def plan(
+def do_plan(
     run: str,
     removals: str = "all",
     query: str = "val",
@@ -77,18 +81,16 @@ def plan(
         memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         at: when the query is read, as for score.
     """
-    from lightning_acc.planning.plan import plan as forecast
+    from lightning_acc.planning.plan import plan
     from lightning_acc.run import Run
     from lightning_acc.scoring.selection import moment, select
 
     opened = Run(run)
     wanted = select(opened, removals)
-    print(
-        forecast(opened, wanted, query, dtype, ray_address, device=device, at=moment(at), workers=workers, memory_gb=memory_gb)
-    )
+    print(plan(opened, wanted, query, dtype, ray_address, device=device, at=moment(at), workers=workers, memory_gb=memory_gb))
 
 
-def score(
+def do_score(
     run: list[str],
     method: str = "acc-sgd-ie",
     removals: str = "all",
@@ -139,13 +141,13 @@ def score(
     from lightning_acc.cli.live import live
     from lightning_acc.cli.shown import shown
     from lightning_acc.run import Run
-    from lightning_acc.scoring.score import score as compute
+    from lightning_acc.scoring.score import score
     from lightning_acc.scoring.selection import moment, most, select
 
     top = arguments.whole("top", top, "removals cannot be printed")
     opened = [Run(one) for one in run]
     with live(opened[0], "score", f"{method} {at} {removals}", wandb):
-        scores = compute(
+        scores = score(
             opened,
             method,
             select(opened[0], removals),
@@ -164,7 +166,7 @@ def score(
         print(shown(scores, top))
 
 
-def retrain(
+def do_retrain(
     run: list[str],
     removals: str = "all",
     query: str = "val",
@@ -191,22 +193,21 @@ def retrain(
         memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
-    score(run, "loo", removals, query, at, None, dtype, device, ray_address, memory_gb, wandb=wandb)
+    do_score(run, "loo", removals, query, at, None, dtype, device, ray_address, memory_gb, wandb=wandb)
 
 
-def evaluate(run: str) -> None:
+def do_evaluate(run: str) -> None:
     """Compare all stored scores with leave-one-out retraining.
 
     Args:
         run: the run directory.
     """
-    from lightning_acc.judge.agreement import as_text
-    from lightning_acc.judge.agreement import evaluate as compare
+    from lightning_acc.judge.agreement import as_text, evaluate
 
-    print(as_text(compare(run)))
+    print(as_text(evaluate(run)))
 
 
-def clean(
+def do_clean(
     run: list[str],
     method: list[str] | None = None,
     fractions: list[float] = [0.05, 0.1, 0.2],  # noqa: B006
@@ -233,7 +234,7 @@ def clean(
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
     from lightning_acc.cli.live import live
-    from lightning_acc.judge.cleaning import clean as compute
+    from lightning_acc.judge.cleaning import clean
     from lightning_acc.judge.cleaning_table import as_text
     from lightning_acc.run import Run
     from lightning_acc.scoring.selection import moment
@@ -242,12 +243,12 @@ def clean(
     when = None if at is None else moment(at)
     opened = [Run(one) for one in run]
     with live(opened[0], "clean", " ".join(method or ()), wandb):
-        table = compute(opened, method, fractions, seeds, test, ray_address, device=device, at=when, memory_gb=memory_gb)
+        table = clean(opened, method, fractions, seeds, test, ray_address, device=device, at=when, memory_gb=memory_gb)
         print(as_text(table))
         print(headline(opened[0]))
 
 
-def study(study: Study, ray_address: str | None = "local") -> None:
+def do_study(study: Study, ray_address: str | None = "local") -> None:
     """Train, score and compare every cell of a grid of small trainings; goes on where it was stopped.
 
     Args:
@@ -266,20 +267,20 @@ LISTS = {"clean": ("--method", "--fractions")}
 SEVERAL = ("score", "retrain", "clean")
 """Verbs that take several runs."""
 VERBS: dict[str, Any] = {
-    "run": run,
-    "fit": fit,
-    "audit": audit,
-    "repair": repair,
-    "status": status,
-    "plan": plan,
-    "score": score,
-    "matrix": matrix,
-    "retrain": retrain,
-    "evaluate": evaluate,
-    "clean": clean,
-    "export": export,
-    "report": report,
-    "track": track,
-    "dashboards": dashboards,
-    "study": study,
+    "run": do_run,
+    "fit": do_fit,
+    "audit": do_audit,
+    "repair": do_repair,
+    "status": do_status,
+    "plan": do_plan,
+    "score": do_score,
+    "matrix": do_matrix,
+    "retrain": do_retrain,
+    "evaluate": do_evaluate,
+    "clean": do_clean,
+    "export": do_export,
+    "report": do_report,
+    "track": do_track,
+    "dashboards": do_dashboards,
+    "study": do_study,
 }

@@ -53,6 +53,14 @@ def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.
     }
 
 
+def warn_if_not_rebuildable(module: torch.nn.Module) -> None:
+    """Say, before training, if the module cannot be built again from what ``header`` writes of it."""
+    with random_state_kept():  # making the module draws its first parameters
+        reason = rebuild.why_not_rebuildable(module)
+    if reason:
+        warnings.warn(reason, UserWarning, stacklevel=3)
+
+
 def _is_tf32(module: torch.nn.Module) -> bool:
     """Whether a GPU rounds what the layers of a module multiply to the ten bits of TF32."""
     convolves = any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in module.modules())

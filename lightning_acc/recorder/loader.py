@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_acc.record.batches import Leaves, Structure
-from lightning_acc.recorder.checks.refusals import RecordingRefused
+from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.rows import CheckedCollate, first_rows
 
 REFUSED_THERE = f"{RecordingRefused.__module__}.{RecordingRefused.__qualname__}: "
@@ -60,6 +60,11 @@ class SampleTap:
     def loaders(self) -> list[Any]:
         """Those the trainer takes training batches from now; a callback that tries batch sizes has others processed, too."""
         return list(self._trainer.fit_loop._combined_loader.flattened)
+
+    def refuse_several(self) -> None:
+        """Refuse a training whose samples are told by their number and come from several loaders, or from none."""
+        if self._count and len(self.loaders) != 1:
+            refuse_if(f"there are {len(self.loaders)} training loaders: train from exactly one DataLoader")
 
     def remove(self) -> None:
         """Undo ``install``."""

@@ -13,14 +13,12 @@ except ModuleNotFoundError:  # the same library under its other name; its Callba
     from lightning.pytorch import Callback  # type: ignore[no-redef]
 
 from lightning_acc import arguments
-from lightning_acc.core import rebuild
-from lightning_acc.recorder.checkpoints import resume
 from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checkpoints.written import Checkpoints
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.names import BatchNames, SampleId
-from lightning_acc.recorder.checks.randomness import random_state_kept
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.description import warn_if_not_rebuildable
 from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that_it_ended
 from lightning_acc.recorder.following import Following
 from lightning_acc.recorder.loader import SampleTap
@@ -140,19 +138,12 @@ class TrajectoryRecorder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at what exists only now: optimizers, loaders, parameters."""
         refuse_if(refusals.optimizer_refusal(trainer, resumed=self._place is not None))
-        if self.batch_names is None and len(self._tap.loaders) != 1:
-            refuse_if(f"there are {len(self._tap.loaders)} training loaders: train from exactly one DataLoader")
+        self._tap.refuse_several()
         following = Following(trainer, pl_module, self, self._tap, self._write, self._place)
-        if self._place is not None and resume.fingerprint(following.optimizer.state()) != self._place.state:
-            refuse_if(
-                f"the parameters or the optimizer's state are not those the record has after step {self._place.n_steps}: "
-                "resume from the checkpoint as it was written"
-            )
+        if self._place is not None:
+            self._place.refuse_another(following.optimizer.state())
         refuse_if(following.snapshots.no_room(self._write.store))
-        with random_state_kept():  # making the module draws its first parameters
-            reason = rebuild.why_not_rebuildable(pl_module)
-        if reason:
-            warnings.warn(reason, UserWarning, stacklevel=2)
+        warn_if_not_rebuildable(pl_module)
         self._following = following
 
     # ---- while training

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from lightning_acc import arguments
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RunError
+from lightning_acc.extras import required
 from lightning_acc.judge.agreement import as_text, evaluate
 from lightning_acc.judge.cleaning import BEST, clean
 from lightning_acc.judge.cleaning_table import as_text as as_lines
@@ -128,6 +129,8 @@ def build(verb: str, args: list[str]) -> RecordingCLI:
 def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
     """Train as the configuration says, recorded; once, or several times."""
     cli = build(verb, args)
+    if verb == "run":
+        _can_follow(cli.config.influence)
     runs = cli.config.get("runs", 1)
     if runs != 1:
         from lightning_acc.studies import seeds  # which trains by what is here
@@ -137,6 +140,16 @@ def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
     train(cli)
     print(f"recorded in {Store(cli.config.recorder.directory)}")
     return cli
+
+
+def _can_follow(options: Any) -> None:
+    """Refuse what could not be done after the training, before it takes its hours."""
+    if options.wandb:
+        required("wandb", "leave W&B out (--influence.wandb false)")
+    if arguments.ray_address(options.ray_address) is not None:
+        required("ray", "compute in this process (--influence.ray_address null)")
+    for method in options.methods:
+        registry.find(method)
 
 
 def train(cli: RecordingCLI, group: str | None = None) -> None:

@@ -58,6 +58,18 @@ class Place:
         """The place in a checkpoint; None where it was written without a recorder."""
         return cls(**checkpoint[KEY]) if KEY in checkpoint else None
 
+    def refuse_another(self, state: State) -> None:
+        """Refuse to go on from a state that is not the one of this place.
+
+        Raises:
+            RecordingRefused: the checkpoint was changed, or loaded in part.
+        """
+        if fingerprint(state) != self.state:
+            refuse_if(
+                f"the parameters or the optimizer's state are not those the record has after step {self.n_steps}: "
+                "resume from the checkpoint as it was written"
+            )
+
 
 def fingerprint(state: State) -> str:
     """Hash of a state, bit for bit."""

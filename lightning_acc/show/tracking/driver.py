@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
+from lightning_acc.extras import required
 from lightning_acc.record.record import Record
 from lightning_acc.show.tracking.connection import start
 
@@ -14,16 +16,21 @@ SECONDS_BETWEEN_LOGS = 2.0
 
 
 class Live:
-    """One open W&B run that is told how far the work is.
+    """One W&B run that is told how far the work is, and begins with the first that it is told.
 
-    Attributes:
-        tracked: the W&B run.
+    Args:
+        begin: opens the W&B run.
     """
 
-    def __init__(self, tracked: Any) -> None:
-        self.tracked = tracked
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        self._begin = begin
         self._logged = float("-inf")
         self._done = False
+
+    @cached_property
+    def tracked(self) -> Any:
+        """The W&B run, which is open from now on."""
+        return self._begin()
 
     def update(self, fraction: float, rate: float | None = None, seconds_left: float | None = None) -> None:
         """Log the progress, at most every two seconds, and at the end.
@@ -46,7 +53,7 @@ class Live:
 def live(run: Record, job: str, project: str | None = None, directory: str | None = None, *, what: str = "") -> Iterator[Live]:
     """A W&B run that shows the progress of ``job``, and can be given the results before it ends.
 
-    It is one run for both as a run that is offline cannot be resumed.
+    It is one run for both as a run that is offline cannot be resumed. What is refused before any work is done leaves none.
 
     Example::
 
@@ -61,6 +68,10 @@ def live(run: Record, job: str, project: str | None = None, directory: str | Non
         project: None takes that of the training's logger, else ``lightning-acc``.
         directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
         what: what else tells it from others of this job, such as the method; stands in its name.
+
+    Raises:
+        RequestError: W&B is not installed.
     """
-    with start(run, job, project, directory, what) as tracked:
-        yield Live(tracked)
+    required("wandb")
+    with ExitStack() as stack:
+        yield Live(lambda: stack.enter_context(start(run, job, project, directory, what)))
