@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from problems import flat, trainer
+from problems import Net, flat, record, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -470,3 +470,16 @@ def test_a_compiled_module_is_not_observed(tmp_path: Path) -> None:
     run = la.Run(tmp_path / "run")
     assert run.manifest["loss"]["reduction"] == "weighted"
     assert run.audit().ok
+
+
+class Centred(Net):
+    """What is added to the samples' losses adds up to nothing: neither the loss nor its gradient shows it."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        outputs = self.net(batch[0])[:, 0]
+        return super().per_sample_loss(batch) + outputs - outputs.mean()
+
+
+def test_a_coupling_that_cancels_over_the_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordingRefused, match="The samples of a batch are coupled: alone, sample 0"):
+        record(tmp_path / "run", Centred(4), batch_size=4)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from problems import make, record
+from problems import fit, make, record
 from torch import Tensor
 
 import lightning_acc as la
 from lightning_acc.record import writer
 from lightning_acc.record.batches import Leaves
-from lightning_acc.record.collecting import numbering
+from lightning_acc.record.collecting import numbering, staging
 from lightning_acc.record.collecting.numbering import Numbering
+from lightning_acc.record.collecting.staging import BATCHES, Staging
 
 
 def in_order(leaves: Leaves, known: dict[bytes, int]) -> list[int]:
@@ -55,12 +58,47 @@ def test_zeros_of_two_signs_differ_and_nan_is_itself() -> None:
     assert number({"x": torch.tensor([[0.0, 1.0]], dtype=torch.float64)}, [0])[0] == [3]
 
 
-def test_contents_of_samples_are_no_views_of_their_batch() -> None:
-    number, batch = Numbering(), torch.ones(2, 3)
-    _, _, contents = number({"x": batch}, [0, 1])
-    batch.zero_()
-    assert contents["x"].tolist() == [[1.0, 1.0, 1.0]]
-    assert number({"x": torch.ones(1, 3)}, [1])[0] == [0]
+def test_a_batch_may_change_once_it_is_handed_over() -> None:
+    torch.manual_seed(0)
+    numbers, known, visits = Staging(), {}, []
+    values = torch.randint(0, 9, (60, 3)).float()
+    for _ in range(3 * BATCHES + 1):
+        ids = torch.randint(0, 60, (8,))
+        leaves = {"x": values[ids].clone(), "y": ids[:, None].expand(8, 2)}
+        visits.append((numbers.add(leaves, ids.tolist()), {name: leaf.clone() for name, leaf in leaves.items()}))
+        leaves["x"].zero_()  # as a training step may that normalises in place
+    ((_, parts),) = numbers.take().items()
+    stored = {one: (leaves["x"][row], leaves["y"][row]) for new, leaves in parts for row, one in enumerate(new)}
+    assert sorted(stored) == list(range(len(stored)))
+    assert numbers.new_bytes == len(stored) * (3 * 4 + 2 * 8)
+    for found, leaves in visits:
+        assert found.tolist() == in_order(leaves, known)
+        for one, x, y in zip(found.tolist(), leaves["x"], leaves["y"], strict=True):
+            assert torch.equal(stored[one][0], x)
+            assert torch.equal(stored[one][1], y)
+    assert not numbers.take()
+
+
+def test_numbers_that_cannot_be_given_end_the_record_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = fit(make(hidden=4), None)
+    monkeypatch.setattr(staging, "BATCHES", 2)
+    monkeypatch.setattr(writer, "SECONDS", 0.0)
+    monkeypatch.setattr(writer, "SHARE", float("inf"))
+    honest, calls = Numbering.__call__, itertools.count()
+
+    def fails(self: Numbering, leaves: Leaves, ids: Sequence[int] | None = None) -> tuple[list[int], list[int], Leaves]:
+        if next(calls) == 5:
+            raise MemoryError("no room for more contents")
+        return honest(self, leaves, ids)
+
+    monkeypatch.setattr(Numbering, "__call__", fails)
+    with pytest.warns(UserWarning, match="has ended, and the training goes on without it: MemoryError: no room for more"):
+        recorded = fit(make(hidden=4), None, la.TrajectoryRecorder(tmp_path / "run"))
+    assert torch.equal(alone, recorded)
+    assert next(calls) == 6  # what came later would have had numbers of others
+    run = la.Run(tmp_path / "run", partial=True)
+    assert 3 <= run.n_steps <= 5
+    assert run.audit().max_abs_error == 0
 
 
 @pytest.mark.parametrize("most", [1, 4, 1000])

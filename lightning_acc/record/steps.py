@@ -24,13 +24,14 @@ RANDOM = {"cpu": "", "cuda": "_cuda"}
 class SeenStep(TypedDict):
     """One optimizer step: its occurrences in order, their contents and loss weights, and the hyper-parameters.
 
-    ``sample_ids`` and ``contents`` are int64, ``weights`` float64, all of shape (occurrences,). ``sizes`` are those of the
-    batches it accumulated, ``rng`` the states of the random number generators that each of their forward passes drew from,
-    before it, by the kind of their device. ``names`` are those of the samples that are new, where batches name them.
+    ``sample_ids`` are int64, ``weights`` float64, both of shape (occurrences,). ``sizes`` are those of the batches it
+    accumulated, ``contents`` the numbers of each, int64, which must be there when the step is written, ``rng`` the states of
+    the random number generators that each of their forward passes drew from, before it, by the kind of their device.
+    ``names`` are those of the samples that are new, where batches name them.
     """
 
     sample_ids: Tensor
-    contents: Tensor
+    contents: list[Tensor]
     weights: Tensor
     groups: list[dict[str, Any]]
     sizes: list[int]

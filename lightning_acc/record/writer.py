@@ -27,7 +27,7 @@ from lightning_acc.record import manifest as manifests
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.collecting.background import Background
 from lightning_acc.record.collecting.collected import Collected
-from lightning_acc.record.collecting.numbering import Numbering
+from lightning_acc.record.collecting.staging import Staging
 from lightning_acc.record.samples import names
 from lightning_acc.record.steps import RANDOM, SeenStep
 from lightning_acc.record.store import Store, digest
@@ -72,7 +72,7 @@ class RunWriter:
         self.n_steps = 0
         self.snapshots: list[int] = []
         self.names = names.Numbers()
-        self._numbering = Numbering()
+        self._staging = Staging()
         self._new = Collected()
         """What is written nowhere yet."""
         self._drafted = Collected()
@@ -140,7 +140,7 @@ class RunWriter:
                 tensors, _ = manifests.load(self.store, recorded, name)
                 leaves = batches.unpacked(tensors)
                 numbers = leaves.pop("#").tolist()
-                self._numbering.known(leaves, numbers)
+                self._staging.numbering.known(leaves, numbers)
             if folder == "averages":
                 continue  # of the end that the run had before
             self.files[name] = facts
@@ -152,7 +152,7 @@ class RunWriter:
         steps = [name for name, facts in self.files.items() if name.startswith(("steps/", "samples/")) and "count" in facts]
         for name in steps:
             del self.files[name]
-        self._numbering, self.n_steps, self.names = Numbering(), 0, names.Numbers()
+        self._staging, self.n_steps, self.names = Staging(), 0, names.Numbers()
 
     def drop_later(self) -> None:
         """Delete what a run that was taken up again has written beyond the step it is taken up at."""
@@ -162,18 +162,16 @@ class RunWriter:
         if later:
             self.store.remove(*later)
 
-    def content_ids(self, leaves: Leaves, sample_ids: list[int] | None = None) -> list[int]:
+    def content_ids(self, leaves: Leaves, sample_ids: list[int] | None = None) -> Tensor:
         """Numbers of the samples of a batch, by content: equal contents get the same number and are stored once.
 
-        Whose contents they are, where that is told, makes it quicker.
+        Whose contents they are, where that is told, makes it quicker. They are there after ``numbered``, (B,), int64.
         """
-        flat = {name: leaf.detach().cpu().contiguous() for name, leaf in leaves.items() if batches.has_rows(name)}
-        numbers, new, contents = self._numbering(flat, sample_ids)
-        if new:
-            stored = batches.packed(contents)
-            self._new.contents[batches.packed_signature(stored)].append((new, stored))
-            self._pending_bytes += sum(leaf.nbytes for leaf in stored.values())
-        return numbers
+        return self._staging.add(leaves, sample_ids)
+
+    def numbered(self) -> None:
+        """Wait until all contents have their numbers."""
+        self._new = self._new.and_then(Collected(self._staging.take()))
 
     def add_state(self, step: int, theta: Tensor) -> None:
         """The flat parameters before ``step`` (the number of steps: the final ones).
@@ -198,7 +196,7 @@ class RunWriter:
     def _flush_if_due(self) -> None:
         if not self._background.busy:
             self._background.wait()  # what failed is told at once, not when there is more to write
-        full = max(self._pending_bytes / FLUSH_BYTES, self._pending_steps / FLUSH_STEPS)
+        full = max((self._pending_bytes + self._staging.new_bytes) / FLUSH_BYTES, self._pending_steps / FLUSH_STEPS)
         if full >= 1:
             self.flush()
         elif time.monotonic() >= self._next_draft and not self._background.busy:
@@ -209,6 +207,7 @@ class RunWriter:
 
         Otherwise than ``for_good`` it stays collected, and is written again later.
         """
+        self.numbered()
         self._background.wait()
         again = for_good or len(self._drafts) >= MOST_DRAFTS
         new, self._new = self._new, Collected()
@@ -216,7 +215,7 @@ class RunWriter:
         self._drafted = everything
         if for_good:
             self._drafted = Collected()
-            self._pending_bytes = self._pending_steps = 0
+            self._pending_bytes = self._pending_steps = self._staging.new_bytes = 0
         self._next_draft = float("inf")  # until this is written
         self._background.run(lambda: self._write_and_list(everything if again else new, again, for_good))
 
@@ -256,7 +255,7 @@ class RunWriter:
             tensors = {
                 "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in records]).cumsum(0),
                 "sample_ids": torch.cat([step["sample_ids"] for step in records]),
-                "contents": torch.cat([step["contents"] for step in records]),
+                "contents": torch.cat([numbers for step in records for numbers in step["contents"]]),
                 "weights": torch.cat([step["weights"] for step in records]),
             }
             tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in records]).cumsum(0)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.dtype) -> dict[str, Any]:
     """The part of the manifest that says where the run comes from and what it trains."""
-    versions = {name: importlib.metadata.version(name) for name in ("lightning-acc", "torch")}
+    versions = {"lightning-acc": importlib.metadata.version("lightning-acc"), "torch": str(torch.__version__)}
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "packages": {**versions, "python": platform.python_version()},

@@ -130,7 +130,8 @@ class Following:
         leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
         contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
-            self._identity.check(self._tap.dataset, ids, contents)
+            self._write.own.numbered()
+            self._identity.check(self._tap.dataset, ids, contents.tolist())
         if not self.begun:
             self._foreign = refusals.foreign_random_state()
         self.loss.observe(len(ids) if self.begun and self._assembly.observable else None)
@@ -182,7 +183,7 @@ class Following:
             raise refusals.with_suspects(refusal, self._module) from refusal
         self._step = {
             "sample_ids": int64(batch.ids for batch in self._seen),
-            "contents": int64(batch.contents for batch in self._seen),
+            "contents": [batch.contents for batch in self._seen],
             "weights": self._assembly.weights(self._seen),
             "groups": groups,
             "sizes": [len(batch.ids) for batch in self._seen],

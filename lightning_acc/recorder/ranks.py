@@ -26,7 +26,7 @@ class SeenBatch:
 
     Attributes:
         ids: its samples.
-        contents: their numbers in this process's record.
+        contents: their numbers in this process's record, (B,), int64, which may not be there yet.
         leaves: its tensors.
         rng: states of the random number generators before it; once it had a forward pass, of those that it drew from.
         counts: whether it had a backward pass.
@@ -34,7 +34,7 @@ class SeenBatch:
     """
 
     ids: list[int]
-    contents: list[int]
+    contents: Tensor
     leaves: Leaves
     rng: States
     counts: bool = False
@@ -88,9 +88,7 @@ def merge(writer: RunWriter, processes: int, end: int | None = None) -> int:
         writer.add_step(
             {
                 "sample_ids": torch.tensor([sample for theirs in seen for sample in theirs], dtype=torch.int64),
-                "contents": torch.tensor(
-                    [i for run in runs for leaves in run.batches(t) for i in writer.content_ids(leaves)], dtype=torch.int64
-                ),
+                "contents": [writer.content_ids(leaves) for run in runs for leaves in run.batches(t)],
                 "weights": torch.cat([record.weights for record in records]),
                 "groups": records[0].groups,
                 "sizes": [size for record in records for size in record.sizes],

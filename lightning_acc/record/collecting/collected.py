@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,12 +10,15 @@ from lightning_acc.record.batches import Leaves
 from lightning_acc.record.collecting.numbering import Signature
 from lightning_acc.record.steps import SeenStep
 
+Contents = dict[Signature, list[tuple[list[int], Leaves]]]
+"""Contents with their numbers, by signature."""
+
 
 @dataclass
 class Collected:
-    """Of a run, what is to be written: contents with their numbers, by signature; parameters before steps; steps."""
+    """Of a run, what is to be written: contents; parameters before steps; steps."""
 
-    contents: dict[Signature, list[tuple[list[int], Leaves]]] = field(default_factory=lambda: defaultdict(list))
+    contents: Contents = field(default_factory=dict)
     states: list[Tensor] = field(default_factory=list)
     snapshots: list[int] = field(default_factory=list)
     steps: list[SeenStep] = field(default_factory=list)

@@ -40,11 +40,11 @@ class Numbering:
         """Number the rows of a batch.
 
         Args:
-            leaves: contiguous tensors in the CPU's memory, (B, ...).
+            leaves: contiguous tensors in the CPU's memory, (B, ...), that stay as they are.
             sample_ids: which sample each row is, where that is known.
 
         Returns:
-            The numbers of all rows, (B,); those that were not there before, (n,); and the contents of these, a copy.
+            The numbers of all rows, (B,); those that were not there before, (n,); and the contents of these.
         """
         numbers = [-1] * batches.batch_size(leaves)
         words = _words(leaves)
@@ -64,7 +64,9 @@ class Numbering:
         size = sum(rows.shape[1] * rows.itemsize for rows in words)
         if sample_ids is not None and self._kept_bytes + size * len(unknown) <= KEPT_BYTES:
             self._kept_bytes += size * firsts.keep(sample_ids, words, numbers, unknown)
-        return numbers, [numbers[row] for row in new], batches.rows(leaves, torch.tensor(new)) if new else {}
+        if len(new) < len(numbers):
+            leaves = batches.rows(leaves, torch.tensor(new)) if new else {}
+        return numbers, [numbers[row] for row in new], leaves
 
 
 class _Firsts:

@@ -58,6 +58,8 @@ class Checks:
         self._replayed = state
         self._rounded_to = rounded_to
         self._roundoff = RoundOff(state, rounded_to)
+        self._since: list[tuple[Step, State, Tensor, Tensor]] = []
+        """Steps that ``_roundoff`` has not taken, each with the state before it, its gradient and the parameters after it."""
 
     def due(self, number: int, size: int, epoch: int, last: bool) -> bool:
         """Whether the gradient of step ``number``, on ``size`` samples of this process, is to be compared.
@@ -94,10 +96,23 @@ class Checks:
                     "it belongs to into evaluation mode."
                 )
         step, gradient = self._pending
-        self._roundoff.advance(step, self._replayed, gradient)
-        self._replayed = step.update(self._replayed, gradient)
+        before, self._replayed = self._replayed, step.update(self._replayed, gradient)
+        self._since.append((step, before, gradient, theta))
+        # Most are the same, bit for bit; to tell round-off from more costs as much as several steps.
+        if not torch.equal(self._replayed[0], theta) or not theta.norm() < DIVERGING * self._before.norm():
+            self._refuse_moved_otherwise(number, theta)
+        self._replayed = (theta, *self._replayed[1:])
+        self._since = self._since if self.early(number) else []
+
+    def _refuse_moved_otherwise(self, number: int, theta: Tensor) -> None:
+        """Refuse parameters (p,) before step ``number`` that are not ``_replayed`` up to round-off, or beyond all numbers."""
+        for step, state, gradient, after in self._since:
+            self._roundoff.advance(step, state, gradient)
+            allowed = self._roundoff.allowed
+            self._roundoff.restart(after)
+        self._since = []
         moved = theta - self._before
-        error = (self._replayed[0] - theta).abs() - self._roundoff.allowed
+        error = (self._replayed[0] - theta).abs() - allowed
         difference = float(error.clamp_min(0).norm() / moved.norm().clamp_min(torch.finfo(theta.dtype).tiny))
         rounding = 8 * torch.finfo(theta.dtype).eps * float(theta.norm() / moved.norm().clamp_min(1e-30))
         if not difference <= self._tolerance + rounding:
@@ -113,8 +128,6 @@ class Checks:
                 f"that differs by {100 * difference:.2g} %. Something outside the loss and the optimizer's known rule changes "
                 "parameters or gradients (a hook, another callback, an option of a foreign optimizer): leave it out."
             )
-        self._replayed = (theta, *self._replayed[1:])
-        self._roundoff.restart(theta)
 
     def gradient(self, number: int, state: State, step: Step, gradient: Tensor) -> None:
         """Compare the training's gradient (p,) in step ``number`` with that of the weighted per-sample losses.
@@ -135,7 +148,7 @@ class Checks:
         self._before = theta
         # At first F goes all the way by itself; later it starts from the optimizer's slots and the training's gradient.
         if not self.early(number):
-            self._replayed, self._roundoff = state, RoundOff(state, self._rounded_to)
+            self._replayed, self._roundoff, self._since = state, RoundOff(state, self._rounded_to), []
         # The update is taken when the next step begins: how the training clips its gradients shows after they are looked at.
         if self.early(number):
             gradient = found if torch.equal(self._replayed[0], theta) else step.gradient(self._replayed[0])
