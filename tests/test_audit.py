@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.core.audit import confirm
+from lightning_acc.core.audit import RoundOff, confirm
 from lightning_acc.core.replay import Replay
+from lightning_acc.record.record import Record
 from lightning_acc.record.steps import Steps
 
 WORDS, LENGTH = 60, 12
@@ -121,3 +122,20 @@ def test_a_run_that_rounds_on_the_way_is_audited_once_for_all_its_sweeps(
     told(monkeypatch, lr=1.1)
     with pytest.raises(la.RunError, match="audit FAILED"):
         confirm(Replay(la.Run(tmp_path / "run")), off)
+
+
+def test_what_is_bit_for_bit_needs_no_round_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes several updates a step to tell; what is not is told from it, from the first step on."""
+    run = record(tmp_path / "run", make(hidden=4, optimizer={"class": "AdamW", "lr": 0.01}))
+    followed = []
+    advance = RoundOff.advance
+    monkeypatch.setattr(RoundOff, "advance", lambda *given: followed.append(given[0]) or advance(*given))
+    report = run.audit()
+    assert (report.ok, report.max_abs_error, report.tolerance, followed) == (True, 0.0, 0.0, [])
+    snapshot = Record.snapshot
+    last = run.snapshots[-1]
+    monkeypatch.setattr(Record, "snapshot", lambda self, t: snapshot(self, t) * (1 + (t == last) * 1e-15))
+    report = run.audit()
+    assert report.ok
+    assert 0 < report.max_abs_error < report.tolerance
+    assert len(followed) == run.n_steps

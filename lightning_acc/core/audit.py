@@ -98,6 +98,9 @@ def audit(run: Record) -> AuditReport:
     recorded_there, apart = run.manifest.get("device", CPU.type), None
     if recorded_there != replay.device.type:
         apart = f"recorded on {recorded_there}, replayed on {replay.device.type}"
+    elif _is_exact(replay):
+        report = _PASSED[run] = AuditReport(True, 0.0, None, len(replay), 0.0)
+        return report
     roundoff = RoundOff(replay.initial, _rounded(run, replay, apart is not None), apart is not None)
     common = _Common(replay.dtype)
     snapshots = set(run.snapshots)
@@ -130,6 +133,18 @@ def audit(run: Record) -> AuditReport:
     if report:
         _PASSED[run] = report
     return report
+
+
+def _is_exact(replay: Replay) -> bool:
+    """Whether a replay comes by all recorded parameters, bit for bit: then there is no round-off to tell from more, which
+    costs as much as several steps."""
+    run, state, snapshots = replay.run, replay.initial, set(replay.run.snapshots)
+    with as_recorded(run.manifest):
+        for t in range(len(replay)):
+            state = replay.step(t)(state)
+            if t + 1 in snapshots and not torch.equal(state[0], replay.placed(run.snapshot(t + 1))):
+                return False
+    return True
 
 
 def _rounded(run: Record, replay: Replay, apart: bool) -> torch.dtype:
