@@ -146,7 +146,7 @@ def test_a_job_submitted_through_the_api(jobs: Any, alone: np.ndarray, project: 
     job = jobs.submit_job(entrypoint=" ".join(words), runtime_env={"working_dir": str(project)})
     started = time.monotonic()
     while not jobs.get_job_status(job).is_terminal():
-        assert time.monotonic() - started < 120
+        assert time.monotonic() - started < 600  # on a machine that is busy with other clusters
         time.sleep(0.2)
     assert jobs.get_job_status(job) == "SUCCEEDED", jobs.get_job_logs(job)
     assert np.array_equal(scores.read(run.store, "acc-sgd-ie").estimates, alone)
