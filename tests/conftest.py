@@ -67,3 +67,12 @@ def wandb_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(tmp_path / "wandb-files"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "wandb-files").mkdir()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as torch computes on in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightly  # noqa: F401
 import pytorch_lightning as pl
@@ -60,6 +60,16 @@ class Net(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_class(self.parameters(), **self.options)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, self.decay_lr)]
+
+
+class Noting(Net):
+    """Notes on how many threads its losses are computed."""
+
+    seen: ClassVar[list[int]] = []
+
+    def per_sample_loss(self, batch: Any) -> torch.Tensor:
+        self.seen.append(torch.get_num_threads())
+        return super().per_sample_loss(batch)
 
 
 class Weighted(Net):

@@ -300,6 +300,28 @@ def test_a_plan_knows_it(tmp_path: Path) -> None:
     assert "acc-low-rank cannot" not in str(plan)
 
 
+class Grouped(Net):
+    """Weights decay and biases do not, as is usual of transformers."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        weights, biases = ([p for p in self.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        return self.optimizer_class([{"params": weights}, {"params": biases, "weight_decay": 0.0, "lr": 0.03}], **self.options)
+
+
+@pytest.mark.parametrize("optimizer", [{"momentum": 0.9, "weight_decay": 0.1, "lr": 0.05}, ADAMW], ids=["SGD", "AdamW"])
+def test_groups_of_parameters(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    """Range by range, each with the hyper-parameters of its group."""
+    run = record(tmp_path / "run", Grouped(hidden=4, activation="gelu", optimizer=optimizer).double())
+    replay = Replay(run)
+    assert [columns.stop - columns.start for columns, _ in replay.update.ranges()] == [20, 4, 12, 3]
+    found, first = by_defect(run, EVERYONE), scored(run, "sgd-ie").values
+    if optimizer is not ADAMW:  # affine
+        np.testing.assert_allclose(found.scores.numpy(), first, rtol=0, atol=ROUND_OFF)
+        return
+    truth = scored(run, "loo").values
+    assert np.linalg.norm(found.scores.numpy() - truth) < 0.5 * np.linalg.norm(first - truth)
+
+
 @pytest.mark.parametrize("clipping", ["norm", "value", None])
 @pytest.mark.parametrize(
     "options", [{}, {"amsgrad": True}, {"class": "Adam", "weight_decay": 0.1}, {"maximize": True}], ids=str

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import N, Net, asked, data, fit, make, record, replay_by_hand
+from problems import N, Net, Noting, asked, data, fit, make, record, replay_by_hand
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
@@ -198,42 +197,24 @@ def test_7_the_audit_is_bit_exact(tmp_path: Path) -> None:
             assert report.n_steps == run.n_steps == 12
 
 
-class Threads(Net):
-    """Notes on how many threads its losses are computed."""
-
-    seen: ClassVar[list[int]] = []
-
-    def per_sample_loss(self, batch: Any) -> torch.Tensor:
-        self.seen.append(torch.get_num_threads())
-        return super().per_sample_loss(batch)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_7_the_audit_runs_on_the_threads_of_the_training_and_gives_back_the_callers(
     tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = record(tmp_path / "run", Threads(hidden=4).double())
+    run = record(tmp_path / "run", Noting(hidden=4).double())
     assert run.manifest["threads"] == 2
     monkeypatch.setattr(type(run), "snapshots", property(lambda _: [0]))  # so that the others are replayed
     for callers in (1, 3):
         torch.set_num_threads(callers)
         for replay in (run.audit, lambda: parameters_at(run, 5)):
-            Threads.seen.clear()
+            Noting.seen.clear()
             replay()
-            assert set(Threads.seen) == {2}, replay
+            assert set(Noting.seen) == {2}, replay
             assert torch.get_num_threads() == callers
 
     def breaks(self: Any, batch: Any) -> torch.Tensor:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Threads, "per_sample_loss", breaks)
+    monkeypatch.setattr(Noting, "per_sample_loss", breaks)
     with pytest.raises(ZeroDivisionError):
         run.audit()
     assert torch.get_num_threads() == 3

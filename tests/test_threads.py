@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from problems import N, Net, make, record
+from problems import N, Noting, make, record
 
 import lightning_acc as la
 from lightning_acc.core import replay as replays
@@ -30,25 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 SHIFTED = ("loo", "acc-sgd-ie", "sgd-ie")
-
-
-class Noting(Net):
-    """Notes on how many threads its losses are computed."""
-
-    seen: ClassVar[set[int]] = set()
-
-    def per_sample_loss(self, batch: Any) -> torch.Tensor:
-        self.seen.add(torch.get_num_threads())
-        return super().per_sample_loss(batch)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """As many as torch computes on in this process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def do_matrix(
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
+        memory_gb: budget of each process; auto is 2 on the CPU, or what one removal needs, and half of what is free of a GPU.
         check: how many removals to retrain without, as for score.
         top: how many samples to print for each of the first ten examples.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.

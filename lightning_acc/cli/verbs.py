@@ -78,7 +78,7 @@ def do_plan(
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: where it would be computed: local, auto, ray://host:port, or null for this process.
         workers: how many workers there are; by default as many as this machine has cores.
-        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
+        memory_gb: budget of each process; auto is 2 on the CPU, or what one removal needs, and half of what is free of a GPU.
         at: when the query is read, as for score.
     """
     from lightning_acc.planning.plan import plan
@@ -127,7 +127,7 @@ def do_score(
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
+        memory_gb: budget of each process; auto is 2 on the CPU, or what one removal needs, and half of what is free of a GPU.
         check: how many removals to retrain without, so that the scores say how far they hold; auto for as many as the time
             of the scoring, or a minute, allows; 0 for none.
         directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and can be
@@ -190,7 +190,7 @@ def do_retrain(
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
+        memory_gb: budget of each process; auto is 2 on the CPU, or what one removal needs, and half of what is free of a GPU.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """
     do_score(run, "loo", removals, query, at, None, dtype, device, ray_address, memory_gb, wandb=wandb)
@@ -229,7 +229,7 @@ def do_clean(
         test: the recorded query to test on; by default test where there is one, else val.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.
-        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
+        memory_gb: budget of each process; auto is 2 on the CPU, or what one removal needs, and half of what is free of a GPU.
         at: when the rankings read their query, as for score; by default at the end, where methods are named.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
     """

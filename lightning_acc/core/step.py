@@ -204,7 +204,7 @@ class Step:
         return batches.rows(together, positions)
 
     def removed(self, theta: Tensor, removals: Removals, curved: bool = False) -> Removed:
-        """What the removed samples contribute to G_t at ``theta``; see ``Point.removed``."""
+        """What the removed samples contribute to G_t at the parameters ``theta`` (p,); see ``Point.removed``."""
         removed, position = removals.occurrences(self.sample_ids)
         touched, inverse, counts = torch.unique(removed, return_inverse=True, return_counts=True)
         thetas = theta.expand(len(touched), -1).clone().requires_grad_()

@@ -93,8 +93,9 @@ def score(
         keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``; of an
             average, its own.
         memory_gb: budget of each process for what it computes with, beyond the run's data itself; on a GPU, of its memory.
-            ``"auto"``: 2 on the CPU, half of what is free of a GPU. Where steps are large, each also computes on the cores that
-            the others leave, ``torch.get_num_threads()`` at most: ``conditions["threads"]`` tells on how many.
+            ``"auto"``: 2 on the CPU, or what one removal needs where that is more; half of what is free of a GPU. Where steps
+            are large, each also computes on the cores that the others leave, ``torch.get_num_threads()`` at most:
+            ``conditions["threads"]`` tells on how many.
         bank_gb: how much the run directory may hold of what retraining ended with (``bank/``): from this, removals that were
             retrained without answer another query at no training, of ``score`` or of ``score_matrix``.
         save: store the scores in the run directory, where ``evaluate`` and the report find them, piece by piece as they
