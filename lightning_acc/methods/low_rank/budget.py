@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lightning_acc.core.devices import ON_CPU
 from lightning_acc.core.optimizers import RULES
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
@@ -20,7 +21,8 @@ DEFECT_TRAININGS, STEP_NUMBERS, MULTIPLICATIONS, ROW_NUMBERS, PASSES = 20, 200_0
 """As many removals follow the update as cost so many trainings. A step of a training takes as long as the update, in one pass,
 of so many numbers, and of one more for every 25 multiplications of its forward pass; each removal takes as long as that of 3000
 beside its own, and where a step sees it, as the multiplications of its own sample, or of the whole batch where that cannot be
-taken apart, as with dropout. An update in many passes takes 5 times as long. Measured with scripts/bench_defect.py."""
+taken apart, as with dropout. An update in many passes takes 5 times as long. Those that fit the memory of a CPU's default go
+together, and the run's own update beside them. Measured with scripts/bench_defect.py."""
 SWEEPS, SWEEP_TRAININGS = 2, 3
 """Removals that follow the update are worked on in pieces that cost so many sweeps back, each so many trainings: every piece
 makes one of its own."""
@@ -116,7 +118,9 @@ def _by_the_update(replay: Replay, trainings: float) -> int:
     visits = in_steps / run.n_samples if apart else in_steps / run.n_steps * occurrences / run.n_samples
     rule = RULES.get(run.manifest["optimizer"]["name"])
     passes = 1 if rule and rule.one_pass else PASSES
-    each = run.n_steps * passes * (ROW_NUMBERS + run.n_parameters) + visits
+    each_bytes, at_a_step = bytes_by_the_update(replay)
+    together = max(1, (ON_CPU - at_a_step) // each_bytes)
+    each = run.n_steps * passes * (ROW_NUMBERS + run.n_parameters) * (1 + 1 / together) + visits
     return int(trainings * (run.n_steps * STEP_NUMBERS + in_steps) / each)
 
 
