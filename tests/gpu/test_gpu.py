@@ -16,7 +16,9 @@ import lightning_acc as la
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.filterwarnings("ignore:.*Skipping val loop", "ignore:Training has no validation data"),
+    pytest.mark.filterwarnings(
+        "ignore:.*Skipping val loop", "ignore:Training has no validation data", "ignore:GPU available but not used"
+    ),
 ]
 HERE: dict[str, Any] = {"ray_address": None, "check": 0, "save": False}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
