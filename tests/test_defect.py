@@ -15,7 +15,7 @@ from torch import Tensor
 import lightning_acc as la
 from lightning_acc.core.optimizers import clipped
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.low_rank import budget, defect
+from lightning_acc.methods.low_rank import budget, defect, prices
 from lightning_acc.methods.low_rank.entry import LowRank
 from lightning_acc.scoring.trust.figures import kendall
 
@@ -201,7 +201,7 @@ def test_it_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(defect, "CACHED", cached)
         for at_once in (1, 10):
             torch.testing.assert_close(by_defect(run, window=2, at_once=at_once).scores, whole, rtol=1e-9, atol=1e-13)
-    each, at_a_step = budget.bytes_by_the_update(Replay(run))
+    each, at_a_step = prices.bytes_by_the_update(Replay(run))
     everyone = scored(run, followed=N)
     little = (at_a_step + 10 * each) / 2**30
     question = asked(run, memory=int(little * 2**30))
@@ -256,15 +256,15 @@ def test_it_is_nearer_to_the_truth_than_sgd_ie(tmp_path: Path, name: str) -> Non
 def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
     # 39 parameters; 12 steps of 6 samples, of which each is seen by 3.
-    assert budget.most_by_the_update(Replay(run)) == int(20 * 12 * (200_000 + 39 * 6 / 25) / (12 * 3039 + 3 * 39 / 25))
+    left, training = 25 - prices.SWEEP, 12 * (200_000 + 39 * 6 / 25)
+    assert budget.most_by_the_update(Replay(run), 25) == int(left * training / (12 * 3039 + 3 * 39 / 25))
     dropping = record(tmp_path / "dropping", make(hidden=4, optimizer=ADAMW, dropout=0.5))
-    expected = int(20 * 12 * (200_000 + 39 * 6 / 25) / (12 * 3039 + 3 * 6 * 39 / 25))
-    assert budget.most_by_the_update(Replay(dropping)) == expected
+    assert budget.most_by_the_update(Replay(dropping), 25) == int(left * training / (12 * 3039 + 3 * 6 * 39 / 25))
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N
     assert "among" not in everyone.conditions
-    monkeypatch.setattr(budget, "DEFECT_TRAININGS", 0)
-    some = scored(run)
+    monkeypatch.setattr(prices.Prices, "retrained", lambda self, n: 1e9)
+    some = scored(run, trainings=1)
     assert some.conditions["followed_by_the_update"] == budget.FEWEST_FOLLOWED == 12
     assert "among" in some.conditions
     few = scored(run, followed=5, memory_gb=1e-4)

@@ -13,7 +13,8 @@ from torch import nn
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.low_rank import basis, budget
+from lightning_acc.methods.low_rank import basis, prices
+from lightning_acc.methods.low_rank.back import sweep_back
 from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.scoring import score as scoring
 from lightning_acc.scoring import work
@@ -54,7 +55,9 @@ def test_a_whole_basis_is_acc_sgd_ie_and_no_correction_is_sgd_ie(
 
     first = exact(run, "sgd-ie").values
     for directions in (0, 3, run.n_parameters):
-        passed = tracked(Replay(run), EVERYONE, asked(run), directions, most=0, exactly=0)
+        replay, question = Replay(run), asked(run)
+        with sweep_back(replay, question, lambda _: None) as back:
+            passed = tracked(replay, back, basis.find(back.places, directions), EVERYONE, question, exactly=0)
         np.testing.assert_allclose(passed.first.numpy(), first, rtol=0, atol=ROUND_OFF)
         assert np.abs(passed.scores.numpy() - first).max() > 1e-3 * np.abs(first).max()  # there is a correction
 
@@ -165,7 +168,7 @@ def test_the_basis_holds_the_top_eigenvectors_of_the_averaged_hessian(tmp_path: 
 
 def test_pieces_are_the_whole(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4))
-    each, at_a_step = budget.bytes_needed(Replay(run))
+    each, at_a_step = prices.bytes_needed(Replay(run))
     passes = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "compute", lambda job, part, *rest: passes.append(len(part)) or work.compute(job, part, *rest))

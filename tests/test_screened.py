@@ -12,15 +12,16 @@ from problems import N, Net, data, make, record
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.low_rank import budget, screened
+from lightning_acc.methods.low_rank import budget, entry, screened
 from lightning_acc.methods.low_rank.entry import LowRank
+from lightning_acc.methods.low_rank.prices import Prices
 from lightning_acc.scoring.trust.figures import rmse, spearman
 
 ROUND_OFF = 1e-12
 
 
 def found(run: la.Run, followed: int | None = None, removals: list[Any] | None = None, **options: Any) -> la.Scores:
-    followed = budget.most_followed(Replay(run)) if followed is None else followed
+    followed = N if followed is None else followed
     options = {"ray_address": None, "save": False, **options}
     return la.score(run, "acc-low-rank", removals, followed=followed, **options, check=0)
 
@@ -136,8 +137,8 @@ def test_late_visits_are_modelled_and_no_more_than_is_affordable() -> None:
 def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4))
     assert LowRank().settled(Replay(run), keep_shifts=False).form == "tracked"
-    monkeypatch.setattr(budget, "TRACKED_WORK", 0.0)
-    monkeypatch.setattr(budget, "FOLLOWED_WORK", 0.0)
+    monkeypatch.setattr(budget, "TRAININGS", 1)
+    monkeypatch.setattr(Prices, "retrained", lambda self, n: 1e9)
     assert LowRank().settled(Replay(run), keep_shifts=False).form == "screened"
     scores = la.score(run, "acc-low-rank", ray_address=None, check=0)
     assert scores.conditions["form"] == "screened"
@@ -153,13 +154,18 @@ def test_a_large_run_is_screened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert row["seconds"] > 0
 
 
-def test_rough_shifts_are_screened_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_training_contracts_in_more_directions_than_are_affordable_it_screens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = record(tmp_path / "run", make(hidden=8), data(n=40), batch_size=4, max_epochs=8)
-    monkeypatch.setattr(budget, "MOST_DIRECTIONS", 3)
-    monkeypatch.setattr(budget, "MOST_FOLLOWED", 3)
-    with pytest.warns(UserWarning, match=r"In 3 directions .* the most influential removals were followed instead"):
-        some = la.score(run, "acc-low-rank", ray_address=None, save=False, check=0)
-    assert (some.conditions["fallback"], some.conditions["followed_exactly"]) == ("screened", 3)
+    monkeypatch.setattr(budget, "most_directions", lambda replay, trainings: 3)
+    monkeypatch.setattr(budget, "most_followed", lambda replay, trainings, query, times: 3)
+    monkeypatch.setattr(Prices, "retrained", lambda self, n: 1e9)
+    monkeypatch.setattr(entry, "tracked", None)  # nothing is tracked to be thrown away
+    some = la.score(run, "acc-low-rank", ray_address=None, save=False, check=0)
+    told = [some.conditions[name] for name in ("form", "fallback", "directions_used", "followed_exactly")]
+    assert told == ["tracked", "screened", 3, 3]
+    monkeypatch.undo()
     with pytest.warns(UserWarning, match="In 3 directions .* those of sgd-ie"):
         assert (
             la.score(run, "acc-low-rank", ray_address=None, directions=3, save=False, check=0).conditions["fallback"]

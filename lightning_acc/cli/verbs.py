@@ -104,6 +104,7 @@ def do_score(
     check: str = "auto",
     directions: int | None = None,
     followed: int | None = None,
+    trainings: int | None = None,
     confirm: str | None = None,
     top: int = 10,
     wandb: bool = False,
@@ -130,10 +131,12 @@ def do_score(
         memory_gb: budget of each process; auto is 2 on the CPU, or what one removal needs, and half of what is free of a GPU.
         check: how many removals to retrain without, so that the scores say how far they hold; auto for as many as the time
             of the scoring, or a minute, allows; 0 for none.
-        directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and can be
-            afforded.
+        directions: of acc-low-rank: in how many it follows what training contracts; by default as many as matter and
+            trainings pay for.
         followed: of acc-low-rank: how many of the most influential samples it follows exactly; large runs are done so by
             default. Of Adam and the like, and where gradients are clipped: how many it takes through the optimizer's updates.
+        trainings: of acc-low-rank: what its ranking of all samples may cost, in trainings of the run, 25 by default; where that
+            pays for training again without each of them, it does this.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
@@ -160,6 +163,7 @@ def do_score(
             check=int(check) if check.isdecimal() else check,
             directions=directions,
             followed=followed,
+            trainings=trainings,
             confirm=most(confirm) if confirm else 0,
             memory_gb=memory_gb,
         )

@@ -5,15 +5,15 @@ from __future__ import annotations
 from lightning_acc import arguments
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.low_rank.entry import LowRank
-from lightning_acc.methods.memory import TRAINING, Copies
+from lightning_acc.methods.memory import Copies
 from lightning_acc.methods.method import Method
-from lightning_acc.methods.rules import AccSgdIe, AdjointSgdIe, AdjointTracIn, LeaveOneOut, SgdIe, TracIn
-from lightning_acc.methods.swept import Swept
+from lightning_acc.methods.rules import AccSgdIe, AdjointSgdIe, AdjointTracIn, SgdIe, TracIn
+from lightning_acc.methods.swept import RETRAINING, Swept
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Swept("loo", LeaveOneOut, TRAINING, is_truth=True),
+        RETRAINING,
         Swept("acc-sgd-ie", AccSgdIe, Copies(9, 6)),
         LowRank(),
         Swept("sgd-ie", SgdIe, Copies(0, 6, tangents=9), AdjointSgdIe, differentiates=True),

@@ -11,10 +11,10 @@ from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import memory, sweeps
-from lightning_acc.methods.memory import Copies
+from lightning_acc.methods.memory import TRAINING, Copies
 from lightning_acc.methods.method import Answer, Method, Question
 from lightning_acc.methods.reading import Reading
-from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule
+from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
 
 FURTHEST = 1.0
 """A shift that changes the gradient by more than its own size has left the region where a line can be true."""
@@ -118,3 +118,7 @@ class Swept(Method):
 
     def _back(self, question: Question) -> type[AdjointSgdIe] | None:
         return self.reverse if question.readout == "linear" and not question.keep_shifts else None
+
+
+RETRAINING = Swept("loo", LeaveOneOut, TRAINING, is_truth=True)
+"""The truth."""

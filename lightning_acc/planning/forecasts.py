@@ -12,11 +12,12 @@ from lightning_acc.core import tape
 from lightning_acc.core.removals import Removals
 from lightning_acc.methods import memory
 from lightning_acc.methods.low_rank import basis as bases
-from lightning_acc.methods.low_rank import budget, defect, screened, tracked
-from lightning_acc.methods.low_rank.entry import DEFECT, SCREENED, LowRank
+from lightning_acc.methods.low_rank import budget, defect, prices, screened, tracked
+from lightning_acc.methods.low_rank.choice import DEFECT, RETRAINED, SCREENED, Chosen
+from lightning_acc.methods.low_rank.entry import LowRank
 from lightning_acc.methods.method import Method
 from lightning_acc.methods.rules import AdjointSgdIe
-from lightning_acc.methods.swept import Swept
+from lightning_acc.methods.swept import RETRAINING, Swept
 from lightning_acc.planning.calibration import Calibration, Cost
 
 
@@ -110,9 +111,10 @@ class Back(Forecast):
 class LowRankPass(Forecast):
     """One sweep back, the basis and one pass forward, in a form that ``score`` would choose."""
 
-    def __init__(self, calibration: Calibration, method: LowRank) -> None:
+    def __init__(self, calibration: Calibration, method: Chosen) -> None:
         super().__init__(calibration)
-        self.screens = method.form == SCREENED
+        self.screens, self.price = method.form == SCREENED, method.price
+        self.directions = budget.most_directions(self.replay, self.price) or budget.FEWEST_DIRECTIONS
 
     def cost(self) -> Cost:
         """Seconds, measured."""
@@ -133,7 +135,7 @@ class LowRankPass(Forecast):
     def _tracked(self) -> tuple[float, int, int]:
         """Seconds of the basis and the pass, how many are read exactly, and how many are tracked together."""
         c, replay, theta = self.c, self.replay, self.replay.initial[0]
-        size, most = budget.removals_at_once(budget.bytes_needed(replay), c.memory), budget.most_directions(replay)
+        size, most = budget.removals_at_once(prices.bytes_needed(replay), c.memory), self.directions
         vectors = torch.linalg.qr(self._directions(most).T)[0]
 
         def step(t: int, m: int) -> float:
@@ -144,12 +146,12 @@ class LowRankPass(Forecast):
         a, slope, m = c.line(partial(step, c.largest_step), most, len(replay))
         forward = c.over_the_run(lambda t: step(t, m)) * (a + slope * most) / max(a + slope * m, 1e-9)
         basis = 0.0 if most == len(theta) else self._basis(most, bases.MOST_STEPS)
-        return basis + forward, budget.read_exactly(replay.run, len(c.visited), c.query, c.readings), size
+        return basis + forward, budget.read_exactly(replay, len(c.visited), c.query, c.readings, self.price), size
 
     def _screened(self) -> tuple[float, int, int]:
         """The same where few removals are followed."""
         c, replay, n = self.c, self.replay, len(self.c.visited)
-        followed, modelled = screened.counts(replay, n, c.memory, budget.most_followed(replay))
+        followed, modelled = self._counts(n)
         directions, some = self._directions(followed), followed + modelled
         share = 1 + screened.FRESH_SHARE * bool(modelled)
 
@@ -162,6 +164,12 @@ class LowRankPass(Forecast):
 
         basis = self._basis(screened.DIRECTIONS, screened.PLACES) if modelled else 0.0
         return basis + c.over_the_run(step), some, n
+
+    def _counts(self, n: int) -> tuple[int, int]:
+        """How many of n removals are followed, and how many modelled."""
+        followed = budget.most_followed(self.replay, self.price, self.c.query, self.c.readings)
+        followed, modelled = screened.counts(self.replay, n, self.c.memory, followed)
+        return followed, modelled if budget.models(self.replay, self.price) else 0
 
     def _directions(self, count: int) -> Tensor:
         """Directions (count, p) at random."""
@@ -179,19 +187,19 @@ class LowRankPass(Forecast):
         """Bytes the pass adds; what the sweep back kept is given back before the pass forward."""
         replay, allowed = self.replay, self.c.memory
         vector, state = replay.initial[0].nbytes, sum(part.nbytes for part in replay.initial)
-        each, at_a_step = budget.bytes_needed(replay)
+        each, at_a_step = prices.bytes_needed(replay)
         if self.screens:
-            followed, modelled = screened.counts(replay, removals, allowed, budget.most_followed(replay))
+            followed, modelled = self._counts(removals)
             forward = (3 * followed + 2 * modelled) * state + 3 * screened.DIRECTIONS * bool(modelled) * vector
         else:
-            forward = 4 * budget.most_directions(replay) * vector + at_a_step + each * removals
+            forward = 4 * self.directions * vector + at_a_step + each * removals
         return max(tape.held(replay, allowed) * state + at_a_step, forward)
 
 
 class DefectPass(Forecast):
     """One sweep back, and passes forward with the removals that follow the update."""
 
-    def __init__(self, calibration: Calibration, method: LowRank) -> None:
+    def __init__(self, calibration: Calibration, method: Chosen) -> None:
         super().__init__(calibration)
         self.method = method
 
@@ -211,7 +219,7 @@ class DefectPass(Forecast):
 
         shared = c.readings * c.seconds(lambda: c.query.gradient(replay.objective, start[0]))
         shared += (1 + tape.taken_again(replay, c.memory)) * ahead + c.over_the_run(lambda t: c.seconds(lambda: back(t)))
-        at_once = budget.removals_at_once(budget.bytes_by_the_update(replay), c.memory)
+        at_once = budget.removals_at_once(prices.bytes_by_the_update(replay), c.memory)
         piece = budget.piece_by_the_update(replay, c.memory)
         followed = n if self.method.most is None else min(n, self.method.most)
         passes = -(-followed // at_once)
@@ -234,7 +242,7 @@ class DefectPass(Forecast):
     def bytes(self, removals: int) -> int:
         """Bytes the passes add; what the sweep back kept is given back before."""
         replay, allowed = self.replay, self.c.memory
-        each, at_a_step = needed = budget.bytes_by_the_update(replay)
+        each, at_a_step = needed = prices.bytes_by_the_update(replay)
         followed = removals if self.method.most is None else min(removals, self.method.most)
         together = min(followed, budget.removals_at_once(needed, allowed))
         states = tape.held(replay, allowed) * sum(part.nbytes for part in replay.initial)
@@ -245,6 +253,8 @@ def forecast(method: Method, calibration: Calibration) -> Forecast:
     """The forecast for the way in which a method runs."""
     if isinstance(method, LowRank):
         settled = method.settled(calibration.replay, keep_shifts=False)
+        if settled.form == RETRAINED:
+            return Forward(calibration, RETRAINING)
         return (DefectPass if settled.form == DEFECT else LowRankPass)(calibration, settled)
     assert isinstance(method, Swept)
     return Forward(calibration, method) if method.reverse is None else Back(calibration, method)

@@ -46,6 +46,7 @@ def score(
     check: Check = "auto",
     directions: int | None = None,
     followed: int | None = None,
+    trainings: int | None = None,
     confirm: int = 0,
     keep_shifts: bool = False,
     memory_gb: arguments.Budget = "auto",
@@ -76,11 +77,13 @@ def score(
             drew random numbers (dropout) is replayed on the kind of device they were drawn on.
         ray_address: ``"local"`` starts Ray on this machine for this call, ``"auto"`` or ``"ray://..."`` uses a running
             cluster, None computes in this process without Ray.
-        directions: of ``acc-low-rank``: in how many it follows the contraction of the training, 0 in none. None, without
-            ``followed`` either, chooses by the size of the run; see ``lightning_acc.methods.low_rank.entry``.
+        directions: of ``acc-low-rank``: in how many it follows the contraction of the training, 0 in none. None chooses by
+            ``trainings``; see ``lightning_acc.methods.low_rank.entry``.
         followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; a few hundred
             more are corrected by what these tell, the rest keep SGD-IE's scores. Where the update is not affine: how many it
             takes through the optimizer's updates, the rest keeping SGD-IE's scores (``lightning_acc.methods.low_rank.defect``).
+        trainings: of ``acc-low-rank``: what its ranking of all samples may cost, in trainings of the run; None: 25. Where that
+            pays for training again without each of them, this is what it does (``conditions["form"]`` is ``"retrained"``).
         at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over every twentieth step, and 20
             at least, spread evenly over the run: what the samples did to the learning curve, which the last steps' noise weighs
             less in (``"along:K"``: over K); a step, or a list of steps: their mean; a name in ``run.checkpoints``, such as
@@ -117,7 +120,7 @@ def score(
     ray_address = arguments.ray_address(ray_address)
     place = devices.chosen(device, run)
     when, portable = moments.find(run, at), rebuild.portable(run)
-    configured = registry.find(method).configured(directions=directions, followed=followed)
+    configured = registry.find(method).configured(directions=directions, followed=followed, trainings=trainings)
     replay = Replay(portable, dtype, when.last, device=place)  # refuses what cannot be replayed before any worker starts
     chosen = configured.settled(replay, keep_shifts)
     memory, bank_bytes = devices.budget(memory_gb, place, registry.least_bytes(chosen, replay)), bank.budget(bank_gb)

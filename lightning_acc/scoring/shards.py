@@ -41,6 +41,7 @@ SAME = (
     "form",
     "directions",
     "followed",
+    "trainings",
     "among",
     "run_hashes",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
+from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
 from lightning_acc.core.tape import Tape
@@ -41,6 +42,11 @@ class Back:
     final: Tensor
     gradients: dict[int, Tensor]
     places: list[tuple[Step, State]]
+
+    def of(self, removals: Sequence[Removal]) -> Tensor:
+        """SGD-IE's scores of n removals, (n,), on the CPU."""
+        per_sample = self.first.cpu()
+        return torch.stack([per_sample[list(removal)].sum() for removal in removals]) if removals else per_sample[:0]
 
 
 class AdjointGammas(AdjointSgdIe):

@@ -1,108 +1,47 @@
 """The entry of acc-low-rank: in which form it takes a run, and what it makes of the passes.
 
-Runs of moderate size are **tracked**: all removals at once, in the directions that training contracts in. Larger ones are
-**screened**: the few most influential removals are followed exactly, some hundreds more are modelled on them. Where the
-update is not affine, as Adam's is not, it is its **defect** that is followed.
+A ranking of all samples may cost 25 trainings of the run, or as many as are asked for. Where that pays for following all
+directions of the parameters, the removals are **tracked** in these, which is ACC-SGD-IE; where for training again without
+each sample, all are **retrained** without, which is the truth. Otherwise they are tracked in the directions that training
+contracts most, if these are nearly all that it contracts in; or **screened**: the few most influential removals are followed
+exactly, some hundreds more are modelled on them. Where the update is not affine, as Adam's is not, its **defect** is followed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from lightning_acc import arguments
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
+from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank import budget
-from lightning_acc.methods.low_rank.back import scratch_bytes
+from lightning_acc.methods.low_rank.back import Back, scratch_bytes, sweep_back
+from lightning_acc.methods.low_rank.basis import Basis
+from lightning_acc.methods.low_rank.choice import DEFECT, RETRAINED, SCREENED, Chosen
 from lightning_acc.methods.low_rank.defect import defect, has_a_defect, vectors_kept, window_steps
+from lightning_acc.methods.low_rank.prices import Prices, bytes_by_the_update, bytes_needed
 from lightning_acc.methods.low_rank.screened import screened
-from lightning_acc.methods.low_rank.tracked import tracked
+from lightning_acc.methods.low_rank.tracked import LEFT_TO_CONTRACT, LEFT_TOO_MUCH, duration, tracked
 from lightning_acc.methods.memory import even_pieces
-from lightning_acc.methods.method import Answer, Method, Question, one_by_one
-from lightning_acc.methods.swept import refuse_without_derivative
+from lightning_acc.methods.method import Answer, Question, one_by_one
+from lightning_acc.methods.swept import RETRAINING, refuse_without_derivative
 
-TRACKED, SCREENED, DEFECT = "tracked", "screened", "defect"
 TRUSTED = 0.5
 """Largest relative error of the shifts' linear readout with which they are still used."""
 
 
-class LowRank(Method):
-    """acc-low-rank.
+class LowRank(Chosen):
+    """acc-low-rank, in the form it was ``settled`` in."""
 
-    Args:
-        directions: in how many it follows the contraction of the training; None chooses.
-        followed: how many removals it follows exactly, the rest being screened; None chooses.
-        form: ``"tracked"``, ``"screened"`` or ``"defect"``; None until it is ``settled``.
-        unusual: whether that is not the form this run would be given by itself.
-        most: how many follow the update where its defect is; None: all.
-    """
-
-    name = "acc-low-rank"
     readout = "exact"
     details = (
         *("directions_used", "largest_left_out", "shift_error", "fallback", "read_exactly"),
         *("followed_exactly", "modelled", "model_error"),
         *("followed_by_the_update", "window"),
     )
-
-    def __init__(
-        self,
-        directions: int | None = None,
-        followed: int | None = None,
-        form: str | None = None,
-        unusual: bool = False,
-        most: int | None = None,
-    ) -> None:
-        self.directions, self.followed, self.form, self.unusual, self.most = directions, followed, form, unusual, most
-
-    def configured(self, **options: Any) -> LowRank:
-        """With ``directions``, or with ``followed``, whole numbers from 0."""
-        directions, followed = options.pop("directions", None), options.pop("followed", None)
-        super().configured(**options)
-        for option, value in (("directions", directions), ("followed", followed)):
-            number = arguments.index(value)
-            if value is not None and (number is None or number < 0):
-                words = f"{option}={arguments.shown(value)} is no number for {self.name}"
-                raise RequestError(f"{words}: give a whole one, 0 or more.")
-        if directions is not None and followed is not None:
-            raise RequestError(
-                f"directions={directions} and followed={followed} ask {self.name} for its two forms at once: give one of them."
-            )
-        return LowRank(directions, followed)
-
-    def settled(self, replay: Replay, keep_shifts: bool) -> LowRank:
-        """By its defect where the update is not affine; screened as asked for, or where not all directions training contracts
-        in are affordable; else tracked.
-
-        Raises:
-            RequestError: shifts are to be kept of removals that are screened, or directions or shifts are asked for where the
-                update is not affine.
-        """
-        if has_a_defect(replay.run):
-            return self._by_defect(replay, keep_shifts)
-        affordable = budget.TRACKED_WORK / budget.training_work(replay)
-        usual = SCREENED if affordable < min(budget.MOST_DIRECTIONS, replay.run.n_parameters) else TRACKED
-        form = usual
-        if self.followed is not None:
-            form = SCREENED
-            if keep_shifts:
-                raise RequestError(f"followed={self.followed} has the shifts of a few removals alone: leave one out.")
-        elif self.directions is not None or keep_shifts:
-            form = TRACKED
-        asked = self.followed is not None or self.directions is not None
-        return LowRank(self.directions, self.followed, form, unusual=form != usual and not asked)
-
-    def _by_defect(self, replay: Replay, keep_shifts: bool) -> LowRank:
-        given = f"directions={self.directions}" if self.directions is not None else f"keep_shifts={keep_shifts}"
-        if keep_shifts or self.directions is not None:
-            raise RequestError(
-                f"{given} of {self.name} is for updates that are affine, as SGD's is without clipping, which this run's are "
-                "not: leave it out, or use acc-sgd-ie."
-            )
-        most = budget.most_by_the_update(replay) if self.followed is None else self.followed
-        return LowRank(None, self.followed, DEFECT, most=None if most >= replay.run.n_samples else most)
 
     @property
     def is_relative(self) -> bool:  # type: ignore[override]
@@ -112,21 +51,6 @@ class LowRank(Method):
     def default_readout(self, keep_shifts: bool) -> str:
         """Linear by the defect, whose shifts are too rough for another."""
         return "linear" if self.form == DEFECT else super().default_readout(keep_shifts)
-
-    @property
-    def options(self) -> dict[str, str]:
-        """The form, and how many directions and how many followed were asked for."""
-        given = (("directions", self.directions), ("followed", self.followed))
-        return {"form": str(self.form), **{name: "chosen" if value is None else str(value) for name, value in given}}
-
-    @property
-    def label(self) -> str:
-        """The name, and the option that was given, or the form where that is not what the run would be given by itself."""
-        if self.unusual:
-            return f"{self.name}.{self.form}"
-        if self.followed is not None:
-            return f"{self.name}.{self.followed}-followed"
-        return self.name if self.directions is None else f"{self.name}.{self.directions}-directions"
 
     def check(self, replay: Replay) -> None:
         """Refuse what acc-low-rank does not describe.
@@ -152,6 +76,8 @@ class LowRank(Method):
             RequestError: it cannot answer this question on this run.
         """
         self.check(replay)
+        if self.form == RETRAINED:
+            return RETRAINING.pieces(replay, removals, question)
         if self.form == DEFECT and question.readout == "exact":
             raise RequestError(
                 f"readout='exact' takes shifts that {self.name} has of updates that are affine alone, as SGD's is without "
@@ -161,12 +87,14 @@ class LowRank(Method):
             return even_pieces(removals, max(1, len(removals)))
         if self.form == DEFECT:
             return even_pieces(removals, budget.piece_by_the_update(replay, question.memory))
-        return even_pieces(removals, budget.removals_at_once(budget.bytes_needed(replay), question.memory))
+        return even_pieces(removals, budget.removals_at_once(bytes_needed(replay), question.memory))
 
     def blocks(
         self, replay: Replay, removals: Sequence[Removal], examples: Sequence[int], question: Question
     ) -> list[tuple[list[Removal], list[int]]]:
         """Example by example: each needs a pass of its own."""
+        if self.form == RETRAINED:
+            return RETRAINING.blocks(replay, removals, examples, question)
         return [(piece, [example]) for example in examples for piece in self.pieces(replay, removals, question)]
 
     def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
@@ -177,36 +105,61 @@ class LowRank(Method):
         """Of one removal that is tracked, or follows the update; screened, it fits its removals to what there is."""
         if self.form == SCREENED:
             return 0
-        return sum((budget.bytes_by_the_update if self.form == DEFECT else budget.bytes_needed)(replay))
+        if self.form == RETRAINED:
+            return RETRAINING.least_bytes(replay, each)
+        return sum((bytes_by_the_update if self.form == DEFECT else bytes_needed)(replay))
 
     def scratch_bytes(self, replay: Replay) -> int:
         """Of the sweep back."""
-        return scratch_bytes(replay, vectors_kept(replay) if self.form == DEFECT else None)
+        return 0 if self.form == RETRAINED else scratch_bytes(replay, vectors_kept(replay) if self.form == DEFECT else None)
 
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
         """The scores of one piece, how uncertain each is, and how they came about."""
+        if self.form == RETRAINED:
+            return RETRAINING.answer(replay, removals, question, progress)
         if question.each:
             return one_by_one(self, replay, removals, question, progress)
-        if self.form == SCREENED:
-            return self._screened(replay, removals, question, progress)
         if self.form == DEFECT:
             return self._defect(replay, removals, question, progress)
-        return self._tracked(replay, removals, question, progress)
+        with sweep_back(replay, question, lambda done: progress(0.2 * done)) as back:
+            if self.form == SCREENED:
+                return self._screened(replay, back, removals, question, self.price, lambda done: progress(0.2 + 0.8 * done))
+            basis = self._basis(replay, back, question)
+            progress(0.3)
+            chosen = self.directions is None and not question.keep_shifts
+            if chosen and basis.left * duration(replay) > LEFT_TOO_MUCH:
+                left = self.price - int(Prices(replay).basis(basis.directions, bases.MOST_STEPS))
+                instead = self._screened(replay, back, removals, question, left, lambda done: progress(0.3 + 0.7 * done))
+                told = {"directions_used": basis.directions, "largest_left_out": basis.left, "fallback": SCREENED}
+                return replace(instead, details={**told, **instead.details})
+            return self._tracked(replay, back, basis, removals, question, lambda done: progress(0.3 + 0.7 * done))
+
+    def _basis(self, replay: Replay, back: Back, question: Question) -> Basis:
+        """Of the directions asked for, or of those that are affordable and that the training contracts."""
+        if self.directions is not None:
+            return bases.find(back.places, self.directions)
+        most = budget.most_directions(replay, self.price) or budget.FEWEST_DIRECTIONS
+        return bases.find(back.places, most, LEFT_TO_CONTRACT / max(duration(replay), 1e-30))
 
     def _tracked(
-        self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+        self,
+        replay: Replay,
+        back: Back,
+        basis: Basis,
+        removals: Sequence[Removal],
+        question: Question,
+        progress: Callable[[float], None],
     ) -> Answer:
         """What the second order changed bounds, in practice, what the third and all after it would: the correction by the
         own Hessians, the curvature of the query, and how far the shift's own linear readout is off. Their sum is the
         uncertainty.
         """
-        n, most = len(removals), budget.most_directions(replay)
         exactly = 0
         if question.readout == "exact":
-            exactly = budget.read_exactly(replay.run, n, question.query, question.moments.readings)
-        passed = tracked(replay, removals, question, self.directions, most, exactly, lambda done: progress(0.9 * done))
+            exactly = budget.read_exactly(replay, len(removals), question.query, question.moments.readings, self.price)
+        passed = tracked(replay, back, basis, removals, question, exactly, progress)
         details: dict[str, Any] = {
             "directions_used": passed.basis.directions,
             "largest_left_out": passed.basis.left,
@@ -215,10 +168,6 @@ class LowRank(Method):
         scores, uncertainty = passed.scores, (passed.scores - passed.first).abs()
         if passed.shift_error > TRUSTED:
             # Gradients taken at shifts as rough as these would make the scores worse, not better.
-            if self.directions is None and not question.keep_shifts:
-                instead = self._screened(replay, removals, question, lambda done: progress(0.9 + 0.1 * done))
-                details = {**details, **instead.details, "fallback": SCREENED}
-                return Answer(instead.scores, details=details, more=instead.more)
             details["fallback"] = "sgd-ie"
             scores = passed.first
         elif exactly:
@@ -228,11 +177,21 @@ class LowRank(Method):
         return Answer(scores, passed.shifts, passed.thetas, details, {"uncertainty": uncertainty})
 
     def _screened(
-        self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
+        self,
+        replay: Replay,
+        back: Back,
+        removals: Sequence[Removal],
+        question: Question,
+        trainings: float,
+        progress: Callable[[float], None],
     ) -> Answer:
         """The same, with the most influential removals followed exactly."""
-        followed = budget.most_followed(replay) if self.followed is None else self.followed
-        passed = screened(replay, removals, question, followed, lambda done: progress(0.99 * done))
+        followed = self.followed
+        if followed is None:
+            times = question.moments.readings if question.readout == "exact" else 0
+            followed = budget.most_followed(replay, trainings, question.query, times)
+        models = self.followed is not None or budget.models(replay, trainings)
+        passed = screened(replay, back, removals, question, followed, models, progress)
         details: dict[str, Any] = {"followed_exactly": passed.followed, "modelled": passed.modelled}
         if passed.model_error is not None:
             details["model_error"] = passed.model_error
@@ -243,7 +202,7 @@ class LowRank(Method):
     ) -> Answer:
         """What the update itself changed bounds, in practice, what all that is left out would."""
         most = len(removals) if self.most is None else self.most
-        at_once = budget.removals_at_once(budget.bytes_by_the_update(replay), question.memory)
+        at_once = budget.removals_at_once(bytes_by_the_update(replay), question.memory)
         window = window_steps(replay)
         passed = defect(replay, removals, question, most, at_once, window, lambda done: progress(0.99 * done))
         changed, sizes = (passed.scores - passed.first).abs(), passed.first.abs()
@@ -254,14 +213,12 @@ class LowRank(Method):
 
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """That shifts were too rough, and what the scores are instead."""
-        failed = [one for one in details if "fallback" in one]
+        failed = [one for one in details if one.get("fallback", SCREENED) != SCREENED]
         if not failed:
             return []
-        instead = "its scores are those of sgd-ie. Give more directions, or confirm the top of the ranking with loo."
-        if any(one["fallback"] == SCREENED for one in failed):
-            instead = "the most influential removals were followed instead, as followed= does at once."
         error = max(float(one["shift_error"]) for one in failed)
         return [
             f"In {failed[0]['directions_used']} directions the shifts that {self.name} takes gradients at are too rough "
-            f"(relative error {error:.2f}): {instead}"
+            f"(relative error {error:.2f}): its scores are those of sgd-ie. Give more directions or trainings, or confirm the "
+            "top of the ranking with loo."
         ]

@@ -30,7 +30,7 @@ from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point
 from lightning_acc.methods.low_rank import basis as bases
-from lightning_acc.methods.low_rank.back import sweep_back
+from lightning_acc.methods.low_rank.back import Back
 from lightning_acc.methods.low_rank.tracked import updated
 from lightning_acc.methods.memory import query_rows
 from lightning_acc.methods.method import Question
@@ -70,18 +70,22 @@ class Screened:
 
 def screened(
     replay: Replay,
+    back: Back,
     removals: Sequence[Removal],
     question: Question,
     followed: int,
+    models: bool,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Screened:
-    """Score n removals, the most influential of them as ACC-SGD-IE does.
+    """Score n removals, the most influential of them as ACC-SGD-IE does: one pass forward.
 
     Args:
         replay: of the run.
+        back: what the sweep back tells.
         removals: n removals.
-        question: what is asked; its memory is for the states of the sweep back, then for the shifts.
+        question: what is asked; its memory is for the shifts.
         followed: how many removals are followed exactly, at most.
+        models: whether others are modelled on these.
         progress: told the fraction done.
     """
     total, objective, moments = len(replay), replay.objective, question.moments
@@ -95,27 +99,24 @@ def screened(
         linear, read = of @ back.gradients[t], gathered(t, theta, of)
         return (0.0 if read is None else moments.share * question.query.changes(objective, read[0], read[1], rows)) - linear
 
-    with sweep_back(replay, question, lambda done: progress(0.15 * done)) as back:
-        per_sample = back.first.cpu()
-        first = torch.stack([per_sample[list(removal)].sum() for removal in removals]).to(back.final)
-        last = _last_steps(replay, removals)
-        followed, most = counts(replay, len(removals), question.memory, followed)
-        chosen, followed = _chosen(first, last, total, followed, most)
-        places = back.places[:: -(-len(back.places) // PLACES)]
-        directions = min(DIRECTIONS, len(back.final) - 1) if len(chosen) > followed else 0
-        basis = bases.find(places, directions)
-        progress(0.2)
-        shifts = Shifts(Removals([removals[i] for i in chosen]), followed, last[chosen], basis, replay)
-        state, curved = replay.initial, first.new_zeros(followed)
-        if 0 in moments.weights:  # of an average
-            curved += curvature(0, state[0], shifts.exact[0])
-        for t in range(total):
-            point = replay.step(t).at(state)
-            shifts.advance(t, point, back.gammas[t].to(replay.device))
-            state = point.next()
-            if t + 1 in moments.weights:
-                curved += curvature(t + 1, state[0], shifts.exact[0])
-            progress(0.2 + 0.7 * (t + 1) / total)
+    first = back.of(removals).to(back.final)
+    last = _last_steps(replay, removals)
+    followed, most = counts(replay, len(removals), question.memory, followed)
+    chosen, followed = _chosen(first, last, total, followed, most if models else 0)
+    places = back.places[:: -(-len(back.places) // PLACES)]
+    directions = min(DIRECTIONS, len(back.final) - 1) if len(chosen) > followed else 0
+    basis = bases.find(places, directions)
+    shifts = Shifts(Removals([removals[i] for i in chosen]), followed, last[chosen], basis, replay)
+    state, curved = replay.initial, first.new_zeros(followed)
+    if 0 in moments.weights:  # of an average
+        curved += curvature(0, state[0], shifts.exact[0])
+    for t in range(total):
+        point = replay.step(t).at(state)
+        shifts.advance(t, point, back.gammas[t].to(replay.device))
+        state = point.next()
+        if t + 1 in moments.weights:
+            curved += curvature(t + 1, state[0], shifts.exact[0])
+        progress((t + 1) / total)
 
     truly = shifts.second + curved
     corrections, sizes, error = truly, shifts.second.abs() + curved.abs(), None
@@ -135,7 +136,6 @@ def screened(
     ratio = sizes[:followed] @ squares / (squares @ squares).clamp_min(1e-300)
     uncertainty = first**2 * (ratio if followed else torch.nan)
     uncertainty[chosen] = sizes
-    progress(1.0)
     return Screened(scores, uncertainty, followed, len(chosen) - followed, error)
 
 

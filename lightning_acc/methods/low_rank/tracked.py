@@ -28,13 +28,14 @@ from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
 from lightning_acc.methods.low_rank import basis as bases
-from lightning_acc.methods.low_rank.back import Back, sweep_back
+from lightning_acc.methods.low_rank.back import Back
 from lightning_acc.methods.memory import query_rows
 from lightning_acc.methods.method import Question
 from lightning_acc.methods.reading import Gathered
 
-LEFT_TO_CONTRACT = 0.0002
-"""Directions that the whole training contracts by less than this exponent are left out of the basis."""
+LEFT_TO_CONTRACT, LEFT_TOO_MUCH = 0.0002, 0.5
+"""Directions that the whole training contracts by less than the first exponent are left out of the basis. Where one outside is
+contracted by more than the second, the shifts are too rough: their relative error was 0.17 and more."""
 TESTED = 256
 """How many removals' shifts are held against the sweep back."""
 
@@ -69,56 +70,41 @@ class Tracked:
 
 def tracked(
     replay: Replay,
+    back: Back,
+    basis: bases.Basis,
     removals: Sequence[Removal],
     question: Question,
-    directions: int | None,
-    most: int,
     exactly: int,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Tracked:
-    """One sweep back for a query, the basis, then one pass forward that tracks the removals.
+    """One pass forward that tracks n removals.
 
     Args:
         replay: of the run, whose update is affine and the same for all parameters.
+        back: what the sweep back tells.
+        basis: of the directions.
         removals: n removals.
-        question: what is asked; its memory is for the states of the sweep back. The gradients of the query along the run go
-            to a temporary file.
-        directions: of the basis; None takes those that the training contracts.
-        most: that many at most, then.
+        question: what is asked.
         exactly: how many removals are read exactly, those that SGD-IE calls the most influential.
         progress: told the fraction done.
     """
-    total = len(replay)
-    with sweep_back(replay, question, lambda done: progress(0.2 * done)) as back:
-        if directions is None:
-            time = sum(gain(replay, t) for t in range(total))
-            basis = bases.find(back.places, most, LEFT_TO_CONTRACT / max(time, 1e-30))
-        else:
-            basis = bases.find(back.places, directions)
-        progress(0.25)
-        shifts = Shifts(Removals(removals), basis.vectors, len(replay.initial), total)
-        look = _Look(replay, question, shifts, back, _strongest(back, removals, exactly))
-        current = replay.initial
-        if 0 in question.moments.weights:  # of an average
-            look(0, current[0])
-        for t in range(total):
-            step = replay.step(t)
-            shifts.advance(t, step, current, back.gammas[t].to(replay.device))
-            current = step(current)
-            if t + 1 in question.moments.weights:
-                look(t + 1, current[0])
-            progress(0.25 + 0.75 * (t + 1) / total)
+    shifts = Shifts(Removals(removals), basis.vectors, len(replay.initial), len(replay))
+    strongest = back.of(removals).abs().argsort(descending=True, stable=True)[:exactly]
+    look = _Look(replay, question, shifts, back, strongest)
+    current = replay.initial
+    if 0 in question.moments.weights:  # of an average
+        look(0, current[0])
+    for t in range(len(replay)):
+        step = replay.step(t)
+        shifts.advance(t, step, current, back.gammas[t].to(replay.device))
+        current = step(current)
+        if t + 1 in question.moments.weights:
+            look(t + 1, current[0])
+        progress((t + 1) / len(replay))
     scores = shifts.first + shifts.second
     return Tracked(
         scores, shifts.first, look.read, look.linear, look.curvature, basis, look.error(scores), look.shifts, look.thetas
     )
-
-
-def _strongest(back: Back, removals: Sequence[Removal], count: int) -> Tensor:
-    """The ``count`` removals of the largest scores by SGD-IE, (count,)."""
-    per_sample = back.first.cpu()
-    first = torch.stack([per_sample[list(removal)].sum() for removal in removals]) if removals else per_sample[:0]
-    return first.abs().argsort(descending=True, stable=True)[:count]
 
 
 class _Look:
@@ -165,6 +151,11 @@ class _Look:
     def thetas(self) -> Tensor | None:
         """(steps, p), beside the shifts."""
         return torch.stack(self._thetas) if self._thetas else None
+
+
+def duration(replay: Replay) -> float:
+    """What all steps together move a parameter by, in the end, for each unit of its gradient."""
+    return sum(gain(replay, t) for t in range(len(replay)))
 
 
 def gain(replay: Replay, t: int) -> float:
