@@ -46,6 +46,16 @@ def test_where_it_pays_for_the_truth_and_for_no_better_it_is_the_truth(
     assert np.abs(examples).max() > 0
 
 
+def test_more_trainings_never_give_less_than_the_truth(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=16, activation="gelu"), data(n=60), batch_size=10)
+    whole = Prices(Replay(run)).tracked(run.n_samples, run.n_parameters)
+    assert Prices(Replay(run)).retrained(run.n_samples) < whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "TRAININGS", int(whole) - 1)
+        assert [form(run, trainings) for trainings in (None, int(whole) + 1)] == ["retrained", "retrained"]
+    assert form(run, int(whole) + 1) == ("tracked" if whole <= budget.TRAININGS else "retrained")
+
+
 def test_a_price_is_what_the_work_is(tmp_path: Path) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer={"momentum": 0.9, "lr": 0.05}))
     price = Prices(Replay(run))

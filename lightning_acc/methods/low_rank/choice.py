@@ -83,12 +83,12 @@ class Chosen(Method):
         return type(self)(self.directions, self.followed, self.trainings, form, unusual=form != usual and not asked)
 
     def _usual(self, replay: Replay) -> str:
-        most = budget.most_directions(replay, self.price)
-        if most == replay.run.n_parameters:
+        price, n = Prices(replay), replay.run.n_samples
+        if price.tracked(n, replay.run.n_parameters) <= min(self.price, budget.TRAININGS):
             return TRACKED
-        if Prices(replay).retrained(replay.run.n_samples) <= self.price:
+        if price.retrained(n) <= self.price:
             return RETRAINED
-        return TRACKED if most else SCREENED
+        return TRACKED if budget.most_directions(replay, self.price) else SCREENED
 
     def _by_defect(self, replay: Replay, keep_shifts: bool) -> Chosen:
         given = f"directions={self.directions}" if self.directions is not None else f"keep_shifts={keep_shifts}"
@@ -97,13 +97,13 @@ class Chosen(Method):
                 f"{given} of {self.name} is for updates that are affine, as SGD's is without clipping, which this run's are "
                 "not: leave it out, or use acc-sgd-ie."
             )
-        n = replay.run.n_samples
-        most = budget.most_by_the_update(replay, self.price) if self.followed is None else self.followed
-        if most >= n:
-            return type(self)(None, self.followed, self.trainings, DEFECT)
-        if self.followed is None and Prices(replay).retrained(n) <= self.price:
-            return type(self)(trainings=self.trainings, form=RETRAINED)
-        return type(self)(None, self.followed, self.trainings, DEFECT, most=most)
+        n, most = replay.run.n_samples, self.followed
+        if most is None:
+            all_affordable = budget.most_by_the_update(replay, min(self.price, budget.TRAININGS)) >= n
+            if not all_affordable and Prices(replay).retrained(n) <= self.price:
+                return type(self)(trainings=self.trainings, form=RETRAINED)
+            most = budget.most_by_the_update(replay, self.price)
+        return type(self)(None, self.followed, self.trainings, DEFECT, most=None if most >= n else most)
 
     @property
     def options(self) -> dict[str, str]:

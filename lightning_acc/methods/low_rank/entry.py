@@ -1,10 +1,11 @@
 """The entry of acc-low-rank: in which form it takes a run, and what it makes of the passes.
 
-A ranking of all samples may cost 25 trainings of the run, or as many as are asked for. Where that pays for following all
-directions of the parameters, the removals are **tracked** in these, which is ACC-SGD-IE; where for training again without
-each sample, all are **retrained** without, which is the truth. Otherwise they are tracked in the directions that training
-contracts most, if these are nearly all that it contracts in; or **screened**: the few most influential removals are followed
-exactly, some hundreds more are modelled on them. Where the update is not affine, as Adam's is not, its **defect** is followed.
+A ranking of all samples may cost 25 trainings of the run, or as many as are asked for. Where 25 pay for following all
+directions of the parameters, the removals are **tracked** in these, which is ACC-SGD-IE. Where not, and what is asked for pays
+for training again without each sample, all are **retrained** without, which is the truth. Otherwise they are tracked in the
+directions that training contracts most, if these are nearly all that it contracts in; or **screened**: the few most influential
+removals are followed exactly, some hundreds more are modelled on them. Where the update is not affine, as Adam's is not, its
+**defect** is followed.
 """
 
 from __future__ import annotations
