@@ -42,6 +42,8 @@ WORKERS = "LIGHTNING_ACC_SOAK"
 """Environment variable: a folder with a file for every worker at work, named by its process id."""
 SECONDS_BETWEEN_KILLS, DRIVERS = (0.3, 3.0), 0.3
 """How long a worker is left in peace, and how often it is the driver that is killed."""
+STRIKES = 1000
+"""After so many a round is left to end."""
 SECONDS_OF_RECORDING = (1.0, 9.0)
 """How long a training is recorded before it is killed."""
 
@@ -129,6 +131,8 @@ def a_round(run: la.Run, address: str, workers: Path, killed: Counter[str]) -> d
             try:
                 while driver.poll() is None:
                     time.sleep(random.uniform(*SECONDS_BETWEEN_KILLS))
+                    if sum(killed.values()) >= before + STRIKES:
+                        continue
                     while not any(workers.iterdir()) and driver.poll() is None:
                         time.sleep(0.02)
                     if sum(killed.values()) > before:  # one strike is certain

@@ -96,7 +96,7 @@ def test_bench_scaling() -> None:
 
 
 def test_soak(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
-    load("soak", N=24, DRIVERS=0.0, SECONDS_BETWEEN_KILLS=(0.5, 1.0), SECONDS_OF_RECORDING=(2.0, 4.0)).main(
+    load("soak", N=24, DRIVERS=0.0, STRIKES=2, SECONDS_BETWEEN_KILLS=(0.5, 1.0), SECONDS_OF_RECORDING=(2.0, 4.0)).main(
         minutes=0, recordings=1
     )
     printed = capsys.readouterr().out
