@@ -123,6 +123,13 @@ def test_a_model_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: pyt
     np.testing.assert_allclose(some.values[others], first[others], rtol=0, atol=ROUND_OFF)
 
 
+def test_where_nothing_is_modelled_no_basis_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would cost more than all the rest."""
+    run = record(tmp_path / "run", make(hidden=4))
+    monkeypatch.setattr(screened.bases, "find", None)
+    assert found(run, N).conditions["modelled"] == found(run, 0).conditions["modelled"] == 0
+
+
 def test_late_visits_are_modelled_and_no_more_than_is_affordable() -> None:
     first, last = torch.tensor([1.0, -9.0, 3.0, -5.0, 7.0, 0.0]), torch.tensor([9, 0, 9, 5, -1, 8])
     # The followed one was last seen 9 steps before the end, the others in their order 4, 0, 0 and 1.

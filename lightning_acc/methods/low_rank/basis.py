@@ -41,6 +41,11 @@ class Basis:
         return self.vectors.shape[1]
 
 
+def empty(like: Tensor) -> Basis:
+    """Of no directions, for parameters ``like`` (p,); what it leaves out is not known."""
+    return Basis(like.new_zeros(len(like), 0), like.new_zeros(0), float("nan"))
+
+
 def find(places: Sequence[tuple[Step, State]], directions: int, enough: float = 0.0, seed: int = 0) -> Basis:
     """The basis of ``directions`` directions for a run.
 

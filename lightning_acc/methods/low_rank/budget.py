@@ -14,7 +14,7 @@ TRAININGS = 25
 """That a ranking of all samples may cost, unless asked for."""
 MOST_DIRECTIONS, FEWEST_DIRECTIONS = 256, 16
 """In more directions shifts are hardly truer, in fewer hardly ever true."""
-FEWEST_FOLLOWED = 12
+FEWEST_FOLLOWED = 1
 """So many removals are followed at any price."""
 ENTRY_SHARE = 0.2
 """Of the budget: the most that reading the tracked shifts exactly may take, and finding the basis of a model."""

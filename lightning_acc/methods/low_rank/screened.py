@@ -103,9 +103,9 @@ def screened(
     last = _last_steps(replay, removals)
     followed, most = counts(replay, len(removals), question.memory, followed)
     chosen, followed = _chosen(first, last, total, followed, most if models else 0)
-    places = back.places[:: -(-len(back.places) // PLACES)]
-    directions = min(DIRECTIONS, len(back.final) - 1) if len(chosen) > followed else 0
-    basis = bases.find(places, directions)
+    basis = bases.empty(back.final)
+    if len(chosen) > followed:  # some are modelled
+        basis = bases.find(back.places[:: -(-len(back.places) // PLACES)], min(DIRECTIONS, len(back.final) - 1))
     shifts = Shifts(Removals([removals[i] for i in chosen]), followed, last[chosen], basis, replay)
     state, curved = replay.initial, first.new_zeros(followed)
     if 0 in moments.weights:  # of an average
