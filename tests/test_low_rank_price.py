@@ -76,7 +76,7 @@ def test_as_much_is_done_as_is_affordable_and_no_more(tmp_path: Path) -> None:
         trainings = (price.tracked(n, directions) + price.tracked(n, directions + 1)) / 2
         assert budget.most_directions(replay, trainings) == directions
         followed = budget.most_followed(replay, trainings, query)
-        spent = price.screening() + price.basis(30, 16) * budget.models(replay, trainings)
+        spent = price.screening() + price.modelling() * budget.models(replay, trainings)
         each = price.followed(query.n_examples)
         assert spent + followed * each <= trainings < spent + (followed + 1) * each
     assert budget.most_directions(replay, 10**6) == run.n_parameters

@@ -8,7 +8,6 @@ from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank.prices import SWEEP, Prices, bytes_by_the_update
-from lightning_acc.methods.low_rank.screened import DIRECTIONS, PLACES
 
 TRAININGS = 25
 """That a ranking of all samples may cost, unless asked for."""
@@ -16,8 +15,8 @@ MOST_DIRECTIONS, FEWEST_DIRECTIONS = 256, 16
 """In more directions shifts are hardly truer, in fewer hardly ever true."""
 FEWEST_FOLLOWED = 1
 """So many removals are followed at any price."""
-ENTRY_SHARE = 0.2
-"""Of the budget: the most that reading the tracked shifts exactly may take, and finding the basis of a model."""
+SHARE = 0.25
+"""Of the budget: the most that reading the tracked shifts exactly may take, and modelling on those that are followed."""
 SWEEPS = 2
 """Removals that follow the update are worked on in pieces that cost so many sweeps back: every piece makes one of its own."""
 
@@ -35,13 +34,13 @@ def most_directions(replay: Replay, trainings: float) -> int:
 def most_followed(replay: Replay, trainings: float, query: Query, times: int = 1) -> int:
     """How many removals are followed exactly where they are screened, unless asked for; the query is read so many times."""
     price = Prices(replay)
-    left = trainings - price.screening() - (price.basis(DIRECTIONS, PLACES) if models(replay, trainings) else 0.0)
+    left = trainings - price.screening() - (price.modelling() if models(replay, trainings) else 0.0)
     return max(FEWEST_FOLLOWED, int(left / price.followed(query.n_examples * times)))
 
 
 def models(replay: Replay, trainings: float) -> bool:
-    """Whether those that are not followed can be modelled: the basis for that is affordable."""
-    return Prices(replay).basis(DIRECTIONS, PLACES) <= ENTRY_SHARE * trainings
+    """Whether those that are not followed are modelled: that is affordable."""
+    return Prices(replay).modelling() <= SHARE * trainings
 
 
 def read_exactly(replay: Replay, n: int, query: Query, times: int, trainings: float) -> int:
@@ -55,7 +54,7 @@ def read_exactly(replay: Replay, n: int, query: Query, times: int, trainings: fl
         times: at how many steps.
         trainings: what all may cost.
     """
-    affordable = int(ENTRY_SHARE * trainings / Prices(replay).reading(query.n_examples * times))
+    affordable = int(SHARE * trainings / Prices(replay).reading(query.n_examples * times))
     return min(n, max(FEWEST_FOLLOWED, affordable))
 
 

@@ -1,9 +1,10 @@
 """What the forms of acc-low-rank cost on a run, in trainings of it.
 
 All is counted in **numbers** that an update takes, in one pass over them. A step of a training takes as long as 200 000, and
-as one more for every 25 multiplications of its forward pass; taken for one of many removals together, as 6000 and the same.
-Measured on a core by scripts/bench_defect.py and scripts/bench_scaling.py, rather too high than too low: a price is what a run
-has at any time, on any machine, so that the scores do not depend on either.
+as one more for every 25 multiplications of its forward pass; taken for one of many removals together, as 6000 and the same; a
+product with the Hessian of its batch as 18 000 and 0.6 times that. Measured on a core by scripts/bench_defect.py and
+scripts/bench_scaling.py, rather too high than too low: a price is what a run has at any time, on any machine, so that scores
+depend on neither.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from lightning_acc.core.devices import ON_CPU
 from lightning_acc.core.optimizers import RULES
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.low_rank.screened import DIRECTIONS, MOST_MODELLED, PLACES
 
 STEP_NUMBERS, MULTIPLICATIONS, TOGETHER = 200_000, 25, 75
 """Of a step; the multiplications that take as long as a number; and those that are done in one large product."""
 ROW_NUMBERS, PASSES = 3000, 5
 """What a removal that follows the update takes beside its own numbers; and how many times as long as one pass many take."""
-SWEEP, CALL, PRODUCT = 4.5, 2.5, 1.4
-"""A sweep back in trainings; a product with the Hessian of a batch in steps, beside what each of its vectors takes: so many
-times as long as a step for one of many removals."""
+SWEEP, CALL = 4.5, 2.5
+"""A sweep back, in trainings; and products with the Hessian of a batch, in steps of no numbers, beside their vectors."""
 
 
 class Prices:
@@ -39,6 +40,8 @@ class Prices:
         self._work = training_work(replay) / self._steps / MULTIPLICATIONS
         self._step = STEP_NUMBERS + self._work
         self._row = self._work + 2 * ROW_NUMBERS + self._parts * self._p / 2
+        self._product = 0.6 * self._work + 6 * ROW_NUMBERS + self._parts * self._p / 2
+        self._call = CALL * STEP_NUMBERS / self._step
 
     def retrained(self, n: int) -> float:
         """Of training again without each of n removals, many at a time."""
@@ -50,23 +53,30 @@ class Prices:
         searched = 0.0 if directions >= p else self.basis(directions, bases.MOST_STEPS)
         own = 4 * self._work + batch * (2 * ROW_NUMBERS + (8 + 2 * parts) * p)
         algebra = (5 * batch * p * directions + (n * parts + p) * directions**2) / TOGETHER
-        forward = 1.5 + 3 * CALL + (own + directions * PRODUCT * self._row + algebra) / self._step
+        forward = 1.5 + 3 * self._call + (own + directions * self._product + algebra) / self._step
         pieces = -(-n * parts * p * self._replay.initial[0].element_size() // ON_CPU)
         return max(1, pieces) * (SWEEP + searched + forward)
 
     def basis(self, directions: int, places: int) -> float:
         """Of the search for so many directions, by products at so many steps."""
         products = bases.ITERATIONS * min(places, self._steps) / self._steps
-        return products * (CALL + (directions + bases.OVERSAMPLING) * PRODUCT * self._row / self._step)
+        return products * (self._call + (directions + bases.OVERSAMPLING) * self._product / self._step)
 
     def screening(self) -> float:
         """Of what the removals that are followed exactly share: the sweep back, and the run once more beside them."""
-        return SWEEP + 1.5 + 2 * CALL
+        return SWEEP + 1.5 + 2 * self._call
 
     def followed(self, examples: int) -> float:
         """Of each that is followed exactly, and read on so many examples of the query."""
-        visits = self._batch / self._run.n_samples * (2 * ROW_NUMBERS + 12 * self._p)
-        return (1.2 * PRODUCT * self._row + visits) / self._step + self.reading(examples)
+        return 1.2 * self._product / self._step + self._visits() + self.reading(examples)
+
+    def modelling(self) -> float:
+        """Of modelling some on those that are followed."""
+        return self.basis(DIRECTIONS, PLACES) + min(MOST_MODELLED, self._run.n_samples) * self._visits()
+
+    def _visits(self) -> float:
+        """Of the gradients and own Hessian products of a removal, where steps see it."""
+        return self._batch / self._run.n_samples * (2 * ROW_NUMBERS + 12 * self._p) / self._step
 
     def reading(self, examples: int) -> float:
         """Of the query, read on so many examples at one removal's parameters."""
