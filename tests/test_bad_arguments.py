@@ -18,6 +18,7 @@ import lightning_acc as la
 from lightning_acc.cli.main import main
 from lightning_acc.judge import exports
 from lightning_acc.recorder.checks.refusals import RecordingRefused
+from lightning_acc.scoring.over_time import influence_over_time
 
 NAN, INF = float("nan"), float("inf")
 NO_DEVICE = ["x", "gpu", "cpu:0", "cuda:x", "cuda:", "cuda:99", "meta", "", 3, True]
@@ -85,6 +86,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "confirm": [-1, 1.5, True, "3", None, NAN, [1]],
         "directions": [3, "x", -1],  # sgd-ie has none
         "followed": [3, "x"],
+        "trainings": [3, "x"],
         "ray_address": [5, "nowhere", ["local"], True, "", b"local"],
     },
     "clean": {
@@ -118,6 +120,11 @@ def low_rank(**options: Any) -> Callable[[la.Run], Any]:
 OTHERS: dict[str, Callable[[la.Run], Any]] = {
     **{f"acc-low-rank directions={value!r}": low_rank(directions=value) for value in (-1, 1.5, "3", True, NAN, [1])},
     **{f"acc-low-rank followed={value!r}": low_rank(followed=value) for value in (-1, 1.5, "3", True, NAN, [1])},
+    **{f"acc-low-rank trainings={value!r}": low_rank(trainings=value) for value in (0, -1, 1.5, "3", True, NAN, [1])},
+    **{
+        f"influence over time, memory_gb={value!r}": lambda run, v=value: influence_over_time(run, [0], memory_gb=v)
+        for value in (NAN, INF, 0, "2", None)
+    },
     "acc-low-rank both": low_rank(directions=1, followed=1),
     **{f"Run {path!r}": lambda _, path=path: la.Run(path) for path in (3, None, b"x", ["x"], "", "a\0b", True)},
     **{f"score {path!r}": lambda _, path=path: la.score(path) for path in (3, None, b"x", [])},

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_acc import arguments
 from lightning_acc.core import devices, queries
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.queries import Query, moments
@@ -32,7 +33,7 @@ def influence_over_time(
     run: Record,
     samples: Iterable[int],
     query: str | Query = "val",
-    memory_gb: float = 2.0,
+    memory_gb: arguments.Budget = "auto",
     dtype: str | None = None,
     device: str = "auto",
 ) -> pa.Table:
@@ -45,7 +46,7 @@ def influence_over_time(
         run: a recorded run.
         samples: sample ids.
         query: name of a query recorded with the run, or a ``Query``.
-        memory_gb: budget for the states kept for the sweep back.
+        memory_gb: budget for the states kept for the sweep back; ``"auto"`` as for ``score``.
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
         device: as for ``score``.
 
@@ -60,9 +61,10 @@ def influence_over_time(
     """
     wanted = sorted({i for (i,) in parse([[int(sample)] for sample in samples], run.n_samples)})
     query = queries.find(run, query)
-    replay = Replay(run, dtype, device=devices.chosen(device, run))
+    place = devices.chosen(device, run)
+    memory, replay = devices.budget(memory_gb, place), Replay(run, dtype, device=place)
     refuse_without_derivative(replay, "Influence over time")
-    question = Question(query, moments.find(run, moments.END), "linear", False, int(memory_gb * 2**30))
+    question = Question(query, moments.find(run, moments.END), "linear", False, memory)
     rule = AdjointVisits(torch.tensor(wanted, dtype=torch.int64), run.n_samples, len(replay))
     threads = replay.threads
     with as_scored(threads), twice_differentiable("Influence over time"):

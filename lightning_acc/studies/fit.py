@@ -47,7 +47,7 @@ class Influence:
         dtype: None as recorded, or float64.
         device: auto, cpu, cuda, or one of several, such as cuda:1.
         ray_address: local, auto, ray://..., or None for this process.
-        memory_gb: budget of each process; auto is 2 on the CPU, half of what is free of a GPU.
+        memory_gb: budget of each process; auto is 2 on the CPU, or what one removal needs, and half of what is free of a GPU.
         examples: of the query whose predictions are explained (by sgd-ie): all, worst:N, numbers with commas; null for none.
         clean_fractions: of the training samples to drop before training anew; none by default.
         clean_methods: by whose rankings.

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_acc import arguments
 from lightning_acc.errors import RequestError
 from lightning_acc.record.store import digest
 
@@ -58,7 +59,7 @@ class Study:
         lr: learning rate of plain SGD.
         share: of the training samples that are corrupted.
         dtype: precision of the replays.
-        memory_gb: budget of each worker.
+        memory_gb: budget of each worker; auto as for the verb score.
     """
 
     directory: str
@@ -71,7 +72,7 @@ class Study:
     lr: float = 0.1
     share: float = 0.2
     dtype: str = "float64"
-    memory_gb: float = 2.0
+    memory_gb: arguments.Budget = "auto"
 
     def cells(self) -> list[Cell]:
         """All cells, those of the first seed first, so that a study that is stopped early covers the grid.
