@@ -442,11 +442,3 @@ def test_a_sparse_gradient_is_the_dense_one(tmp_path: Path, sparse: bool) -> Non
         change = fitted(kept) - base
         assert float((shift - change).norm() / change.norm()) < 1e-9
     assert np.isfinite(la.score(run, "sgd-ie", [3, 9], "few", ray_address=None, check=0, save=False).values).all()
-
-
-def test_graphs_of_torch_geometric_are_refused_with_what_to_use(tmp_path: Path) -> None:
-    graphs = pytest.importorskip("torch_geometric.data")
-    loaders = pytest.importorskip("torch_geometric.loader")
-    some_graphs = [graphs.Data(x=torch.ones(2 + i % 3, FEATURES), edge_index=torch.tensor([[0], [1]])) for i in range(6)]
-    with pytest.raises(RecordingRefused, match=r"^A batch holds a DataBatch of torch_geometric.*to_dense_batch"):
-        trainer(la.TrajectoryRecorder(tmp_path / "run")).fit(Linear(), loaders.DataLoader(some_graphs, batch_size=3))

@@ -18,7 +18,7 @@ from wild import LeavesOut, Setup
 geometric = pytest.importorskip("torch_geometric")
 from torch_geometric.data import Batch, Data  # noqa: E402
 from torch_geometric.loader import DataLoader as GraphLoader  # noqa: E402
-from torch_geometric.nn import DenseGCNConv, GCNConv, global_mean_pool  # noqa: E402
+from torch_geometric.nn import DenseGCNConv, GCNConv, GINEConv, global_add_pool, global_mean_pool  # noqa: E402
 from torch_geometric.utils import to_dense_adj, to_dense_batch  # noqa: E402
 
 
@@ -56,6 +56,52 @@ class Molecules(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=0.02, weight_decay=5e-4)
+
+
+class MoleculesByHand(LeavesOut, Molecules):
+    def training_step(self, data: Any, batch_idx: int) -> Tensor:
+        return self.mean(F.cross_entropy(self(data), data.y, reduction="none"))
+
+
+class Bonds(Molecules):
+    """Regression, of edges with numbers and facts of the whole graph, without dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = GINEConv(nn.Linear(4, 8), edge_dim=3), GINEConv(nn.Linear(8, 8), edge_dim=3)
+        self.head = nn.Linear(10, 1)
+
+    def forward(self, data: Any) -> Tensor:
+        bonds = data.edge_attr.to(self.dtype)
+        x = self.first(data.x.to(self.dtype), data.edge_index, bonds).tanh()
+        x = self.second(x, data.edge_index, bonds).tanh()
+        return self.head(torch.cat([global_add_pool(x, data.batch) / 5, data.facts.to(self.dtype)], 1))
+
+    def losses(self, data: Any) -> Tensor:
+        return (self(data)[:, 0] - data.energy.to(self.dtype)).square()
+
+    def training_step(self, data: Any, batch_idx: int) -> Tensor:
+        assert len(data.name) == data.num_graphs
+        return F.mse_loss(self(data)[:, 0], data.energy.to(self.dtype))
+
+    def validation_step(self, data: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.mse_loss(self(data)[:, 0], data.energy.to(self.dtype)), batch_size=data.num_graphs)
+
+
+class BondsByHand(LeavesOut, Bonds):
+    def training_step(self, data: Any, batch_idx: int) -> Tensor:
+        return self.mean(self.losses(data))
+
+
+def bonded(n: int = 14, seed: int = 0) -> list[Any]:
+    """With edges' numbers, facts of each graph, a number without dimensions and a name."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, graph in enumerate(graphs := molecules(n, seed)):
+        graph.edge_attr = torch.randn(graph.num_edges, 3, generator=generator)
+        graph.facts = torch.randn(1, 2, generator=generator)
+        graph.energy = torch.randn((), generator=generator)
+        graph.name = f"molecule {i}"
+    return graphs
 
 
 class Dense(Molecules):
@@ -104,7 +150,7 @@ class Citations(Molecules):
         return None
 
 
-def citations() -> GraphLoader:
+def citations() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     graph = Data(
         x=torch.randn(30, 4, generator=generator),
@@ -112,7 +158,7 @@ def citations() -> GraphLoader:
         y=torch.randint(0, 2, (30,), generator=generator),
         train_mask=torch.rand(30, generator=generator) < 0.7,
     )
-    return GraphLoader([graph], batch_size=1)
+    return DataLoader([graph], batch_size=None)
 
 
 class Boring(BoringModel):
@@ -199,7 +245,15 @@ SETUPS: dict[str, Setup] = {
         "its `DataLoader`: the nodes of all graphs in one tensor, `global_mean_pool`, dropout",
         Molecules,
         lambda: GraphLoader(molecules(), batch_size=5, shuffle=True),
-        refused="nodes and edges are no rows of its graphs: .*to_dense_batch",
+        MoleculesByHand,
+        lambda: GraphLoader(molecules(8, 1), batch_size=8),
+    ),
+    "torch_geometric: GINE on graphs": Setup(
+        "edges with numbers, facts of each graph, names; `global_add_pool`, `mse_loss`",
+        Bonds,
+        lambda: GraphLoader(bonded(), batch_size=5, shuffle=True),
+        BondsByHand,
+        lambda: GraphLoader(bonded(8, 1), batch_size=8),
     ),
     "torch_geometric: dense GCN on graphs": Setup(
         "`to_dense_batch` and `to_dense_adj` in the collator, `DenseGCNConv`, dropout",
@@ -212,7 +266,7 @@ SETUPS: dict[str, Setup] = {
         "the whole graph is one batch, a mask picks the nodes that have a loss",
         Citations,
         citations,
-        refused="nodes and edges are no rows of its graphs",
+        refused="nodes and edges belong to no sample: train on batches of graphs",
     ),
     "Lightning: BoringModel": Setup(
         "batches of one sample, a dict with the loss", Boring, seeded_boring, BoringByHand, trainer={"max_epochs": 1}

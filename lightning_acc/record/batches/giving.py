@@ -1,7 +1,7 @@
 """A batch put together again from its structure and its leaves, as the module was given it.
 
 Nothing is imported for it and no code of a class is run: a named tuple or a dataclass is of its own class where that is
-imported already, and else something with the same fields.
+imported already, and else something with the same fields. Graphs are joined by torch_geometric, where that is imported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_acc.record.batches import graphs
 from lightning_acc.record.batches.leaves import decoded
 from lightning_acc.record.batches.structure import TENSORS, WORDS, Structure, kind_of
 
@@ -66,6 +67,11 @@ def unflatten(structure: Structure, leaves: Mapping[str, Any]) -> Any:
     if kind == "tuple-of":
         found = unflatten(content, leaves)
         return found if isinstance(found, Withheld) else tuple(found)
+    if kind == "joined":
+        return graphs.rows(content[0], content[1], leaves)
+    if kind == "graphs":
+        fields = {name: unflatten(part, leaves) for name, part in content["fields"].items()}
+        return graphs.joined(_imported(content["class"], graphs.is_kind), fields)
     if kind in ("named", "dataclass"):
         make = _named_tuple if kind == "named" else _dataclass
         return make(content["class"], {name: unflatten(part, leaves) for name, part in content["fields"].items()})

@@ -1,9 +1,9 @@
 """The leaves of batches: tensors by name, whose first dimension counts the samples.
 
 What is no tensor of one shape for all samples is one here all the same, told by the end of its name. A *ragged* leaf holds
-rows of different lengths, such as the bytes of a text: (B, longest, ...), filled up with zeros, and beside it, under its name
-and ``#length``, the lengths (B,). A *shared* leaf is one tensor that belongs to no sample: (B, ...), the same in every row,
-of which the memory is that of one.
+rows of different lengths, such as the bytes of a text or the nodes of a graph: (B, longest, ...), filled up with zeros, and
+beside it, under its name and ``#length``, the lengths (B,). A *shared* leaf is one tensor that belongs to no sample: (B, ...),
+the same in every row, of which the memory is that of one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ SHARED = "#shared"
 SINGLE = "#single"
 """End of the names of single numbers that are said of a whole batch; each row holds them."""
 LENGTH = "#length"
-RAGGED = (TEXT, JSON, FACT)
+ROWS = "#rows"
+"""End of the names of ragged leaves of tensors: nodes and edges of graphs."""
+READ = (TEXT, JSON, FACT)
+"""Ends of ragged leaves that Python reads."""
+RAGGED = (*READ, ROWS)
 RESERVED = (*RAGGED, SHARED, SINGLE, LENGTH)
 OF_BATCHES = (SINGLE, FACT, FACT + LENGTH)
 
@@ -77,11 +81,12 @@ def stacked(samples: Sequence[Leaves]) -> Leaves:
 
 
 def cast(leaves: Leaves, dtype: torch.dtype, device: torch.device | None = None) -> Leaves:
-    """Floating-point leaves in ``dtype``, others as they are; all but words, which Python reads, on ``device``."""
+    """Floating-point leaves in ``dtype``, others as they are; all but what Python reads, words and lengths, on ``device``."""
     found = {}
     for name, leaf in leaves.items():
         kind = dtype if leaf.is_floating_point() else leaf.dtype
-        place = leaf.device if device is None or name.removesuffix(LENGTH).endswith(RAGGED) else device
+        read = name.endswith((*READ, LENGTH))
+        place = leaf.device if device is None or read else device
         if name.endswith(SHARED):
             found[name] = leaf[:1].to(place, kind).expand_as(leaf)
         else:
@@ -127,6 +132,16 @@ def row_signature(sample: Mapping[str, Tensor]) -> tuple[Any, ...]:
 def is_ragged(name: str) -> bool:
     """Whether a leaf of this name has rows of different lengths."""
     return name.endswith(RAGGED)
+
+
+def is_joined(name: str) -> bool:
+    """Whether a leaf of this name holds the nodes or edges of graphs."""
+    return name.endswith(ROWS)
+
+
+def is_words(name: str) -> bool:
+    """Whether a leaf of this name holds the bytes of words, which Python reads."""
+    return name.endswith(READ)
 
 
 def has_rows(name: str) -> bool:
@@ -267,6 +282,6 @@ def readable(sample: Mapping[str, Tensor]) -> dict[str, Any]:
         if not is_of_samples(name) or name.endswith(LENGTH):
             continue
         plain = name.rpartition("#")[0] if name.endswith(RAGGED) else name
-        words = bytes(leaf.numpy()).decode("utf-8", "replace") if name.endswith(RAGGED) else ""
-        found[plain] = leaf if not name.endswith(RAGGED) else json.loads(words) if name.endswith(JSON) else words
+        words = bytes(leaf.numpy()).decode("utf-8", "replace") if name.endswith(READ) else ""
+        found[plain] = leaf if not name.endswith(READ) else json.loads(words) if name.endswith(JSON) else words
     return found

@@ -6,6 +6,8 @@
   number, a text or a truth value, said of the whole batch; ``constant``: one that never changes, most often None.
 * ``list``, ``tuple``, ``dict`` and ``mapping`` (a dict whose entries are attributes too) of further parts; ``named``: a named
   tuple, and ``dataclass``, of which the content tells the ``class`` and the ``fields``.
+* ``graphs``: a batch of graphs (``graphs``), of which the content tells the ``class`` of a graph and the ``fields``, among them
+  ``joined``: a ragged leaf, and the dimension along which it is joined.
 * ``numpy``: the tensor inside as an array; ``tuple-of``: the list inside as a tuple.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_acc.record.batches.leaves import FACT, JSON, LENGTH, SHARED, SINGLE, TEXT
+from lightning_acc.record.batches.leaves import FACT, JSON, LENGTH, ROWS, SHARED, SINGLE, TEXT
 
 Structure = dict[str, Any]
 
@@ -23,7 +25,7 @@ WORDS = {"texts": TEXT, "objects": JSON, "fact": FACT}
 """Kinds that are kept as ragged leaves, and how the names of these end."""
 WRAPPED = {"numpy": tuple(TENSORS), "tuple-of": ("texts", "objects")}
 """Kinds that say in which form what is inside is given back, and what may be inside."""
-OF_A_CLASS = ("named", "dataclass")
+OF_A_CLASS = ("named", "dataclass", "graphs")
 PLAIN = (bool, int, float, str)
 
 
@@ -60,6 +62,11 @@ def leaf_names(structure: Any) -> list[str]:
     elif kind in WRAPPED:
         if isinstance(content, dict) and len(content) == 1 and kind_of(content)[0] in WRAPPED[kind]:
             return leaf_names(content)
+    elif kind == "joined":
+        if isinstance(content, list) and len(content) == 2 and type(content[1]) is int and content[1] >= 0:
+            name = content[0]
+            if isinstance(name, str) and name.endswith(ROWS):
+                return [name, name + LENGTH]
     elif kind == "constant":
         if content is None or isinstance(content, PLAIN):
             return []
@@ -82,6 +89,7 @@ IN_WORDS = {
     "objects": "list of an entry a sample",
     "fact": "number or text of the batch",
     "constant": "None",
+    "joined": "tensor of the nodes or edges of graphs",
 }
 
 

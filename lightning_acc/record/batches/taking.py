@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_acc.errors import RunError
+from lightning_acc.record.batches import graphs
 from lightning_acc.record.batches.giving import TakenApart, Withheld, unflatten
-from lightning_acc.record.batches.leaves import FACT, JSON, RESERVED, SHARED, SINGLE, TEXT, Leaves, disagreement, encoded
+from lightning_acc.record.batches.leaves import FACT, JSON, RESERVED, ROWS, SHARED, SINGLE, TEXT, Leaves, disagreement, encoded
 from lightning_acc.record.batches.structure import PLAIN, Structure, kind_of, parts_of
 
 REMEDY = "let the loader's collate_fn return tensors with a row a sample, in tuples, lists or dicts"
@@ -83,6 +84,8 @@ class _Taking:
             return {"constant": part}
         if isinstance(part, np.generic):
             part = part.item()
+        if graphs.is_batch(part):
+            return self._graphs(part, name)
         if isinstance(part, PLAIN):
             self.leaves.update(encoded(name + FACT, [json.dumps(part)] * self.size))
             return {"fact": name + FACT}
@@ -105,17 +108,28 @@ class _Taking:
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part) if hasattr(part, field.name)}
             return {"dataclass": {"class": _class(part), "fields": self._parts(fields, name, before)}}
-        if any(base.__module__.startswith("torch_geometric.") for base in type(part).__mro__):
-            raise RunError(
-                f"A batch holds{_at(name)} a {type(part).__name__} of torch_geometric, whose nodes and edges are no rows of "
-                "its graphs: let the loader's collate_fn return dense tensors with a row a graph (torch_geometric.utils."
-                "to_dense_batch and to_dense_adj), and let the module use layers of torch_geometric.nn.dense."
-            )
+        graphs.refuse_others(part, _at(name))
         raise RunError(f"A batch holds{_at(name)} a {type(part).__name__}, which cannot be recorded; {REMEDY}.")
 
     def _parts(self, parts: Mapping[str, Any], name: str, before: Mapping[str, Structure]) -> dict[str, Structure]:
         inner = f"{name}/" if name else ""
         return {key: self.part(value, inner + key, before.get(key)) for key, value in parts.items()}
+
+    def _graphs(self, batch: Any, name: str) -> Structure:
+        kind, values = graphs.taken_apart(batch, _at(name))
+        self.has_rows, inner = True, f"{name}/" if name else ""
+        fields: dict[str, Structure] = {}
+        for key, of_each in values.items():
+            first = of_each[0]
+            dim = graphs.dimension(batch, key, first) if isinstance(first, Tensor) else None
+            if dim is not None:
+                self.leaves.update(graphs.ragged(inner + key + ROWS, of_each, dim))
+                fields[key] = {"joined": [inner + key + ROWS, dim]}
+            elif isinstance(first, Tensor):
+                fields[key] = self._tensor(torch.stack(of_each), inner + key, "leaf")
+            else:
+                fields[key] = self._listed(of_each, inner + key, "", None)
+        return {"graphs": {"class": _class_of(kind), "fields": fields}}
 
     def _tensor(self, tensor: Tensor, name: str, kind: str) -> Structure:
         if name.endswith(RESERVED):
@@ -184,6 +198,10 @@ def _size(batch: Any) -> int:
 
 
 def _sizes(part: Any, name: str) -> Iterator[tuple[str, int]]:
+    if graphs.is_batch(part):
+        yield name or "batch", part.num_graphs
+        return
+    graphs.refuse_others(part, _at(name))
     if isinstance(part, (Tensor, np.ndarray)):
         if part.ndim:
             yield name or "batch", len(part)
@@ -214,7 +232,11 @@ def _is_json(part: Any) -> bool:
 
 
 def _class(part: Any) -> str:
-    return f"{type(part).__module__}:{type(part).__qualname__}"
+    return _class_of(type(part))
+
+
+def _class_of(kind: type[Any]) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _at(name: str) -> str:

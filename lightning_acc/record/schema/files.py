@@ -244,7 +244,8 @@ def leaves_fault(leaves: Mapping[str, Tensor], names: list[str], count: int | No
         lengths, flat = leaves[name + batches.LENGTH], leaves[name]
         if lengths.dtype != torch.int64 or lengths.ndim != 1 or next(_range_faults("", lengths, len(flat) + 1), None):
             return f"its {name + batches.LENGTH} are no lengths"
-        if int(lengths.sum()) != len(flat) or flat.dtype != torch.uint8 or flat.ndim != 1:
+        words = batches.is_words(name) and (flat.dtype != torch.uint8 or flat.ndim != 1)
+        if int(lengths.sum()) != len(flat) or words:
             return f"its {name} is not of the lengths beside it"
     sizes = {len(leaf) for name, leaf in leaves.items() if name not in ragged and batches.has_rows(name)}
     if len(sizes) != 1:

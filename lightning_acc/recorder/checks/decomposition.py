@@ -167,7 +167,8 @@ def rows_are_independent(objective: Objective, theta: Tensor, batch: Batch, whol
     random = bool(batch.rng)
     if not (random or whole_batches):
         try:
-            return _alike(objective, theta, batch, copies=False)
+            # The lengths of ragged tensors are read: single samples of these are not computed with many at once.
+            return _alike(objective, theta, batch, copies=False) and not any(map(batches.is_joined, batch.leaves))
         except Coupled:
             if objective.source != "reductions":
                 raise
