@@ -280,7 +280,7 @@ SETUPS: dict[str, Setup] = {
         "`timm.data.Mixup` blends the samples of a batch, by NumPy's random numbers",
         MixedInStep,
         lambda: images(n=16, batch_size=4),
-        refused="draws random numbers from Python, NumPy",
+        refused="draws random numbers from Python or NumPy",
     ),
     "transformers: ViT": Setup("`outputs.loss`, dropout, patches", HuggingFaceViT, images, HuggingFaceViTByHand, held_out),
 }
