@@ -259,7 +259,7 @@ def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: p
     left, training = 25 - prices.SWEEP, 12 * (200_000 + 39 * 6 / 25)
     assert budget.most_by_the_update(Replay(run), 25) == int(left * training / (12 * 3039 + 3 * 39 / 25))
     dropping = record(tmp_path / "dropping", make(hidden=4, optimizer=ADAMW, dropout=0.5))
-    assert budget.most_by_the_update(Replay(dropping), 25) == int(left * training / (12 * 3039 + 3 * 6 * 39 / 25))
+    assert budget.most_by_the_update(Replay(dropping), 25) == int(left * training / (12 * 3039 + 2 * 3 * 6 * 39 / 25))
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N
     assert "among" not in everyone.conditions
