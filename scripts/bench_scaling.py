@@ -8,6 +8,18 @@ parameters) fine-tuned on posts by AdamW with dropout (scripts/bench_minilm.py).
 once more; all is processor time of one thread. Of ``loo`` and ``acc-sgd-ie`` 8 removals are measured, together, and the cost is
 that of each; the others score all samples at once. Memory is what scoring adds to a fresh process at its peak: for methods that
 work in chunks it follows the budget, 2 GB.
+
+On one core, the other at work too (trainings, and GB that it adds):
+
+    model          n           p  training      tracin      sgd-ie  acc-low-rank  acc-sgd-ie         loo
+    MLP-128      500     101,770     0.1 s   3.8  0.01   3.6  0.02     8.6  0.05  0.77  0.04  0.60  0.04
+    MLP-128    4,000     101,770     0.4 s   4.3  0.09   3.4  0.09     8.0  0.16  0.57  0.07  0.48  0.07
+    MLP-128   16,000     101,770     1.5 s   4.3  0.25   3.4  0.25     7.0  0.34  0.58  0.10  0.67  0.10
+    MLP-128   60,000     101,770     4.1 s   3.9  0.94   4.2  0.94     9.5  1.27  0.66  0.35  0.72  0.36
+    MLP-13       500      10,345    0.04 s   4.3  0.00   2.3  0.00     7.0  0.02  0.39  0.01  0.31  0.01
+    MLP-1258     500   1,000,120     0.2 s   3.7  0.16   3.6  0.18     9.7  0.38  1.42  0.22  0.79  0.19
+    MLP-12579    500  10,000,315     2.4 s   4.1  1.26   4.6  1.27    11.2  2.62  1.87  1.61  1.01  1.62
+    MiniLM        64  22,713,986      15 s   4.9  4.26   5.2  4.46              3.73  4.64  2.50  3.02
 """
 
 from __future__ import annotations
