@@ -25,8 +25,9 @@ from study_figures import into_readme
 
 import lightning_acc as la
 from lightning_acc.judge import controls
-from lightning_acc.judge.agreement import agreement, stored_scores, truth_for
-from lightning_acc.scoring.work import FACTS
+from lightning_acc.judge.agreement import stored_scores, truth_for
+from lightning_acc.methods import memory, registry
+from lightning_acc.scoring.trust.figures import agreement
 
 OUT = Path(__file__).parent / "study" / "mnist-full.md"
 RANKINGS = ("acc-low-rank", "sgd-ie", "tracin")
@@ -63,7 +64,7 @@ def ranked(path: str, method: str) -> dict[str, float] | None:
     work = time.process_time() - started
     if scores.conditions["reused"]:
         return None
-    facts = {key: scores.conditions[key] for key in FACTS if key in scores.conditions}
+    facts = {key: scores.conditions[key] for key in registry.find(method).details if key in scores.conditions}
     print(method, facts, flush=True)
     return {"replays": work / np.mean([before, bare_replay(run)]), "peak": scores.conditions["peak_memory_gb"]}
 
@@ -88,11 +89,10 @@ def chosen(run: la.Run, count: int) -> list[int]:
 
 
 def retrain(run: la.Run, count: int, address: str | None) -> None:
-    from lightning_acc.planning import planning
     from lightning_acc.scoring import cluster
 
     ids = chosen(run, count)
-    planning.LARGEST_CHUNK = AT_ONCE
+    memory.LARGEST_CHUNK = AT_ONCE
     for method in ("loo", "acc-sgd-ie"):
         if address is None:
             la.score(run, method, ids, dtype="float64", ray_address=None, check=0)

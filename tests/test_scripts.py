@@ -11,6 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from problems import trainer
+
+import lightning_acc as la
+from lightning_acc.methods import memory
+from lightning_acc.studies.data import DigitsDataModule
+from lightning_acc.studies.models import Classifier
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,6 +117,25 @@ def test_cluster_demo(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"dashboard: http://127\.0\.0\.1:\d+", printed)
     assert "killed: the second node" in printed
     assert printed.endswith("the same ranking of 600 samples, to the last bit\n")
+
+
+def test_all_of_a_run_is_ranked_and_held_against_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of all of MNIST, of a few digits."""
+    script = importlib.import_module("mnist_full")  # its functions go to processes of their own
+    module = Classifier(64, 10, (8,), lr=0.05, momentum=0.9)
+    loader = DigitsDataModule(n_train=80, n_val=50, batch_size=20, label_noise=0.1)
+    trainer(la.TrajectoryRecorder(tmp_path / "run"), precision="32-true", max_epochs=2).fit(module, datamodule=loader)
+    asked = ["--run", str(tmp_path / "run"), "--samples", "8", "--ray-address", "none", "--out", str(tmp_path / "table.md")]
+    monkeypatch.setattr(sys, "argv", ["mnist_full.py", *asked])
+    monkeypatch.setattr("lightning_acc.methods.memory.LARGEST_CHUNK", memory.LARGEST_CHUNK)  # which it sets
+    script.main()
+    text = (tmp_path / "table.md").read_text()
+    found = re.findall(r"^\| `([\w.-]+)` \| ([\d.]+) \| (-?[\d.]+) \|.*\|$", text, re.MULTILINE)
+    assert [name for name, *_ in found[:4]] == ["acc-sgd-ie.float64", "acc-low-rank", "sgd-ie", "tracin"]
+    assert float(found[0][1]) < float(found[2][1])
+    assert [name for name, *_ in found[4:]] == ["acc-low-rank", "sgd-ie", "tracin", "loss", "cleanlab"]
 
 
 def test_what_can_go_wrong_is_drawn_and_told_in_figures(tmp_path: Path) -> None:
