@@ -10,6 +10,7 @@ import pytest
 from problems import N, data, make, record
 
 import lightning_acc as la
+from lightning_acc.cli.shown import shown
 from lightning_acc.core.queries import find
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.low_rank import budget
@@ -38,6 +39,8 @@ def test_where_it_pays_for_the_truth_and_for_no_better_it_is_the_truth(
     np.testing.assert_allclose(found.values, truth.values, rtol=0, atol=ROUND_OFF)
     told = [found.conditions[name] for name in ("method", "form", "trainings", "label", "readout")]
     assert told == ["acc-low-rank", "retrained", "1", "acc-low-rank.1-trainings", "exact"]
+    assert "each was retrained without, as the 1 trainings that acc-low-rank may cost pay for it" in shown(found, 3)
+    assert "each was retrained without" not in shown(scored(run), 3)
     assert "among" not in found.conditions  # each is what it is, whatever else is asked about
     assert scored(run, trainings=1, removals=[3], save=True).conditions["reused"] == 1
     assert scored(run, removals=[3], save=True).conditions["reused"] == 0  # another form

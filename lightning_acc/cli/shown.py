@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_acc.methods.low_rank.choice import RETRAINED
 from lightning_acc.progress import duration
 from lightning_acc.scoring.scores import Scores
 
@@ -17,6 +18,8 @@ def shown(scores: Scores, top: int) -> str:
     lines.append(
         f"{scores}\n{duration(c['seconds'])} of work in {duration(c['wall_seconds'])}, peak {c['peak_memory_gb']:.2f} GB"
     )
+    if c.get("form") == RETRAINED:
+        lines.append(f"each was retrained without, as the {c['trainings']} trainings that {c['method']} may cost pay for it")
     table = scores.table
     names = scores.names  # once: it is made of the whole table
     sizes = [f" ({len(removal)} samples)" if removal in names and len(removal) > 1 else "" for removal in scores.removals]
