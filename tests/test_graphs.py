@@ -155,6 +155,11 @@ def test_what_belongs_to_no_graph_is_refused_in_a_sentence(tmp_path: Path) -> No
         (graphs()[0], "a Data of torch_geometric, whose nodes and edges belong to no sample: train on batches of graphs"),
         (Batch.from_data_list([hetero, hetero]), "HeteroData.* of torch_geometric, whose nodes"),
         (Batch.from_data_list(graphs(n=3), follow_batch=["x"]), "holds 'x_batch', 'x_ptr', which is not of its graphs"),
+        (
+            Batch.from_data_list(_each(graphs(n=3), lambda i: [torch.ones(i + 1)])),
+            "hold under 'extra' what is no tensor, text or number",
+        ),
+        (Batch.from_data_list(_each(graphs(n=2), lambda i: {"a": torch.ones(1)})), "hold under 'extra' what is no tensor"),
         (_with_more(graphs()), "holds 'extra', which is not of its graphs: .* no attributes set on the batch"),
     ):
         with pytest.raises(RunError, match=words):
@@ -162,6 +167,20 @@ def test_what_belongs_to_no_graph_is_refused_in_a_sentence(tmp_path: Path) -> No
     loader = DataLoader(graphs(), batch_size=4, follow_batch=["x"])
     with pytest.raises(RecordingRefused, match="no follow_batch"):
         trainer(la.TrajectoryRecorder(tmp_path / "run")).fit(Graphs(), loader)
+
+
+def _each(some: list[Any], extra: Any) -> list[Any]:
+    """The graphs, each with something more."""
+    for i, graph in enumerate(some):
+        graph.extra = extra(i)
+    return some
+
+
+@pytest.mark.parametrize("named", ["builtins:dict", "subprocess:Popen", "torch_geometric.data:HeteroData", "nowhere:Data"])
+def test_a_class_that_is_no_kind_of_graph_is_never_made(named: str) -> None:
+    leaves, structure = batches.flatten(Batch.from_data_list(graphs()[:2]))
+    structure["graphs"]["class"] = named
+    assert type(batches.unflatten(structure, leaves)) is type(Batch.from_data_list(graphs()[:2]))
 
 
 def _with_more(some: list[Any]) -> Any:

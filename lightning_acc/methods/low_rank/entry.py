@@ -131,7 +131,7 @@ class LowRank(Chosen):
             progress(0.3)
             chosen = self.directions is None and not question.keep_shifts
             if chosen and basis.left * duration(replay) > LEFT_TOO_MUCH:
-                left = self.price - int(Prices(replay).basis(basis.directions, bases.MOST_STEPS))
+                left = self.price - Prices(replay).basis(basis.directions, bases.MOST_STEPS)
                 instead = self._screened(replay, back, removals, question, left, lambda done: progress(0.3 + 0.7 * done))
                 told = {"directions_used": basis.directions, "largest_left_out": basis.left, "fallback": SCREENED}
                 return replace(instead, details={**told, **instead.details})

@@ -1,7 +1,8 @@
 """A batch put together again from its structure and its leaves, as the module was given it.
 
 Nothing is imported for it and no code of a class is run: a named tuple or a dataclass is of its own class where that is
-imported already, and else something with the same fields. Graphs are joined by torch_geometric, where that is imported.
+imported already, and else something with the same fields. Graphs are the one exception: torch_geometric, where it is imported,
+joins them by the code of their class, which must be a kind of its ``Data`` and be imported already.
 """
 
 from __future__ import annotations

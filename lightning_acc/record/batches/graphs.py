@@ -75,6 +75,17 @@ def ragged(name: str, values: Sequence[Tensor], dim: int) -> Leaves:
     return {name: torch.nn.utils.rnn.pad_sequence(moved, batch_first=True), name + LENGTH: lengths}
 
 
+def stacked(name: str, values: Sequence[Tensor]) -> Tensor:
+    """Values of one shape, one a graph, with a row for each.
+
+    Raises:
+        RunError: they are of different shapes.
+    """
+    if len({value.shape for value in values}) > 1:
+        raise RunError(f"The graphs of a batch have tensors {name!r} of different shapes: make them one.")
+    return torch.stack(list(values))
+
+
 def rows(name: str, dim: int, leaves: Mapping[str, Tensor]) -> list[Tensor]:
     """What each graph has of a ragged leaf: the inverse of ``ragged``.
 
@@ -96,7 +107,7 @@ def joined(kind: type[Any] | None, fields: Mapping[str, Sequence[Any]]) -> Any:
         raise RunError("The run was recorded on batches of torch_geometric: import it, or the module, before it is replayed.")
     made = []
     for values in zip(*fields.values(), strict=True):
-        graph = (kind or geometric.Data)()
+        graph = (kind or geometric.Data)()  # torch_geometric makes one of the kind, too, to join them
         for key, value in zip(fields, values, strict=True):
             graph[key] = value
         made.append(graph)

@@ -126,9 +126,13 @@ class _Taking:
                 self.leaves.update(graphs.ragged(inner + key + ROWS, of_each, dim))
                 fields[key] = {"joined": [inner + key + ROWS, dim]}
             elif isinstance(first, Tensor):
-                fields[key] = self._tensor(torch.stack(of_each), inner + key, "leaf")
+                fields[key] = self._tensor(graphs.stacked(inner + key, of_each), inner + key, "leaf")
             else:
                 fields[key] = self._listed(of_each, inner + key, "", None)
+                if not fields[key].keys() & {"texts", "objects"}:
+                    raise RunError(
+                        f"The graphs of a batch hold under {inner + key!r} what is no tensor, text or number: leave it out."
+                    )
         return {"graphs": {"class": _class_of(kind), "fields": fields}}
 
     def _tensor(self, tensor: Tensor, name: str, kind: str) -> Structure:
