@@ -27,6 +27,8 @@ from problems import data, make, record, trainer
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
+from lightning_acc.core import queries
+from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.errors import RequestError
 from lightning_acc.judge import cleaning_table, exports
 from lightning_acc.judge.agreement import stored_scores
@@ -242,7 +244,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> la.Run:
 
 @pytest.fixture(scope="module")
 def page(run: la.Run) -> Path:
-    return Path(report.write_report(run))
+    return Path(report.write_report(run, over_time=2))
 
 
 @pytest.fixture(scope="module")
@@ -538,6 +540,32 @@ def test_removal_curves_show_means_intervals_and_controls(browser: Browser) -> N
     assert "+8.0 [+6.5, +9.5]" in browser.see("document.querySelector('#tip').textContent")
     browser.click("#cleaning .legend button")
     assert browser.see("document.querySelectorAll('#cleaning .interval').length") == 2
+
+
+def test_influence_over_training_stands_beside_the_query(run: la.Run, browser: Browser) -> None:
+    assert browser.see("document.querySelector('#over-time').hidden") is False
+    estimate, truth = by_sample(run, "sgd-ie"), by_sample(run, "loo")
+    ranked = sorted(truth, key=lambda sample: truth[sample])
+    followed = [*ranked[:2], *ranked[:-3:-1]]
+    names = browser.see("[...document.querySelectorAll('#over-time .legend button')].map(key => key.textContent)")
+    assert [name.split(" ")[0] for name in names] == [f"#{sample}" for sample in followed]
+    lines = browser.see("data.over_time.lines")
+    assert [line["sample"] for line in lines] == followed
+    assert [line["gathered"][0] for line in lines] == [0] * 4
+    assert [line["gathered"][-1] for line in lines] == pytest.approx([estimate[sample] for sample in followed], rel=1e-5)
+    tip = "document.querySelector('#tip').textContent"
+    browser.see("document.querySelector('#over-time svg').focus()")
+    browser.press("End")
+    replay = Replay(run)
+    value = queries.find(run, "val").value(replay.objective, replay.placed(parameters_at(run, run.n_steps)))
+    assert browser.see(tip) == f"after {run.n_steps} stepsval {float(value):#.3g}"
+    browser.see("document.querySelectorAll('#over-time svg[tabindex]')[1].focus()")
+    browser.press("End")
+    assert all(f"#{sample} " in browser.see(tip) for sample in followed)
+    browser.press("Home")
+    assert "after 0 steps" in browser.see(tip)
+    browser.click("#over-time .legend button")
+    assert browser.see("document.querySelectorAll('#over-time .curve').length") == 1 + 3
 
 
 def test_a_run_of_which_little_is_known_has_a_page(started: Browser, tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ from problems import CLASSES, Data, N, data, make, record, trainer
 from torch.utils.data import DataLoader
 
 import lightning_acc as la
-from lightning_acc.core.replay import Replay
+from lightning_acc.core import queries
+from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.judge import cleaning_table, samples
 from lightning_acc.methods.registry import METHODS
+from lightning_acc.record import tables
 from lightning_acc.scoring.over_time import influence_over_time
 from lightning_acc.scoring.selection import select
-from lightning_acc.show import tracking
+from lightning_acc.show import over_time, tracking
 from lightning_acc.show.headline import headline
 from lightning_acc.show.tracking import artifacts, connection, driver, panels
 from lightning_acc.studies.data.base import png
@@ -56,6 +58,57 @@ def test_what_the_visits_contribute_adds_up_to_the_score(tmp_path: Path, optimiz
         assert len({row["score"] for row in own}) == 3
     # Where the states do not fit they are computed again, with the same result.
     assert influence_over_time(run, chosen, memory_gb=1e-9).equals(table)
+
+
+def test_the_curve_is_the_query_along_the_run(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4, optimizer=MOMENTUM))
+    told = influence_over_time(run, [0]).schema.metadata
+    curve = json.loads(told[b"curve"])
+    assert [t for t, _ in curve][:: len(curve) - 1] == [0, run.n_steps]
+    replay, query = Replay(run), queries.find(run, "val")
+    for t, value in curve:
+        assert value == pytest.approx(float(query.value(replay.objective, parameters_at(run, t))), rel=1e-12)
+    assert len(curve) * query.n_examples <= 0.25 * 3 * sum(len(step.sample_ids) for step in run.steps)
+
+
+def test_samples_are_followed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    assert over_time.follow(run, 2) is None
+    assert over_time.stored(run) is None
+    la.score(run, "acc-sgd-ie", ray_address=None, check=0)
+    first = over_time.follow(run, 2)
+    assert first is not None
+    calls: list[Any] = []
+    monkeypatch.setattr(over_time, "influence_over_time", lambda *args, **kwargs: calls.append(args))
+    again = over_time.follow(run, 2)
+    assert again == over_time.stored(run)
+    assert again is not None
+    assert again.visits.equals(first.visits, check_metadata=True)
+    assert again.samples == first.samples
+    assert not calls
+    with pytest.raises(AttributeError):  # other samples are not those
+        over_time.follow(run, 1)
+    assert calls[0][1] == [first.harmful[0], first.helpful[0]]
+
+
+def test_what_was_followed_is_held_against_what_was_written(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=4))
+    la.score(run, "sgd-ie", ray_address=None, check=0)
+    followed = over_time.follow(run, 2)
+    assert followed is not None
+    other = record(tmp_path / "other", make(hidden=4, optimizer=MOMENTUM))
+    path = Path(run.path) / over_time.NAME
+    (Path(other.path) / over_time.NAME).write_bytes(path.read_bytes())
+    assert over_time.stored(other) is None  # of another run
+    for broken in (followed.visits.drop_columns("step"), followed.visits.replace_schema_metadata({"manifest_hash": run.hash})):
+        run.store.write(over_time.NAME, tables.sealed(broken, over_time.NAME))
+        with pytest.raises(la.RunError, match="delete it and ask for it again"):
+            over_time.stored(run)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(la.RunError, match="delete it and ask for it again"):
+        over_time.stored(run)
 
 
 def test_samples_that_were_never_visited_have_no_row(tmp_path: Path) -> None:

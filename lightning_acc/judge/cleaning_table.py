@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from lightning_acc.core.queries.moments import END, in_words
 from lightning_acc.methods import registry
@@ -145,6 +144,8 @@ def _differences(table: pa.Table) -> list[str]:
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of values (n,) and the ends of its 95 % confidence interval (Student's t)."""
+    from scipy import stats
+
     mean, spread = float(np.mean(values)), float(stats.sem(values))
     reach = float(stats.t.ppf(0.975, len(values) - 1)) * spread
     return mean, mean - reach, mean + reach

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,19 +18,21 @@ class AdjointVisits(AdjointSgdIe):
         samples: ids (m,).
         n_samples: of the run.
         n_steps: of the run.
+        seen: told each step's number and the parameters (p,) before it.
 
     Attributes:
         visits: one entry per step that saw any of the samples, the last step first: the step, the samples and their terms.
     """
 
-    def __init__(self, samples: Tensor, n_samples: int, n_steps: int) -> None:
-        self.samples = samples
+    def __init__(self, samples: Tensor, n_samples: int, n_steps: int, seen: Callable[[int, Tensor], object]) -> None:
+        self.samples, self.seen = samples, seen
         self.visits: list[tuple[int, Tensor, Tensor]] = []
         self._n_samples, self._step = n_samples, n_steps
 
     def see(self, point: Point, gamma: Tensor, slopes: Tensor) -> None:
         """One step back."""
         self._step -= 1
+        self.seen(self._step, point.state[0])
         ids = point.step.sample_ids
         seen = self.samples[torch.isin(self.samples, ids)]
         if len(seen):

@@ -18,6 +18,7 @@ from lightning_acc.record import manifest
 from lightning_acc.record.record import Record
 from lightning_acc.record.store import Store
 from lightning_acc.scoring.scores import Scores
+from lightning_acc.show import over_time
 from lightning_acc.show.headline import fullest, headline
 from lightning_acc.show.predictions import stored_matrices
 
@@ -80,6 +81,8 @@ def _there(run: Record, tables: dict[str, Scores]) -> Iterator[Row]:
         yield "evaluation", "", f"{len(rows)} rows"
     if (cleaned := cleaning_table.read(run)) is not None:
         yield "cleaning", "", f"{len(set(cleaned['method'].to_pylist()))} rankings"
+    if (followed := over_time.stored(run)) is not None:
+        yield "over time", "", f"{len(followed.samples)} samples", followed.query
     if run.store.exists(PAGE):
         yield "page", "", PAGE
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 
 EXTREMES = (10, 30, 50, 70)
 FEWEST_CORRELATED = 20
@@ -17,11 +16,15 @@ def rmse(estimate: np.ndarray, truth: np.ndarray) -> float:
 
 def kendall(estimate: np.ndarray, truth: np.ndarray) -> float:
     """Kendall's tau-b of two score vectors (n,)."""
+    from scipy import stats
+
     return float(stats.kendalltau(estimate, truth).statistic)
 
 
 def spearman(estimate: np.ndarray, truth: np.ndarray) -> float:
     """Spearman's rank correlation of two score vectors (n,)."""
+    from scipy import stats
+
     return float(stats.spearmanr(estimate, truth).statistic)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
-from scipy import stats
 
 from lightning_acc.core.removals import Removal
 from lightning_acc.record import seal
@@ -223,6 +222,8 @@ def interval(estimate: np.ndarray, truth: np.ndarray, seed: int = 0) -> tuple[fl
     A few removals may be misjudged altogether, and a sample hold none of them, which no bootstrap of it can tell. So in each
     draw a share of the estimates is exchanged for others: what Jeffreys' prior says of misjudged ones of whom none was seen.
     """
+    from scipy import stats
+
     n, random = len(truth), np.random.default_rng(seed)
     draws = random.integers(0, n, (DRAWS, n))
     misjudged = random.random((DRAWS, n)) < random.beta(0.5, n + 0.5, (DRAWS, 1))
@@ -238,6 +239,8 @@ def interval(estimate: np.ndarray, truth: np.ndarray, seed: int = 0) -> tuple[fl
 
 def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's correlation of each row of a and b (m, n); 0 where all values of a row are equal."""
+    from scipy import stats
+
     a, b = (stats.rankdata(values, axis=1) for values in (a, b))
     a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (a, b))
     scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))

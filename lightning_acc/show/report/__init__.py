@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_acc import arguments
 from lightning_acc.core.queries.moments import END
 from lightning_acc.errors import RequestError
 from lightning_acc.judge.agreement import stored_scores, truth_for
@@ -24,7 +25,9 @@ from lightning_acc.record.record import Record, opened
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.figures import shown
 from lightning_acc.show.headline import headline
-from lightning_acc.show.report import groups, predictions, samples
+from lightning_acc.show.over_time import follow
+from lightning_acc.show.report import curves, groups, predictions, samples
+from lightning_acc.show.report.curves import finite
 from lightning_acc.show.report.samples import shortened
 
 SHOWN = 24
@@ -37,27 +40,29 @@ ENDS = 1000
 """Samples embedded from each end of a longer ranking, and whose pictures come first."""
 SCRIPTS = (
     *("tools", "samples", "agreement", "charts", "columns", "filters", "table", "selection", "detail", "rankings"),
-    *("groups", "cleaning", "predictions", "end"),
+    *("groups", "over_time", "cleaning", "predictions", "end"),
 )
 STYLES = ("page", "table", "predictions")
 """Files of ``page``, in the order in which they are read."""
-CONTROLS = ("none", "random", "loss", "self-influence", "cleanlab", "validation", "validation added", "oracle")
-"""Ways to choose what to remove that the removal curves of the estimates are held against."""
 
 
-def write_report(run: Record | str | os.PathLike[str]) -> str:
+def write_report(run: Record | str | os.PathLike[str], over_time: int = 0) -> str:
     """Write ``report/index.html`` in the run directory: agreement, rankings with pictures, detection, cleaning, cost.
 
     Args:
         run: a recorded run with scores, or its path.
+        over_time: how many samples from each end of the ranking to follow over training, which costs about as much as scoring
+            with ``sgd-ie``, three trainings, unless it has been done; with 0 the page shows what has been followed before.
 
     Returns:
         Where the page is.
 
     Raises:
-        RequestError: there are no scores to show.
+        RequestError: there are no scores to show; or ``over_time`` is no such number, or the loss has no second derivative.
     """
     run = opened(run)
+    if arguments.whole("over_time", over_time, "is no number of samples: give 0 or more"):
+        follow(run, over_time)
     run.store.write("report/index.html", render(run.name, _facts(run), collect(run), str(headline(run) or "")).encode())
     return run.store.locate("report/index.html")
 
@@ -128,7 +133,8 @@ def collect(run: Record) -> dict[str, Any]:
             for name in sorted(stored, key=lambda name: _prominence(stored[name]))
             if (rows := groups.of(stored[name], known))
         ],
-        "cleaning": _cleaning(run),
+        "over_time": curves.over_time(run),
+        "cleaning": curves.cleaning(run),
         "shown": SHOWN,
     }
 
@@ -167,7 +173,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     for column in ("uncertainty", "diverged"):
         if column in table.more:
             of_each = table.by_removal(column)
-            ranking[column] = [_plain(of_each[(sample,)]) for sample in ends]
+            ranking[column] = [finite(of_each[(sample,)]) for sample in ends]
     entry: dict[str, Any] = {
         "name": name,
         "conditions": _conditions(table),
@@ -190,7 +196,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
 def _compare(entry: dict[str, Any], table: Scores, scores: dict[int, float], expected: dict[int, float]) -> None:
     """Add the truth to the ranking, and how far the estimates agree with it."""
     ends = entry["ranking"]["samples"]
-    entry["ranking"]["truth"] = [[sample, _plain(expected[sample])] for sample in ends if sample in expected]
+    entry["ranking"]["truth"] = [[sample, finite(expected[sample])] for sample in ends if sample in expected]
     said = table.by_removal("estimate")
     common = [sample for sample in scores if sample in expected]
     if len(common) < 2:
@@ -200,8 +206,8 @@ def _compare(entry: dict[str, Any], table: Scores, scores: dict[int, float], exp
     picked = {r[0] for r in set(verdict.extremes) - set(verdict.random)} if partial else set()
     compared = [sample for sample in common if sample not in picked]
     figures = shown(np.array([said[(s,)] for s in compared]), np.array([expected[s] for s in compared]))
-    entry["agreement"] = {key: _plain(value) for key, value in figures.items()}
-    points = [[sample, _plain(expected[sample]), _plain(said[(sample,)])] for sample in _drawn(common, ends)]
+    entry["agreement"] = {key: finite(value) for key, value in figures.items()}
+    points = [[sample, finite(expected[sample]), finite(said[(sample,)])] for sample in _drawn(common, ends)]
     entry["points"] = [point for point in points if None not in point]
     entry["n_compared"] = figures["n"]
 
@@ -231,36 +237,6 @@ def _drawn(common: list[int], ends: list[int]) -> list[int]:
     return extremes + [others[i] for i in spread]
 
 
-def _cleaning(run: Record) -> dict[str, Any] | None:
-    """Removal curves of the methods, each point with mean and 95 % interval of each figure; None where there are none."""
-    from lightning_acc.judge import cleaning_table
-
-    table = cleaning_table.read(run)
-    if table is None:
-        return None
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        point = {key: row[key] for key in ("fraction", "n_removed", "seeds")}
-        for figure in ("accuracy", "gain", "loss"):
-            point[figure] = [_plain(row[key]) for key in (figure, f"{figure}_low", f"{figure}_high")]
-        curves.setdefault(row["method"], []).append(point)
-    methods = [
-        {"name": name, "control": name in CONTROLS, "points": sorted(points, key=lambda point: float(point["fraction"]))}
-        for name, points in sorted(curves.items(), key=lambda curve: _curve_order(curve[0]))
-    ]
-    tested = sorted(set(table["test"].to_pylist())) if "test" in table.column_names else []
-    notes = " ".join(f"{note}." for note in cleaning_table.notes(table))
-    return {"methods": methods, "tested": ", ".join(map(str, tested)) or "test", "notes": notes}
-
-
-def _curve_order(name: str) -> tuple[int, str]:
-    from lightning_acc.judge import cleaning_table
-
-    order = [*registry.METHODS, *CONTROLS]
-    known = name if name in CONTROLS else cleaning_table.method_of(name)
-    return order.index(known) if known in order else len(registry.METHODS), name
-
-
 def _single(table: Scores) -> dict[int, float]:
     return {removal[0]: score for removal, score in table.by_removal().items() if len(removal) == 1}
 
@@ -268,10 +244,6 @@ def _single(table: Scores) -> dict[int, float]:
 def _prominence(table: Scores) -> tuple[int, str, bool, str, int]:
     c = table.conditions
     return registry.place(c["method"]), c["readout"], c["at"] != END, c["at"], int(c.get("runs", 1))
-
-
-def _plain(value: float | None) -> float | None:
-    return None if value is None or not np.isfinite(value) else float(value)
 
 
 def _facts(run: Record) -> list[tuple[str, str]]:

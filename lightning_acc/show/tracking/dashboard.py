@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from lightning_acc.core import queries
 from lightning_acc.core.queries.moments import END, in_words
 from lightning_acc.credentials import without_credentials
 from lightning_acc.errors import RequestError
@@ -53,7 +52,7 @@ def track(
         directory: where W&B keeps its files; None takes ``WANDB_DIR``, else the working directory.
         into: log into this open W&B run instead of one of its own.
         over_time: how many samples from each end of the ranking to follow over training time, which costs about as much
-            as scoring with ``sgd-ie``; 0 leaves it out.
+            as scoring with ``sgd-ie``, three trainings, unless it has been done; 0 leaves it out.
 
     Returns:
         Where the W&B run lies on this machine.
@@ -123,40 +122,21 @@ def _log_evaluation(tracked: Any, run: Record, evaluation: list[dict[str, Any]])
 
 
 def _log_over_time(tracked: Any, run: Record, tables: dict[str, Scores], count: int) -> None:
-    from lightning_acc.scoring.over_time import influence_over_time
+    from lightning_acc.show.over_time import follow
 
-    found = _to_follow(run, tables)
-    if found is None:
-        return
-    scores, conditions = found
-    order = sorted(scores, key=lambda sample: scores[sample])
-    harmful, helpful = order[:count], order[count:][::-1][:count]
-    views = SampleViews(run)
-    titles = {sample: f"harmful {views[sample].called}" for sample in harmful}
-    titles.update({sample: f"helpful {views[sample].called}" for sample in helpful})
-    dtype = None if conditions["dtype"] == run.scored_in else conditions["dtype"]
     try:
-        visits = influence_over_time(run, list(titles), conditions["query"], dtype=dtype)
+        followed = follow(run, count, tables)
     except RequestError as error:  # a loss without a second derivative has all the rest
         tracked.summary["over time/left out"] = without_credentials(str(error))
         return
-    logged = panels.over_time(visits, titles)
+    if followed is None:
+        return
+    views = SampleViews(run)
+    ends = {"harmful": followed.harmful, "helpful": followed.helpful}
+    titles = {sample: f"{end} {views[sample].called}" for end, samples in ends.items() for sample in samples}
+    logged = panels.over_time(followed.visits, titles)
     if logged:
         tracked.log(logged)
-
-
-def _to_follow(run: Record, tables: dict[str, Scores]) -> tuple[dict[int, float], dict[str, Any]] | None:
-    """The scores that say which samples are worth following: of the most samples, at the end of this run, and the truest."""
-    recorded = {name: queries.find(run, name).fingerprint for name in run.query_names()}
-    asked = [t for t in tables.values() if recorded.get(t.conditions["query"]) == t.conditions["query_fingerprint"]]
-    candidates = [(panels.singles(table), table.conditions) for table in asked]
-
-    def order(candidate: tuple[dict[int, float], dict[str, Any]]) -> tuple[int, bool, bool, int]:
-        scores, c = candidate
-        return -len(scores), c["at"] != END, "runs" in c, registry.place(c["method"])
-
-    best = min(candidates, key=order, default=None)
-    return best if best and best[0] else None
 
 
 def _label(run: Record, conditions: dict[str, Any]) -> str:

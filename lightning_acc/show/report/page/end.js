@@ -9,4 +9,4 @@
   }));
 }
 $("nav").append(...[...document.querySelectorAll("section:not([hidden])")].map(section =>
-  make("a", {href: `#${section.id}`}, {agreement: "Agreement", samples: "Samples", ranking: "Ranking", predictions: "Predictions", groups: "Groups", classes: "Labels", detection: "Corrupted", cleaning: "Cleaning", cost: "Cost"}[section.id])));
+  make("a", {href: `#${section.id}`}, {agreement: "Agreement", samples: "Samples", ranking: "Ranking", predictions: "Predictions", groups: "Groups", classes: "Labels", "over-time": "Over training", detection: "Corrupted", cleaning: "Cleaning", cost: "Cost"}[section.id])));
