@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -25,14 +25,25 @@ def extra(otherwise: str = "") -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        line = f'pip install "lightning-acc[{EXTRAS[package]}]"'
-        raise RequestError(
-            f"The package {package} is not installed: type {line}{otherwise and f', or {otherwise}'}."
-        ) from error
+        raise _missing({package: otherwise}) from error
 
 
-def required(package: str, otherwise: str = "") -> None:
-    """Refuse, before anything is computed, what will need ``package`` later; as ``extra``, but nothing is imported."""
-    if find_spec(package) is None:
-        with extra(otherwise):
-            raise ModuleNotFoundError(name=package)
+def required(packages: Mapping[str, str]) -> None:
+    """Refuse, before anything is computed, what will need ``packages`` later; as ``extra``, but nothing is imported.
+
+    Args:
+        packages: what will be needed, and how to do without each.
+
+    Raises:
+        RequestError: some are not installed; names all of them, and the line to type.
+    """
+    missing = {package: otherwise for package, otherwise in packages.items() if find_spec(package) is None}
+    if missing:
+        raise _missing(missing)
+
+
+def _missing(packages: Mapping[str, str]) -> RequestError:
+    extras = ",".join(dict.fromkeys(EXTRAS[package] for package in packages))
+    what = f"package {next(iter(packages))} is" if len(packages) == 1 else f"packages {' and '.join(packages)} are"
+    instead = " and ".join(filter(None, packages.values()))
+    return RequestError(f'The {what} not installed: type pip install "lightning-acc[{extras}]"{instead and f", or {instead}"}.')

@@ -12,7 +12,7 @@ import pytest
 from problems import make, record
 
 import lightning_acc as la
-from lightning_acc.extras import EXTRAS
+from lightning_acc.extras import EXTRAS, extra, required
 from lightning_acc.scoring import cluster
 from lightning_acc.show import tracking
 from lightning_acc.studies.data import AdultDataModule, DigitsDataModule
@@ -46,9 +46,9 @@ def test_an_extra_is_what_the_package_says_it_is() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     core = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)
     assert core is not None
-    for package, extra in EXTRAS.items():
+    for package, needed in EXTRAS.items():
         name = {"sklearn": "scikit-learn", "wandb_workspaces": "wandb-workspaces"}.get(package, package)
-        assert re.search(rf'^{extra} = .*"{name}>=', project, re.MULTILINE), package
+        assert re.search(rf'^{needed} = .*"{name}>=', project, re.MULTILINE), package
         assert f'"{name}' not in core[1]
     assert f'all = ["lightning-acc[{",".join(dict.fromkeys(EXTRAS.values()))}]"]' in project
     assert re.search(r"^dev = \[\n +\"lightning-acc\[all,", project, re.MULTILINE)
@@ -84,18 +84,27 @@ def test_what_is_not_installed_is_one_sentence_with_the_line_to_type(
     assert re.fullmatch(said, str(error.value))
 
 
+def test_all_that_a_command_will_need_and_is_not_installed_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("ray", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(la.RequestError) as error:
+        required({"wandb": "leave it out", "numpy": "", "ray": "compute here"})
+    expected = 'ray]", or leave it out and compute here.'
+    assert str(error.value) == f'The packages wandb and ray are not installed: type pip install "lightning-acc[wandb,{expected}'
+    required({"numpy": ""})
+
+
 def test_a_package_that_lacks_something_else_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(la.RequestError, match=r"datasets is not installed"):
         AdultDataModule("nowhere").setup()
-    from lightning_acc.extras import extra
-
     with pytest.raises(ModuleNotFoundError, match="no_such_package"), extra():
         import no_such_package  # noqa: F401
 
 
 LIGHT = ("torch", "numpy", "pyarrow", "ray", "wandb", "datasets", "sklearn", "pandas", "pytorch_lightning", "jsonargparse")
 SLOW = (
+    "scipy",
     "pytorch_lightning",
     "lightning",
     "torchmetrics",

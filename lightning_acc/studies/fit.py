@@ -144,10 +144,10 @@ def fit(args: list[str], verb: str = "fit") -> RecordingCLI:
 
 def _can_follow(options: Any) -> None:
     """Refuse what could not be done after the training, before it takes its hours."""
-    if options.wandb:
-        required("wandb", "leave W&B out (--influence.wandb false)")
+    needed = {"wandb": "leave W&B out (--influence.wandb false)"} if options.wandb else {}
     if arguments.ray_address(options.ray_address) is not None:
-        required("ray", "compute in this process (--influence.ray_address null)")
+        needed["ray"] = "compute in this process (--influence.ray_address null)"
+    required(needed)
     for method in options.methods:
         registry.find(method)
 

@@ -72,6 +72,6 @@ def live(run: Record, job: str, project: str | None = None, directory: str | Non
     Raises:
         RequestError: W&B is not installed.
     """
-    required("wandb")
+    required({"wandb": ""})
     with ExitStack() as stack:
         yield Live(lambda: stack.enter_context(start(run, job, project, directory, what)))
