@@ -48,7 +48,7 @@ def test_a_run_and_all_that_was_computed_of_it_is_replaced(tmp_path: Path) -> No
         la.score(run, method, ray_address=None, check=0)
     la.evaluate(run)
     la.clean(run, "sgd-ie", [0.2], seeds=2, ray_address=None)
-    la.write_report(run)
+    la.write_report(run, over_time=2)
     again = record(tmp_path / "run", make(hidden=6), recorder={"overwrite": True})
     assert again.manifest["run_id"] != run.manifest["run_id"]
     assert set(tree(tmp_path / "run")) == {*again.manifest["files"], "manifest.json"}

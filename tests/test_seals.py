@@ -19,6 +19,7 @@ import lightning_acc as la
 from lightning_acc.judge import agreement, cleaning_table
 from lightning_acc.record import seal
 from lightning_acc.record.store import Store, digest
+from lightning_acc.show import over_time
 
 BITS = 40
 """Single bits that are flipped in each file."""
@@ -32,6 +33,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in ("loo", "sgd-ie"):
         la.score(run, method, ray_address=None, check=0)
     la.evaluate(run)
+    over_time.follow(run, 2)
     la.clean(run, "sgd-ie", [0.2], seeds=2, test="more", controls=["random"], ray_address=None)
     return path
 
@@ -59,6 +61,7 @@ READ: dict[str, tuple[str, Callable[[la.Run], Any]]] = {
     "scores/loo.parquet": ("delete it and score again", la.evaluate),
     "scores/sgd-ie.parquet": ("delete it and score again", la.write_report),
     "cleaning.parquet": ("delete it and clean again", cleaning_table.read),
+    "over_time.parquet": ("delete it and ask for it again", over_time.stored),
     "evaluation.json": ("delete it and evaluate again", lambda run: agreement.read(run)),
     "queries/more.json": ("store it again with run.add_query", lambda run: run.query("more")),
 }

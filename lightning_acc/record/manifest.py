@@ -30,7 +30,7 @@ CONVENTION = "fixed-denominator"
 """A removed sample's loss weight becomes 0 and no other weight changes (the papers' convention; see the README)."""
 
 _OF_A_RUN = re.compile(
-    r"(manifest\.json|lock|module\.safetensors|evaluation\.json|cleaning\.parquet"
+    r"(manifest\.json|lock|module\.safetensors|evaluation\.json|(cleaning|over_time)\.parquet"
     r"|(ranks/\d+/)?(manifest\.json|(steps|parameters|samples)/\d{6,}(-\d+)?\.safetensors)"
     r"|samples/info\.parquet|averages/[^/]+\.safetensors|queries/[^/]+\.(safetensors|json|info\.parquet)|(scores|shards)/[^/]+\.(parquet|json)"
     r"|(matrices|bank)/[^/]+\.(safetensors|parquet|json)|report/index\.html)(\.[0-9a-f-]+\.(part|old))?"
