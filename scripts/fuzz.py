@@ -41,7 +41,8 @@ from lightning_acc.judge import agreement, cleaning_table
 from lightning_acc.record import manifest as manifests
 from lightning_acc.record.lock import Lock
 from lightning_acc.record.store import Store
-from lightning_acc.show.report import collect
+from lightning_acc.show import over_time
+from lightning_acc.show.report import collect, curves
 
 SECONDS, MEMORY = 20, 3 * 2**30
 """What the reads after one mutation may take, beyond what the process has."""
@@ -83,6 +84,7 @@ def prepare(path: Path) -> Files:
         la.score(run, method, ray_address=None, check=18 if method == "sgd-ie" else 0, progress=False)
     la.score_matrix(run, "sgd-ie", ray_address=None, check=0, progress=False)
     la.evaluate(run)
+    over_time.follow(run, 2)
     la.clean(run, "sgd-ie", [0.2], seeds=2, test="more", controls=["random"], ray_address=None, progress=False)
     gone = {"run_id": "x", "pid": 2**22 + 1, "started": "1", "host": socket.gethostname(), "time": "now", "token": "y"}
     (path / "lock").write_text(json.dumps(gone))
@@ -122,6 +124,7 @@ def reads(run: la.Run) -> dict[str, Callable[[], Any]]:
         "evaluation": lambda: agreement.read(run),
         "evaluate": lambda: str(la.evaluate(run, save=False).drop_columns(["seconds", "peak_memory_gb"]).to_pylist()),
         "cleaning": lambda: None if (table := cleaning_table.read(run)) is None else table.to_pylist(),
+        "over time": lambda: str(curves.over_time(run)),
         "report": lambda: [(m["name"], str(m["ranking"])) for m in collect(run)["methods"]],
         "predictions": lambda: _predictions(run),
         "clean": lambda: str(la.clean(run, "sgd-ie", [0.2], **cleaning).to_pylist()),

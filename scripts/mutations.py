@@ -37,6 +37,7 @@ KINDS = {
     "figures": "shards/*.json",
     "matrices": "matrices/*.safetensors",
     "cleaning": "cleaning.parquet",
+    "over time": "over_time.parquet",
     "evaluation": "evaluation.json",
     "lock": "lock",
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import lightning_acc as la
 from lightning_acc.record import local, writer
+from lightning_acc.record.store import Store
 from lightning_acc.record.writer import RunWriter
 
 pytestmark = [
@@ -410,6 +413,8 @@ def test_killed_ranks_are_repaired(tmp_path: Path, always_written: None) -> None
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    while local.is_alive(json.loads((tmp_path / "run/lock").read_text())["pid"]):
+        time.sleep(0.01)  # all were killed at once, which is not to say that all have died
     with pytest.raises(la.RunError, match="lightning-acc repair"):
         la.Run(tmp_path / "run", partial=True)
     n_steps = la.repair(tmp_path / "run")
@@ -418,3 +423,27 @@ def test_killed_ranks_are_repaired(tmp_path: Path, always_written: None) -> None
     assert run.steps[0].sizes == [5, 5]
     assert run.audit().ok
     assert not (tmp_path / "run/ranks").exists()
+
+
+def test_what_is_written_beside_a_draft_is_none_of_it(tmp_path: Path) -> None:
+    """As the averages at the end of a training of several processes, whose merged steps are still being written."""
+    recorded = RunWriter(Store(tmp_path / "run"))
+    recorded.begin({})
+    under_way, go_on, write = threading.Event(), threading.Event(), recorded.store.write
+
+    def slow(name: str, content: bytes) -> None:
+        if name.startswith("parameters/"):
+            under_way.set()
+            assert go_on.wait(60)
+        write(name, content)
+
+    recorded.store.write = slow  # type: ignore[method-assign]
+    recorded.add_state(0, torch.zeros(3))
+    recorded.flush(for_good=False)
+    assert under_way.wait(60)
+    recorded.write_file("averages/ema.safetensors", b"content")
+    go_on.set()
+    recorded.checkpoint()
+    listed = json.loads((tmp_path / "run/manifest.json").read_text())["files"]
+    assert sorted(listed) == ["averages/ema.safetensors", "parameters/000000.safetensors"]
+    assert sorted(str(file.relative_to(tmp_path / "run")) for file in (tmp_path / "run").glob("*/*")) == sorted(listed)

@@ -10,7 +10,6 @@ the time being, until all that was written so is written again for good, togethe
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import uuid
@@ -29,7 +28,7 @@ from lightning_acc.record.collecting.background import Background
 from lightning_acc.record.collecting.collected import Collected
 from lightning_acc.record.collecting.staging import Staging
 from lightning_acc.record.samples import names
-from lightning_acc.record.steps import RANDOM, SeenStep
+from lightning_acc.record.steps import SeenStep
 from lightning_acc.record.store import Store, digest
 
 FLUSH_BYTES = 64 * 2**20
@@ -62,13 +61,17 @@ def check_finite(theta: Tensor, step: int) -> None:
         )
 
 
+Files = dict[str, dict[str, Any]]
+"""Files by name, and what the manifest says of each."""
+
+
 class RunWriter:
     """Collects one run and writes it to ``store``; nothing is visible as a run before ``finish``."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.header: dict[str, Any] = {}
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: Files = {}
         self.n_steps = 0
         self.snapshots: list[int] = []
         self.names = names.Numbers()
@@ -95,9 +98,10 @@ class RunWriter:
         self._write_manifest()
 
     def _write_manifest(self, **facts: Any) -> None:
-        named = sum(file.get("names", 0) for file in self.files.values())
+        files = dict(self.files)  # the thread beside this one may list more
+        named = sum(file.get("names", 0) for file in files.values())
         counted = {"n_samples": named} if named else {}
-        manifests.write(self.store, {**self.header, **counted, "status": "recording", "files": self.files, **facts})
+        manifests.write(self.store, {**self.header, **counted, "status": "recording", "files": files, **facts})
 
     def _check_there(self) -> None:
         if not self.store.exists(manifests.NAME):
@@ -223,17 +227,20 @@ class RunWriter:
         """Write this beside the files written for the time being, or ``again``, what is in these too, in their place."""
         started, computed = time.monotonic(), time.thread_time()
         self._check_there()
-        before, older = dict(self.files), self._drafts if again else []
-        self.files = {name: facts for name, facts in before.items() if name not in older}
+        older, kept = (self._drafts, []) if again else ([], self._drafts)
         if again:
             self._counters = defaultdict(int, self._settled)
+        new = self._write_collected(collected, "" if for_good else f"-{self._n_drafts}")
+        before = {name: self.files.pop(name) for name in older}
+        self.files |= new
         try:
-            self._write_collected(collected, "" if for_good else f"-{self._n_drafts}")
             self._write_manifest()
         except BaseException:
-            self.files = before  # what is listed is there, and nothing that was half written is in it
+            for name in new:  # what is listed is there
+                del self.files[name]
+            self.files |= before
             raise
-        self._drafts = [] if for_good else [name for name in self.files if name in self._drafts or name not in before]
+        self._drafts = [] if for_good else [*kept, *new]
         self._n_drafts += not for_good
         if for_good:
             self._settled = dict(self._counters)
@@ -243,46 +250,22 @@ class RunWriter:
         self._pause = min(SECONDS, 2 * self._pause)
         self._next_draft = time.monotonic() + max(self._pause, seconds / SHARE)
 
-    def _write_collected(self, collected: Collected, mark: str) -> None:
-        for key in sorted(collected.contents, key=repr):
-            parts = collected.contents[key]
-            tensors = {name: torch.cat([leaves[name] for _, leaves in parts]) for name in parts[0][1]}
-            tensors["#"] = torch.tensor([number for numbers, _ in parts for number in numbers])
-            self._write("samples", tensors, mark)
-        if collected.states:
-            self._write("parameters", {"theta": torch.stack(collected.states)}, mark, steps=collected.snapshots)
-        if records := collected.steps:
-            tensors = {
-                "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in records]).cumsum(0),
-                "sample_ids": torch.cat([step["sample_ids"] for step in records]),
-                "contents": torch.cat([numbers for step in records for numbers in step["contents"]]),
-                "weights": torch.cat([step["weights"] for step in records]),
-            }
-            tensors["batch_offsets"] = torch.tensor([0] + [len(step["sizes"]) for step in records]).cumsum(0)
-            tensors["batch_sizes"] = torch.tensor([size for step in records for size in step["sizes"]])
-            drawn = [states for step in records for states in step["rng"]]
-            for device, end_of_name in RANDOM.items():
-                if random := [(i, states[device]) for i, states in enumerate(drawn) if device in states]:
-                    tensors[f"rng_batches{end_of_name}"] = torch.tensor([i for i, _ in random])
-                    tensors[f"rng{end_of_name}"] = torch.stack([state for _, state in random])
-            metadata, facts = {"groups": json.dumps([step["groups"] for step in records])}, {}
-            if new := [name for step in records for name in step["names"]]:
-                more, kind = names.packed(new)
-                tensors, metadata, facts = {**tensors, **more}, {**metadata, **kind}, {"names": len(new)}
-            self._write("steps", tensors, mark, metadata, **facts)
+    def _write_collected(self, collected: Collected, mark: str) -> Files:
+        """Write this, and return what the manifest says of the files."""
+        files: Files = {}
+        for folder, tensors, metadata, facts in collected.files():
+            name = f"{folder}/{self._counters[folder]:06d}{mark}.safetensors"
+            self._counters[folder] += 1
+            files |= self._stored(name, safetensors.torch.save(tensors, metadata), **facts)
+        return files
 
-    def _write(
-        self, folder: str, tensors: dict[str, Tensor], mark: str, metadata: dict[str, str] | None = None, **facts: Any
-    ) -> None:
-        name = f"{folder}/{self._counters[folder]:06d}{mark}.safetensors"
-        count = len(tensors["#"]) if folder == "samples" else len(next(iter(tensors.values()))) - (folder == "steps")
-        self.write_file(name, safetensors.torch.save(tensors, metadata), count=count, **facts)
-        self._counters[folder] += 1
+    def _stored(self, name: str, data: bytes, **facts: Any) -> Files:
+        self.store.write(name, data)
+        return {name: {"bytes": len(data), "sha256": digest(data), **facts}}
 
     def write_file(self, name: str, data: bytes, **facts: Any) -> None:
         """Write one file and remember its size and hash for the manifest."""
-        self.store.write(name, data)
-        self.files[name] = {"bytes": len(data), "sha256": digest(data), **facts}
+        self.files |= self._stored(name, data, **facts)
 
     def finish(self, n_steps: int | None = None, **facts: Any) -> None:
         """Write the rest and the manifest; from here on the directory is a run, of its first ``n_steps`` steps or of all."""

@@ -122,12 +122,15 @@ def stored(run: Record) -> OverTime | None:
     try:
         ends = [[int(sample) for sample in json.loads(about[key])] for key in (b"harmful", b"helpful")]
         found = OverTime(visits, *ends)
-        whole = visits.schema.remove_metadata() == SCHEMA and not any(column.null_count for column in visits.columns)
-        if not (whole and found.curve and all(found.about.values())):
-            raise ValueError("it is another table")
+        if visits.schema.remove_metadata() != SCHEMA or any(column.null_count for column in visits.columns):
+            raise ValueError("its columns are others")
+        if not (found.curve and all(found.about.values())):
+            raise ValueError("nothing was asked")
         if about[b"manifest_hash"] != run.hash.encode():
             return None
-    except (KeyError, ValueError, TypeError) as error:
+        if not {*found.samples, *visits["sample"].to_pylist()} <= {*range(run.n_samples)}:
+            raise ValueError("its samples are none of this run")
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise seal.damaged(run.store, NAME, REMEDY) from error
     return found
 
