@@ -156,14 +156,30 @@ def test_tables_are_read_through_a_few_times_however_long_they_are(path: Path, m
     from lightning_acc.scoring.scores import Scores
 
     table = la.score(path, "sgd-ie", ray_address=None, check=0, save=False)
-    read: list[int] = []
-    removals = Scores.removals.fget
-    assert removals is not None
-    monkeypatch.setattr(Scores, "removals", property(lambda self: read.append(0) or removals(self)))
+    made: list[int] = []
+    removals = Scores.__dict__["_removals"]
+    make = removals.func
+    monkeypatch.setattr(removals, "func", lambda self: made.append(0) or make(self))
     one = la.score(path, "sgd-ie", [0], ray_address=None, check=0, save=False)
     assert len(one.merged(table)) == len(table) == 24
     shown(table, 3)
-    assert len(read) < 24
+    assert 0 < len(made) < 8
+    assert table.removals == [(i,) for i in range(24)]
+    table.removals.clear()  # a copy
+    assert len(table.removals) == 24
+
+
+def test_a_page_goes_through_its_tables_a_few_times(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_acc.scoring.scores import Scores
+
+    la.score(path, "sgd-ie", ray_address=None, check=18)
+    gone_through: list[int] = []
+    rows, truths = Scores.by_removal, Scores.truths.fget
+    assert truths is not None
+    monkeypatch.setattr(Scores, "by_removal", lambda self, *column: gone_through.append(0) or rows(self, *column))
+    monkeypatch.setattr(Scores, "truths", property(lambda self: gone_through.append(0) or truths(self)))
+    la.write_report(path)
+    assert 0 < len(gone_through) < 24
 
 
 def test_a_table_of_scores_that_is_damaged_is_named(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,7 +130,12 @@ class Scores:
     @property
     def removals(self) -> list[Removal]:
         """The removals, in the order of the table."""
-        return [tuple(ids) for ids in self.table["removal"].to_pylist()]
+        return list(self._removals)
+
+    @cached_property
+    def _removals(self) -> tuple[Removal, ...]:
+        """Made once: everything else asks for them, and of 60 000 samples they take a while."""
+        return tuple(tuple(ids) for ids in self.table["removal"].to_pylist())
 
     @property
     def more(self) -> dict[str, np.ndarray]:

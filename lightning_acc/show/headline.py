@@ -81,7 +81,8 @@ def _ranked(tables: dict[str, Scores]) -> Headline | None:
     table = tables[name]
     single = [removal[0] for removal in table.removals if len(removal) == 1]
     what = f"{len(single)} samples" if single else f"{len(table)} groups"
-    harmful = [removal for removal in table.most_harmful(NAMED) if table.by_removal()[removal] < 0]
+    scores = table.by_removal()
+    harmful = [removal for removal in table.most_harmful(NAMED) if scores[removal] < 0]
     named = ", ".join(f"#{removal[0]}" for removal in harmful if len(removal) == 1)
     most = f"; most harmful {named}" if named else ""
     return Headline(f"{what} ranked by {_label(table)}: {_trusted(table)}{most}; not cleaned yet", name)

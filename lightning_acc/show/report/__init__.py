@@ -169,7 +169,8 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     estimate = not registry.is_truth(table.conditions["method"])
     ranking = {"total": len(order), "samples": ends, "scores": [shortened(scores[sample]) for sample in ends]}
     if estimate:
-        ranking["retrained"] = [s for s in ends if (s,) in table.truths]
+        retrained = table.truths  # once: it is made of the whole table
+        ranking["retrained"] = [s for s in ends if (s,) in retrained]
     for column in ("uncertainty", "diverged"):
         if column in table.more:
             of_each = table.by_removal(column)
