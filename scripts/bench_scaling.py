@@ -20,6 +20,8 @@ On one core, the other at work too (trainings, and GB that it adds):
     MLP-1258     500   1,000,120     0.2 s   3.7  0.16   3.6  0.18     9.7  0.38  1.42  0.22  0.79  0.19
     MLP-12579    500  10,000,315     2.4 s   4.1  1.26   4.6  1.27    11.2  2.62  1.87  1.61  1.01  1.62
     MiniLM        64  22,713,986      15 s   4.9  4.26   5.2  4.46              3.73  4.64  2.50  3.02
+
+acc-low-rank of MiniLM by itself (scripts/bench_minilm.py --posts 64): 17.6 trainings.
 """
 
 from __future__ import annotations
