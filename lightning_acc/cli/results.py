@@ -60,10 +60,9 @@ def do_report(run: str, over_time: int = 0) -> None:
         run: the run directory.
         over_time: how many samples from each end of the ranking to follow over training, at the price of three trainings.
     """
-    from lightning_acc.run import Run
     from lightning_acc.show.report import write_report
 
-    print(f"report: {write_report(Run(run), over_time)}")
+    print(f"report: {write_report(run, over_time)}")
 
 
 def do_track(run: str, project: str | None = None, report: bool = False) -> None:

@@ -18,21 +18,21 @@ class AdjointVisits(AdjointSgdIe):
         samples: ids (m,).
         n_samples: of the run.
         n_steps: of the run.
-        seen: told each step's number and the parameters (p,) before it.
+        watch: told each step's number and the parameters (p,) before it.
 
     Attributes:
         visits: one entry per step that saw any of the samples, the last step first: the step, the samples and their terms.
     """
 
-    def __init__(self, samples: Tensor, n_samples: int, n_steps: int, seen: Callable[[int, Tensor], object]) -> None:
-        self.samples, self.seen = samples, seen
+    def __init__(self, samples: Tensor, n_samples: int, n_steps: int, watch: Callable[[int, Tensor], object]) -> None:
+        self.samples, self.watch = samples, watch
         self.visits: list[tuple[int, Tensor, Tensor]] = []
         self._n_samples, self._step = n_samples, n_steps
 
     def see(self, point: Point, gamma: Tensor, slopes: Tensor) -> None:
         """One step back."""
         self._step -= 1
-        self.seen(self._step, point.state[0])
+        self.watch(self._step, point.state[0])
         ids = point.step.sample_ids
         seen = self.samples[torch.isin(self.samples, ids)]
         if len(seen):
