@@ -152,6 +152,10 @@ class Scores:
         """Score of each removal, or what else is in a column."""
         return dict(zip(self.removals, self.table[column].to_pylist(), strict=True))
 
+    def by_sample(self) -> dict[int, float]:
+        """Score of each sample that is removed by itself."""
+        return {removal[0]: score for removal, score in self.by_removal().items() if len(removal) == 1}
+
     def picked(self, removals: list[Removal], conditions: dict[str, Any], shifts: Tensor | None = None) -> Scores:
         """The scores of some of the removals, in another order, under other conditions, with their ``shifts`` (n, p)."""
         row = {removal: i for i, removal in enumerate(self.removals)}

@@ -139,10 +139,7 @@ def _to_follow(run: Record, scores: dict[str, Scores]) -> tuple[dict[int, float]
     """The scores that say which samples are worth following: of the most samples, at the end of this run, and the truest."""
     recorded = {name: queries.find(run, name).fingerprint for name in run.query_names()}
     asked = [t for t in scores.values() if recorded.get(t.conditions["query"]) == t.conditions["query_fingerprint"]]
-    candidates = [
-        ({removal[0]: score for removal, score in table.by_removal().items() if len(removal) == 1}, table.conditions)
-        for table in asked
-    ]
+    candidates = [(table.by_sample(), table.conditions) for table in asked]
 
     def order(candidate: tuple[dict[int, float], dict[str, Any]]) -> tuple[int, bool, bool, int]:
         of_each, c = candidate

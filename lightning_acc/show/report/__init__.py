@@ -99,14 +99,14 @@ def collect(run: Record) -> dict[str, Any]:
         RequestError: there are no scores to show.
     """
     stored = stored_scores(run)
-    tables = {name: table for name, table in stored.items() if _single(table)}
+    tables = {name: table for name, table in stored.items() if table.by_sample()}
     if not tables:
         raise RequestError(f"{run.path} has no scores to report: compute some with score(run, method=...) first.")
     views = SampleViews(run)
     corrupted = views.corrupted
     # The fullest ranking comes first: that of a few removals, such as those retrained for a check, is no ranking of the data.
-    fullest = max(map(len, map(_single, tables.values())))
-    order = sorted(tables, key=lambda name: (len(_single(tables[name])) < fullest, *_prominence(tables[name])))
+    fullest = max(len(table.by_sample()) for table in tables.values())
+    order = sorted(tables, key=lambda name: (len(tables[name].by_sample()) < fullest, *_prominence(tables[name])))
     methods = [_method(name, tables, corrupted) for name in order]
     ids: Sequence[int] = range(run.n_samples)
     if run.n_samples > WHOLE:
@@ -162,7 +162,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     The samples of its ranking begin with the most harmful; of a very long one they are those of both ends.
     """
     table = tables[name]
-    scores = _single(table)
+    scores = table.by_sample()
     single, values = list(scores), np.array(list(scores.values()))
     order = [single[i] for i in np.argsort(values, kind="stable")]
     ends = order if len(order) <= WHOLE else order[:ENDS] + order[-ENDS:]
@@ -186,7 +186,7 @@ def _method(name: str, tables: dict[str, Scores], corrupted: np.ndarray | None) 
     }
     truth = truth_for(tables, table) if estimate else None
     if truth is not None:
-        _compare(entry, table, scores, _single(truth))
+        _compare(entry, table, scores, truth.by_sample())
     if corrupted is not None:
         precision = detection_precision(values, corrupted[single])
         at = np.unique(np.linspace(1, len(precision), min(CURVE_POINTS, len(precision))).round().astype(int))
@@ -236,10 +236,6 @@ def _drawn(common: list[int], ends: list[int]) -> list[int]:
     others = [sample for sample in common if sample not in chosen]
     spread = np.linspace(0, len(others) - 1, min(len(others), DRAWN - len(extremes))).round().astype(int)
     return extremes + [others[i] for i in spread]
-
-
-def _single(table: Scores) -> dict[int, float]:
-    return {removal[0]: score for removal, score in table.by_removal().items() if len(removal) == 1}
 
 
 def _prominence(table: Scores) -> tuple[int, str, bool, str, int]:

@@ -26,7 +26,6 @@ from lightning_acc.record.store import digest
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.show.headline import Headline
 from lightning_acc.show.tracking.connection import MARK, group_of, training_of
-from lightning_acc.show.tracking.panels import singles
 
 DROP, KEPT, CLEANED = "drop.txt", "kept.txt", "cleaned.parquet"
 SHARE = 0.1
@@ -53,7 +52,7 @@ def tie(tracked: Any, run: Record, tables: dict[str, Scores], files: dict[str, b
     record = {"manifest": run.hash}
     content = record | _log(tracked, run, "influence", files, record, "Score tables and evaluation")
     table = tables.get(said.scores) if said is not None and said.scores is not None else None
-    if said is not None and table is not None and singles(table):
+    if said is not None and table is not None and table.by_sample():
         drop = exports.dropped(run, table, said.n_dropped) if said.n_dropped else exports.ids_to_drop(table, SHARE)
         used = [f"scores/{said.scores}.parquet", *([cleaning_table.NAME] if said.n_dropped else [])]
         sources = record | {name: content[name] for name in used}

@@ -10,7 +10,6 @@ from lightning_acc.judge.agreement import truth_for
 from lightning_acc.record.record import Record
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.selection import groups as by_value
-from lightning_acc.show.tracking.panels import singles
 
 FEWEST, MOST = 2, 50
 """Values of a column that makes groups: with more, as of a text or a measured number, it names single samples."""
@@ -27,7 +26,7 @@ def groups(run: Record, tables: dict[str, Scores], name: str) -> Any | None:
     far off.
     """
     table = tables[name]
-    scores, info = singles(table), run.sample_info()
+    scores, info = table.by_sample(), run.sample_info()
     if info is None or not scores:
         return None
     order = sorted(scores, key=lambda sample: scores[sample])

@@ -23,11 +23,6 @@ CLEANED = ("accuracy", "loss", "gain")
 """Quantities of a cleaning table, each with its interval ``_low`` to ``_high``."""
 
 
-def singles(table: Scores) -> dict[int, float]:
-    """Scores of the removals of one sample, by sample."""
-    return {removal[0]: score for removal, score in table.by_removal().items() if len(removal) == 1}
-
-
 class Pictures:
     """Views of samples as W&B shows them, each picture encoded once."""
 
@@ -91,7 +86,7 @@ def verdict(name: str, table: Scores | ScoreMatrix) -> dict[str, Any]:
 
 def gallery(table: Scores, views: SampleViews) -> list[Any]:
     """Captioned pictures of the most harmful samples."""
-    scores = singles(table)
+    scores = table.by_sample()
     found = []
     for sample in sorted(scores, key=lambda sample: scores[sample])[:GALLERY]:
         view = views[sample]
@@ -119,7 +114,7 @@ def detection(tables: dict[str, Scores], corrupted: np.ndarray) -> Any | None:
     """Share of corrupted samples among the k most harmful, one line per table and one for chance."""
     lines: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {}
     for name, table in tables.items():
-        scores = singles(table)
+        scores = table.by_sample()
         if scores:
             precision = detection_precision(np.array(list(scores.values())), corrupted[list(scores)])
             at = _thinned(len(precision))
