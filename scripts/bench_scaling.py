@@ -152,29 +152,29 @@ def _peak() -> float:
     return size / 2**30 if sys.platform == "darwin" else size / 2**20
 
 
-def row(fresh: Pool, folder: Path, problem: Problem, synthetic: bool) -> list[str]:
+def row(fresh: Pool, folder: Path, problem: Problem, methods: list[str], synthetic: bool) -> list[str]:
     """A line of the table: every figure from a process of its own."""
     path, small = str(folder / f"{problem.n}-{problem.width}"), str(folder / "small")
     fresh.apply(record, (path, problem, synthetic))
     plain, p = fresh.apply(training, (path, problem))
     cells = [f"{problem.name:<10} {problem.n:>7,} {p:>11,} {plain:>8.1f} s"]
-    for method in METHODS:
+    for method in methods:
         seconds, gigabytes = fresh.apply(measured, (path, small, problem, method))
         cells.append(f"{seconds / plain:>7.2f} {gigabytes:>6.2f}")
     return cells
 
 
-def main(problems: list[Problem], synthetic: bool) -> None:
+def main(problems: list[Problem], methods: list[str], synthetic: bool) -> None:
     """Measure, and print line by line."""
     # Forked from one that has done nothing but import: fresh, and quick to start.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     print(f"{'synthetic images' if synthetic else 'MNIST'}; of each method plain trainings ({SOME} removals of")
     print(f"{' and '.join(EACH)}: each), and GB that it adds")
-    print(f"{'model':<10} {'n':>7} {'p':>11} {'training':>10}" + "".join(f" {method:>15}" for method in METHODS), flush=True)
+    print(f"{'model':<10} {'n':>7} {'p':>11} {'training':>10}" + "".join(f" {method:>15}" for method in methods), flush=True)
     with tempfile.TemporaryDirectory() as folder, context.Pool(1, maxtasksperchild=1) as fresh:
         fresh.apply(record, (str(Path(folder) / "small"), Problem(2 * SOME, 2), True))
-        show = partial(row, fresh, Path(folder), synthetic=synthetic)
+        show = partial(row, fresh, Path(folder), methods=methods, synthetic=synthetic)
         for problem in problems:
             print("  ".join(show(problem)), flush=True)
         fresh.close()
@@ -187,11 +187,12 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, nargs="*", default=list(N), help="numbers of samples")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), help="of the hidden layer, which make p")
     parser.add_argument("--posts", type=int, default=POSTS, help="that MiniLM is fine-tuned on; 0: not at all")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="some of them")
     given = parser.parse_args()
     if given.quick:
-        main([Problem(64, 8), Problem(256, 8), Problem(64, 2)], synthetic=True)
+        main([Problem(64, 8), Problem(256, 8), Problem(64, 2)], given.methods, synthetic=True)
     else:
         of_n = [Problem(n, WIDTHS[1]) for n in given.n]
         of_p = [Problem(N[0], width) for width in given.widths]
         posts = [Problem(given.posts, None)] if given.posts else []
-        main(list(dict.fromkeys([*of_n, *of_p, *posts])), synthetic="LIGHTNING_ACC_DATA" not in os.environ)
+        main(list(dict.fromkeys([*of_n, *of_p, *posts])), given.methods, synthetic="LIGHTNING_ACC_DATA" not in os.environ)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import N, make, record
@@ -14,11 +15,15 @@ from lightning_acc.core import replay as replays
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import Update
 from lightning_acc.core.optimizers import update as updates
+from lightning_acc.core.queries import moments
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
 from lightning_acc.methods import sweeps
+from lightning_acc.methods.memory import IN_TURN, TRAINING
+from lightning_acc.methods.method import Question
 from lightning_acc.methods.rules import LeaveOneOut
+from lightning_acc.methods.swept import RETRAINING
 
 SINGLES = [(i,) for i in range(N)]
 SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -93,10 +98,10 @@ def test_one_by_one_a_late_start_changes_no_bit(
     for t in range(len(replay)):
         carry = rule.advance(replay.step(t), carry, chunk)
     theta, from_the_start = rule.finish(carry)
-    found = sweeps.forward(replay, LeaveOneOut(), SINGLES)
-    assert torch.equal(found.theta, theta)
-    assert torch.equal(found.shifts, from_the_start)
-    assert found.shifts.abs().sum(1).min() > 0
+    for found in (sweeps.forward(replay, LeaveOneOut(), SINGLES), sweeps.in_turn(replay, SINGLES)):
+        assert torch.equal(found.theta, theta)
+        assert torch.equal(found.shifts, from_the_start)
+        assert found.shifts.abs().sum(1).min() > 0
 
 
 @pytest.mark.parametrize(("module", "options"), SETTINGS)
@@ -138,6 +143,45 @@ def test_what_no_step_has_seen_is_not_taken_along(tmp_path: Path, monkeypatch: p
     for t in range(7):
         gone = {i for earlier in range(t) for i in run.steps[earlier].sample_ids.tolist()}
         assert {i for i in range(N) if seen[t][i].any()} == gone
+
+
+def test_in_turn_each_goes_from_where_it_is_seen_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run is taken once for all of them, in the memory of two states."""
+    run = record(tmp_path / "run", make(hidden=4, optimizer={"class": "AdamW", "lr": 0.01}), max_epochs=1, batch_size=4)
+    one_by_one(monkeypatch)
+    taken = {1: 0}
+    advance = Step.advance
+
+    def counted(step: Step, states: Any, weights: torch.Tensor) -> None:
+        taken[len(weights)] += 1
+        advance(step, states, weights)
+
+    monkeypatch.setattr(Step, "advance", counted)
+    told: list[float] = []
+    question = Question(run.query("val"), moments.find(run, "end"), "exact", True, 2**30)
+    found = RETRAINING.answer(Replay(run), [*SINGLES, (0, 20)], question, told.append)
+    first = {i: t for t in reversed(range(6)) for i in run.steps[t].sample_ids.tolist()}
+    assert taken == {1: 6 + 4 * (6 + 5 + 4 + 3 + 2 + 1) + 6 - min(first[0], first[20])}
+    assert told == sorted(told)
+    assert len(told) == taken[1]
+    assert found.shifts is not None
+    assert found.shifts.abs().sum(-1).min() > 0
+    replay = Replay(run)
+    state, each, beside = 3 * replay.initial[0].nbytes, replay.initial[0].nbytes, IN_TURN.step(replay)
+    assert RETRAINING.copies_for(replay, question.moments).chunk(replay, 10) == 2 * state + 10 * each + beside
+    assert RETRAINING.copies_for(replay, moments.find(run, [3, 6])) is TRAINING
+
+
+@pytest.mark.parametrize("at", ["end", 4, "along:3"])
+def test_in_turn_and_together_score_alike_wherever_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str | int
+) -> None:
+    run = record(tmp_path / "run", make(hidden=4, optimizer={"class": "AdamW", "lr": 0.01}), max_epochs=1, batch_size=4)
+    together = la.score(run, "loo", at=at, ray_address=None, save=False).values
+    one_by_one(monkeypatch)
+    np.testing.assert_allclose(
+        la.score(run, "loo", at=at, ray_address=None, save=False).values, together, rtol=1e-8, atol=1e-12
+    )
 
 
 def test_in_float32_differences_are_free_of_round_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_how_many_are_checked_is_as_asked(recorded: la.Run) -> None:
 
 def test_without_the_time_nothing_is_said(recorded: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(checks, "price", lambda *_: checks.Price(1000.0, 10))
+    monkeypatch.setattr(checks, "price", lambda *_: checks.Price(300.0, 70.0, 10))
     verdict = score(recorded, save=False).verdict
     assert verdict.word == "unchecked"
     assert "ask for it with check=18" in verdict.reason

@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 LARGEST_CHUNK = 512
 """More removals at a time gain no speed; smaller chunks stay in the processor's caches."""
+MOST_IN_TURN = 16
+"""Of those that are taken one after another: the training that they share is little beside so many, and no more is lost with a
+worker that dies."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,15 @@ class Copies:
         activations: copies of what autograd keeps for the batch, for each of these.
         tangents: further such vectors, for each tensor of the state.
         beside: states that a chunk carries beside those of its removals.
+        in_turn: whether a removal is taken to the last step before the next one is, so that its parameters there are all that
+            is held of it.
     """
 
     vectors: int
     activations: int
     tangents: int = 0
     beside: int = 0
+    in_turn: bool = False
 
     def step(self, replay: Replay) -> int:
         """Bytes for each state that is worked on."""
@@ -47,16 +53,21 @@ class Copies:
 
     def carried(self, replay: Replay, removals: int, kept: int = 0) -> int:
         """Bytes that a chunk holds from step to step and, at the steps asked about, for its shifts, of which ``kept`` stay."""
-        return int((removals + self.beside) * (len(replay.initial) + 2 + kept) * replay.initial[0].nbytes)
+        vector, state = replay.initial[0].nbytes, len(replay.initial)
+        if self.in_turn:
+            return int((removals * (1 + kept) + (1 + self.beside) * state) * vector)
+        return int((removals + self.beside) * (state + 2 + kept) * vector)
 
     def chunk(self, replay: Replay, removals: int, kept: int = 0) -> int:
         """Bytes of a chunk at the peak of a step."""
-        together = min(removals + self.beside, replay.states_at_once)
+        together = 1 if self.in_turn else min(removals + self.beside, replay.states_at_once)
         return self.carried(replay, removals, kept) + together * self.step(replay)
 
 
 TRAINING = Copies(4, 3, beside=1)
 """A training among others, beside which the undisturbed one goes along."""
+IN_TURN = Copies(4, 3, beside=1, in_turn=True)
+"""One training after another, from where the undisturbed one is."""
 
 
 def chunk_size(replay: Replay, name: str, copies: Copies, memory: int, kept: int = 0) -> int:
@@ -72,7 +83,8 @@ def chunk_size(replay: Replay, name: str, copies: Copies, memory: int, kept: int
             f"One removal of {name} needs about {needed / 2**30:.2f} GB on this run, more than the budget of "
             f"{memory / 2**30:.2f} GB: give memory_gb={1.1 * needed / 2**30:.2g} or more."
         )
-    return bisect.bisect_right(range(LARGEST_CHUNK), memory, lo=1, key=lambda n: copies.chunk(replay, n + 1, kept))
+    most = MOST_IN_TURN if copies.in_turn else LARGEST_CHUNK
+    return bisect.bisect_right(range(most), memory, lo=1, key=lambda n: copies.chunk(replay, n + 1, kept))
 
 
 def chunks(removals: Sequence[Removal], size: int) -> list[list[Removal]]:

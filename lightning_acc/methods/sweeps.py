@@ -9,8 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from lightning_acc.core.audit import confirm
+from lightning_acc.core.optimizers import State
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
+from lightning_acc.core.step import Step
 from lightning_acc.core.tape import Tape
 from lightning_acc.methods.method import Question
 from lightning_acc.methods.reading import Slopes
@@ -87,6 +89,57 @@ def forward(
     if rule.bend is not None:
         bend[order] = rule.bend
     return Shifted(theta, shifts, bend)
+
+
+def in_turn(
+    replay: Replay,
+    removals: Sequence[Removal],
+    progress: Progress = lambda _: None,
+    reading: Callable[[int, Tensor, Tensor], None] = lambda t, theta, shifts: None,
+) -> Shifted:
+    """Retrain without n removals, one after another, in the memory of two states and of what is read.
+
+    To the last bit what ``forward`` does by ``LeaveOneOut``, where that works on states one by one.
+
+    The run is taken once. Where it comes to the step that first sees a removal, a copy of its state goes on from there to the
+    end without that.
+
+    Args:
+        replay: of the run.
+        removals: n removals.
+        progress: told the fraction done.
+        reading: told the run's parameters (p,) and the shifts (n, p) at the end.
+    """
+    visits, total = first_visits(replay, removals), len(replay)
+    done, work = 0, total + sum(total - first for first in visits)
+    run = tuple(part.clone()[None] for part in replay.initial)
+    checked = run[0][0].clone()
+    shifts = checked.new_zeros(len(removals), len(checked))
+
+    def went(step: Step, state: State, weights: Tensor) -> None:
+        nonlocal done
+        step.advance(state, weights)
+        done += 1
+        progress(done / work)
+
+    for t in range(total):
+        for i in (i for i, first in enumerate(visits) if first == t):
+            without, removed = tuple(part.clone() for part in run), Removals([removals[i]])
+            for later in range(t, total):
+                step = replay.step(later)
+                went(step, without, step.weights_without(removed))
+            shifts[i] = without[0][0]
+        step = replay.step(t)
+        went(step, run, step.weights[None])
+        if t + 1 == replay.checked_at:
+            checked = run[0][0].clone()
+    confirm(replay, checked)
+    theta = run[0][0]
+    for i, first in enumerate(visits):
+        if first < total:  # of one that no step has seen it is 0 by definition, not up to round-off
+            shifts[i] -= theta
+    reading(total, theta, shifts)
+    return Shifted(theta, shifts, theta.new_zeros(len(removals)))
 
 
 def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Progress = lambda _: None) -> Tensor:

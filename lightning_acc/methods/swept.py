@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import memory, sweeps
-from lightning_acc.methods.memory import TRAINING, Copies
+from lightning_acc.methods.memory import IN_TURN, TRAINING, Copies
 from lightning_acc.methods.method import Answer, Method, Question
 from lightning_acc.methods.reading import Reading
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
@@ -75,7 +77,8 @@ class Swept(Method):
         if self._back(question) is not None:
             return [list(removals)]
         kept = question.moments.readings if question.keep_shifts or question.moments.average else 0
-        size = memory.chunk_size(replay, self.name, self.copies, question.memory, kept) if removals else 1
+        copies = self.copies_for(replay, question.moments)
+        size = memory.chunk_size(replay, self.name, copies, question.memory, kept) if removals else 1
         return memory.chunks(removals, size)
 
     def blocks(
@@ -87,6 +90,15 @@ class Swept(Method):
             return super().blocks(replay, removals, examples, question)
         size = memory.adjoints_at_once(replay, self.name, question.memory)
         return [(list(removals), part) for part in memory.even_pieces(examples, size)]
+
+    def copies_for(self, replay: Replay, moments: Moments) -> Copies:
+        """What a removal needs in memory, read at these steps.
+
+        States so long that they are worked on one by one go to the end in turn, where they are read only there.
+        """
+        if self.is_truth and replay.states_at_once == 1 and len(moments.steps) == 1:
+            return IN_TURN
+        return self.copies
 
     def least_bytes(self, replay: Replay, each: bool = False) -> int:
         """Of a chunk of one; or of one example, where adjoints go back."""
@@ -103,9 +115,11 @@ class Swept(Method):
             per_sample = sweeps.reverse(replay, back(), question, progress).cpu()
             return Answer(torch.stack([per_sample[..., list(removal)].sum(-1) for removal in removals]))
         reading = Reading(replay, question)
-        _, _, bend = sweeps.forward(
-            replay, self.forward(), removals, lambda done: progress(0.95 * done), reading, question.moments.weights
-        )
+        told = partial(_all_but_reading, progress)
+        if self.copies_for(replay, question.moments).in_turn:
+            bend = sweeps.in_turn(replay, removals, told, reading).bend
+        else:
+            bend = sweeps.forward(replay, self.forward(), removals, told, reading, question.moments.weights).bend
         scores = reading.scores
         assert scores is not None
         finite = scores.isfinite()
@@ -118,6 +132,10 @@ class Swept(Method):
 
     def _back(self, question: Question) -> type[AdjointSgdIe] | None:
         return self.reverse if question.readout == "linear" and not question.keep_shifts else None
+
+
+def _all_but_reading(progress: Callable[[float], None], done: float) -> None:
+    progress(0.95 * done)
 
 
 RETRAINING = Swept("loo", LeaveOneOut, TRAINING, is_truth=True)

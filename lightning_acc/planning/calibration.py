@@ -20,7 +20,7 @@ import torch
 
 from lightning_acc.core.devices import CPU, wait_for
 from lightning_acc.core.queries import Query
-from lightning_acc.core.queries.moments import Moments
+from lightning_acc.core.queries.moments import END, Moments, find
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.memory import chunks
@@ -82,7 +82,8 @@ class Calibration:
         device: torch.device = CPU,
     ) -> None:
         self.query, self.memory = query, memory
-        self.readings, until = (1, None) if moments is None else (moments.readings, moments.last)
+        self.moments = find(run, END) if moments is None else moments
+        self.readings, until = self.moments.readings, self.moments.last
         self.cpu = self.wall = 0.0
         self._device = device
         Replay(run, dtype, device=device)  # imports what the module needs, once and for all

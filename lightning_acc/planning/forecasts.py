@@ -49,18 +49,21 @@ class Forward(Forecast):
 
     def __init__(self, calibration: Calibration, method: Swept) -> None:
         super().__init__(calibration)
-        self.method = method
+        self.method, self.copies = method, method.copies_for(calibration.replay, calibration.moments)
 
     def cost(self) -> Cost:
         """Seconds, measured."""
-        c, replay, method = self.c, self.replay, self.method
-        largest = memory.chunk_size(replay, method.name, method.copies, c.memory)
+        c, replay = self.c, self.replay
+        largest = memory.chunk_size(replay, self.method.name, self.copies, c.memory)
         n, total = len(c.visited), len(replay)
         if not n:
             return Cost(c.load, self.taken_once() + c.scan, 0.0, largest)
         size = max(map(len, memory.chunks(c.visited, largest)))
-        a, slope, m = c.line(partial(self._step, c.largest_step), size, total * -(-n // size))
-        scale = c.each_step(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
+        if self.copies.in_turn:  # the run itself and each removal take the same steps
+            scale, a, slope = c.each_step(lambda t: c.seconds(lambda: replay.step(t)(replay.initial))), 1.0, 1.0
+        else:
+            a, slope, m = c.line(partial(self._step, c.largest_step), size, total * -(-n // size))
+            scale = c.each_step(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
 
         theta = replay.initial[0]
         rows = memory.query_rows(replay, c.query, c.memory)
@@ -80,7 +83,7 @@ class Forward(Forecast):
 
     def bytes(self, removals: int) -> int:
         """Bytes a chunk adds."""
-        return memory.chunk_bytes(self.replay, self.method.copies, self.c.query, self.c.memory, removals)
+        return memory.chunk_bytes(self.replay, self.copies, self.c.query, self.c.memory, removals)
 
 
 class Back(Forecast):

@@ -16,12 +16,14 @@ from torch import nn
 from lightning_acc import arguments
 from lightning_acc.core.devices import wait_for
 from lightning_acc.core.process import as_scored
+from lightning_acc.core.queries import moments
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import InfluenceError, RequestError
-from lightning_acc.methods.memory import TRAINING, chunk_size
+from lightning_acc.methods.memory import chunk_size
 from lightning_acc.methods.registry import TRUTH
 from lightning_acc.methods.rules import LeaveOneOut
+from lightning_acc.methods.swept import RETRAINING
 from lightning_acc.progress import duration
 from lightning_acc.scoring.scores import Scores
 from lightning_acc.scoring.trust.verdict import FAITHFUL, FEWEST, Verdict, judge, judge_each, unchecked
@@ -64,22 +66,30 @@ class Price:
     """What retraining costs here, from a few timed steps.
 
     Attributes:
-        chunk: seconds of one chunk of retrainings.
-        size: how many these are.
+        shared: seconds of what the retrainings of a chunk share.
+        each: seconds of each besides.
+        size: how many are a chunk.
     """
 
-    chunk: float
+    shared: float
+    each: float
     size: int
 
     def seconds(self, n: int) -> float:
         """Seconds of n retrainings."""
-        return self.chunk * math.ceil(n / self.size) if n > self.size else self.chunk * (0.3 + 0.7 * n / self.size)
+        return self.shared * math.ceil(n / self.size) + self.each * n
+
+
+SHARED = 0.3
+"""What of a chunk of trainings that are taken together they share."""
 
 
 def price(replay: Replay, memory: int, n: int) -> Price:
     """The price of n retrainings in this process, from the largest step and one in the middle, timed once each."""
-    size = max(1, min(n, sum(SIZES[0]), chunk_size(replay, TRUTH, TRAINING, memory)))
-    total, rule, chunk = len(replay), LeaveOneOut(), Removals([(i % replay.run.n_samples,) for i in range(size)])
+    copies = RETRAINING.copies_for(replay, moments.find(replay.run, len(replay)))
+    size = max(1, min(n, sum(SIZES[0]), chunk_size(replay, TRUTH, copies, memory)))
+    together = 0 if copies.in_turn else size  # beside the run itself
+    total, rule, chunk = len(replay), LeaveOneOut(), Removals([(i % replay.run.n_samples,) for i in range(together)])
     sizes = [len(step.sample_ids) for step in replay.records]
     with as_scored(replay.threads):
         carry = rule.init(replay.initial, chunk)
@@ -91,7 +101,10 @@ def price(replay: Replay, memory: int, n: int) -> Price:
             rule.advance(step, carry, chunk)
         wait_for(replay.device)
         each = (time.perf_counter() - started) / sum(len(step.sample_ids) for step in steps)
-    return Price(each * sum(sizes), size)
+    seconds = each * sum(sizes)
+    if copies.in_turn:
+        return Price(seconds, seconds, size)
+    return Price(SHARED * seconds, (1 - SHARED) * seconds / size, size)
 
 
 def large(removals: Sequence[Removal], n_samples: int) -> list[Removal]:
@@ -163,7 +176,7 @@ def check_scores(
     count = (0, 0) if few else _affordable(check, n, cost, budget)
     random, extremes = draw(scores, count)
     wanted = list(dict.fromkeys([*random, *extremes, *groups, *most_harmful]))
-    left = int((budget - cost.seconds(len(wanted))) / max(cost.chunk / cost.size, 1e-9))
+    left = int((budget - cost.seconds(len(wanted))) / max(cost.each, 1e-9))
     diverged = _diverged(scores)
     wanted += [removal for removal in diverged if removal not in set(wanted)][: max(0, left)]
     try:
