@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_acc.core.losses.tracing import quiet
-from lightning_acc.core.optimizers import State
+from lightning_acc.core.optimizers import Hyperparameters, State, Update
+from lightning_acc.core.optimizers.update import BLOCK, clipped
 from lightning_acc.core.process import is_out_of_memory
 
 
@@ -20,11 +21,13 @@ class Pulled:
     Attributes:
         adjoint: ``lambda_t = (dF/ds)^T lambda_{t+1}``, a state.
         gamma: ``gamma_t = (dU/dG)^T lambda_{t+1}``, (..., p).
+        curvature: ``(dG/dtheta)^T gamma_t``, the part of the adjoint that has come through the gradient, (..., p).
         slopes: ``(dG/dw)^T gamma_t``, which is ``<g_i, gamma_t>`` of each occurrence, (..., B).
     """
 
     adjoint: State
     gamma: Tensor
+    curvature: Tensor
     slopes: Tensor
 
 
@@ -47,6 +50,61 @@ class Removed:
             return torch.zeros_like(shifts)
         (curved,) = torch.autograd.grad(self._graph, self._thetas, shifts, retain_graph=True, materialize_grads=True)
         return curved
+
+
+def pulled_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], adjoints: Sequence[Tensor], at_once: int) -> list[Tensor]:
+    """``adjoints`` of the outputs through a graph to its inputs, once; rows of them (n, ...) through one graph, ``at_once`` of
+    them together where vmap can."""
+    alike = [(output, adjoint) for output, adjoint in zip(outputs, adjoints, strict=True) if output.requires_grad]
+    outputs, adjoints = [output for output, _ in alike], tuple(adjoint for _, adjoint in alike)
+
+    def pull(cotangents: State, batched: bool, again: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            outputs, inputs, cotangents, is_grads_batched=batched, retain_graph=again, materialize_grads=True
+        )
+
+    if adjoints[0].ndim == outputs[0].ndim:
+        return list(pull(adjoints, False, False))
+    return each_row(pull, adjoints, at_once)
+
+
+def through_the_update(
+    update: Update, state: State, gradient: Tensor, groups: list[Hyperparameters], adjoint: State, at_once: int
+) -> tuple[State, Tensor]:
+    """``(dU/ds)^T`` and ``(dU/dG)^T`` of an adjoint (..., p) of the state after an update of ``state`` by ``gradient``, (p,).
+
+    In blocks of numbers, where the rule goes number by number, so that what autograd keeps is never as large as the state.
+    """
+    back, gamma = tuple(map(torch.empty_like, adjoint)), torch.empty_like(adjoint[0])
+    found = (*back, gamma)
+    places: list[slice] = []
+    outputs: list[Tensor] = []
+    inputs: list[Tensor] = []
+
+    def pull() -> None:
+        pulled = iter(pulled_back(outputs, inputs, [part[..., place] for place in places for part in adjoint], at_once))
+        for place in places:
+            for part in found:
+                part[..., place] = next(pulled)
+        outputs.clear()
+        inputs.clear()
+        places.clear()
+
+    whole = gradient.detach().requires_grad_()
+    limited = clipped(list(whole.split(update.layout.sizes)), groups)
+    for place, block, piece, h in update.blocks(state, [piece.detach() for piece in limited], groups):
+        leaves = [part.detach().requires_grad_() for part in (*block, piece)]
+        outputs += update.one(tuple(leaves[:-1]), leaves[-1], h)
+        inputs += leaves
+        places.append(place)
+        if sum(place.stop - place.start for place in places) >= BLOCK:
+            pull()
+    if places:
+        pull()
+    if groups[0]["gradient_clip_val"]:
+        pieces = gamma.split(update.layout.sizes, -1)
+        (gamma,) = pulled_back(limited, [whole], pieces, at_once)
+    return back, gamma
 
 
 def each_row(pull: Callable[[State, bool, bool], tuple[Tensor, ...]], adjoints: State, at_once: int) -> list[Tensor]:

@@ -21,7 +21,7 @@ from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
-from lightning_acc.core.products import Pulled, Removed, each_row, products
+from lightning_acc.core.products import Pulled, Removed, products, pulled_back, through_the_update
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.stand_in import place_in
 from lightning_acc.record import batches
@@ -85,12 +85,12 @@ class Step:
         self._place = place_in(groups[0])
         self.states_at_once = states_at_once if objective.vectorised else 1
         self._own_rows = own_rows
-        self._update = update
+        self.optimizer = update
         update.check(groups)
 
     def update(self, state: State, gradient: Tensor) -> State:
         """U_t: the state after the update; all tensors (..., p)."""
-        return self._update(state, gradient, self.groups)
+        return self.optimizer(state, gradient, self.groups)
 
     def __call__(self, state: State) -> State:
         """F_t(s, w) with the recorded weights; all tensors (p,)."""
@@ -118,11 +118,11 @@ class Step:
         gradients = torch.autograd.grad(self._loss(named, weights), list(named.values()), materialize_grads=True)
         if self.scale != 1:
             gradients = tuple(gradient * (1 / self.scale) for gradient in gradients)
-        self._update.in_place(state, [gradient.reshape(-1) for gradient in gradients], self.groups)
+        self.optimizer.in_place(state, [gradient.reshape(-1) for gradient in gradients], self.groups)
 
     def write(self, states: State, gradients: Tensor) -> None:
         """U_t, written over ``states``; all tensors (..., p)."""
-        self._update.in_place(states, gradients.split(self.objective.layout.sizes, -1), self.groups)
+        self.optimizer.in_place(states, gradients.split(self.objective.layout.sizes, -1), self.groups)
 
     def gradient(self, theta: Tensor) -> Tensor:
         """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
@@ -145,7 +145,7 @@ class Step:
 
     def response(self) -> tuple[Tensor, Tensor]:
         """What the update makes of a change of one number, where it is affine: see ``Update.response``."""
-        return self._update.response(self.groups)
+        return self.optimizer.response(self.groups)
 
     def losses(self, theta: Parameters) -> Tensor:
         """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
@@ -279,17 +279,7 @@ class Point:
 
         Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can.
         """
-        state = (self._leaf, *(slot.detach().requires_grad_() for slot in self.state[1:]))
-        out = self.step.update(state, self._graph)
-        inputs = (*state, self._weights, self._graph)
-
-        def pull(cotangents: State, batched: bool, again: bool) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(
-                out, inputs, cotangents, is_grads_batched=batched, retain_graph=again, materialize_grads=True
-            )
-
-        if adjoint[0].ndim == 1:
-            *back, slopes, gamma = pull(adjoint, False, False)
-        else:
-            *back, slopes, gamma = each_row(pull, adjoint, self.step.rows_at_once)
-        return Pulled(tuple(back), gamma, slopes)
+        step, at_once = self.step, self.step.rows_at_once
+        (unmoved, *slots), gamma = through_the_update(step.optimizer, self.state, self.gradient, step.groups, adjoint, at_once)
+        curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], at_once)
+        return Pulled((unmoved.add_(curvature), *slots), gamma, curvature, slopes)

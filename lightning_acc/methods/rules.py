@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_acc.core.losses.tracing import quiet
 from lightning_acc.core.optimizers import State
+from lightning_acc.core.products import Pulled
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.step import Point, Step
 
@@ -230,7 +231,7 @@ class AdjointSgdIe:
         """One step back, of the adjoint (..., p) and the scores (..., n_samples)."""
         adjoint, scores = carry
         pulled = point.pullback(adjoint)
-        self.see(point, pulled.gamma, pulled.slopes)
+        self.see(point, pulled)
         scores.index_add_(-1, point.step.sample_ids.to(scores.device), -point.step.weights * pulled.slopes)
         return (pulled.adjoint if self.propagates else adjoint), scores
 
@@ -239,8 +240,8 @@ class AdjointSgdIe:
         (adjoint, *slots), scores = carry
         return (adjoint + query_gradient, *slots), scores
 
-    def see(self, point: Point, gamma: Tensor, slopes: Tensor) -> None:
-        """Told ``gamma_t`` (p,) and ``<g_i, gamma_t>`` of the step's occurrences (B,), for those who keep some of it."""
+    def see(self, point: Point, pulled: Pulled) -> None:
+        """Told what the step made of the adjoint, for those who keep some of it."""
 
 
 class AdjointTracIn(AdjointSgdIe):

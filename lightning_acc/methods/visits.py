@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_acc.core.products import Pulled
 from lightning_acc.core.step import Point
 from lightning_acc.methods.rules import AdjointSgdIe
 
@@ -29,12 +30,13 @@ class AdjointVisits(AdjointSgdIe):
         self.visits: list[tuple[int, Tensor, Tensor]] = []
         self._n_samples, self._step = n_samples, n_steps
 
-    def see(self, point: Point, gamma: Tensor, slopes: Tensor) -> None:
+    def see(self, point: Point, pulled: Pulled) -> None:
         """One step back."""
         self._step -= 1
         self.watch(self._step, point.state[0])
         ids = point.step.sample_ids
         seen = self.samples[torch.isin(self.samples, ids)]
         if len(seen):
-            terms = gamma.new_zeros(self._n_samples).index_add_(0, ids.to(gamma.device), -point.step.weights * slopes).cpu()
+            terms = -point.step.weights * pulled.slopes
+            terms = terms.new_zeros(self._n_samples).index_add_(0, ids.to(terms.device), terms).cpu()
             self.visits.append((self._step, seen, terms[seen]))

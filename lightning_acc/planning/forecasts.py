@@ -214,14 +214,9 @@ class DefectPass(Forecast):
             return Cost(c.load, ahead + c.scan, 0.0, None)
         gradient, rule = c.query.gradient(replay.objective, start[0]), AdjointSgdIe()
         carry = rule.init(gradient, start, replay.run.n_samples)
-
-        def back(t: int) -> Tensor:
-            point = replay.step(t).at(start)
-            rule.advance(point, carry)
-            return defect.through_the_update(point, carry[0])
-
         shared = c.readings * c.seconds(lambda: c.query.gradient(replay.objective, start[0]))
-        shared += (1 + tape.taken_again(replay, c.memory)) * ahead + c.over_the_run(lambda t: c.seconds(lambda: back(t)))
+        back = c.over_the_run(lambda t: c.seconds(lambda: rule.advance(replay.step(t).at(start), carry)))
+        shared += (1 + tape.taken_again(replay, c.memory)) * ahead + back
         at_once = budget.removals_at_once(prices.bytes_by_the_update(replay), c.memory)
         piece = budget.piece_by_the_update(replay, c.memory)
         followed = n if self.method.most is None else min(n, self.method.most)

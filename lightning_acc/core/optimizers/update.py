@@ -75,27 +75,39 @@ class Update:
 
     def __call__(self, state: State, gradient: Tensor, groups: list[Hyperparameters]) -> State:
         """The state after the update; all tensors (..., p)."""
-        pieces = self._by_parameter(state, gradient.split(self.layout.sizes, -1), groups)
-        updated = [self._one(piece, g, h) for h, g, piece in pieces]
+        pieces = self._by_parameter(state, clipped(list(gradient.split(self.layout.sizes, -1)), groups), groups)
+        updated = [self.one(piece, g, h) for h, g, piece in pieces]
         return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
 
     def in_place(self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]) -> None:
         """The same, to the last bit, written over ``state`` (..., p), by the parameters' gradients (..., p_k)."""
+        for _, block, gradient, h in self.blocks(state, clipped(list(gradients), groups), groups):
+            self._write(block, gradient, h)
+
+    def blocks(
+        self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]
+    ) -> Iterator[tuple[slice, State, Tensor, Hyperparameters]]:
+        """What can be updated by itself and stays in the processor's caches, given gradients (..., p_k) that are clipped.
+
+        Of each its place in the flat parameters, views of its state and gradient, and what is ``given`` of its parameter.
+        """
+        first = 0
         for h, gradient, pieces in self._by_parameter(state, gradients, groups):
             length = gradient.shape[-1]
             rows = max(1, gradient.numel() // max(1, length))
             size = max(BLOCK // rows, 1024) if self.rule.by_number else max(1, length)
             for g, *block in zip(*(part.split(size, -1) for part in (gradient, *pieces)), strict=True):
-                self._write(tuple(block), g, h)
+                yield slice(first, first + g.shape[-1]), tuple(block), g, h
+                first += g.shape[-1]
 
     def _by_parameter(
         self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]
     ) -> Iterator[tuple[Hyperparameters, Tensor, State]]:
-        """What the rule is given of each parameter: hyper-parameters, its gradient as it is clipped, and views of its state."""
+        """What the rule is given of each parameter: hyper-parameters, its gradient, clipped before, and views of its state."""
         # Parameter by parameter and not in one sweep: vectorised kernels round the last few elements of a tensor
         # differently, so that the bits depend on where a tensor ends.
         pieces = (part.split(self.layout.sizes, -1) for part in state)
-        for h, g, *piece in zip(self.given(groups), clipped(list(gradients), groups), *pieces, strict=True):
+        for h, g, *piece in zip(self.given(groups), gradients, *pieces, strict=True):
             yield h, g, tuple(piece)
 
     def given(self, groups: list[Hyperparameters]) -> list[Hyperparameters]:
@@ -129,7 +141,7 @@ class Update:
             self._write(state, gradient, h)
 
     def _write(self, state: State, gradient: Tensor, h: Hyperparameters) -> None:
-        updated = self._one(state, gradient, h)
+        updated = self.one(state, gradient, h)
         if not self.rule.by_number:  # what it hands back may be what it was given, in another place
             updated = tuple(part.clone() for part in updated)
         for part, new in zip(state, updated, strict=True):
@@ -161,7 +173,7 @@ class Update:
                 raise RunError(f"The hyper-parameters {h} need {used} slots, but the record has {self.slots}: {remedy}.")
         self._usable = lasting
 
-    def _one(self, state: State, gradient: Tensor, h: Hyperparameters) -> State:
+    def one(self, state: State, gradient: Tensor, h: Hyperparameters) -> State:
         """The state of one parameter after the update; slots that only others use stay as they are."""
         used = 1 + len(self.rule.slots(h))
         return *self.rule.update(state[:used], gradient, h), *state[used:]
@@ -170,7 +182,7 @@ class Update:
         """Whether a parameter without a gradient, and with empty slots, would move all the same, as by weight decay."""
         _, shape = self.layout.shapes[parameter]
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        moved = self._one((one, *(zero for _ in range(self.slots))), zero, _of_one_number(h, len(shape)))
+        moved = self.one((one, *(zero for _ in range(self.slots))), zero, _of_one_number(h, len(shape)))
         return not torch.equal(moved[0], one)
 
     def response(self, groups: list[Hyperparameters]) -> tuple[Tensor, Tensor]:

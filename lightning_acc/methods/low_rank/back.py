@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
+from lightning_acc.core.products import Pulled
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
@@ -60,10 +61,10 @@ class AdjointGammas(AdjointSgdIe):
         self.gammas = gammas
         self._t = len(gammas)
 
-    def see(self, point: Point, gamma: Tensor, slopes: Tensor) -> None:
+    def see(self, point: Point, pulled: Pulled) -> None:
         """One step back."""
         self._t -= 1
-        self.gammas[self._t] = gamma
+        self.gammas[self._t] = pulled.gamma
 
 
 def scratch_bytes(replay: Replay, vectors: int | None = None) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.optimizers import RULES, State, clipped
+from lightning_acc.core.products import Pulled
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
@@ -157,17 +158,14 @@ class AdjointDefect(AdjointSgdIe):
         self.final = carry[0]
         return carry
 
-    def advance(self, point: Point, carry: tuple[State, Tensor]) -> tuple[State, Tensor]:
-        """One step back, of the adjoint (p,) and the scores (n_samples,)."""
-        unmoved = through_the_update(point, carry[0])
-        adjoint, scores = super().advance(point, carry)
+    def see(self, point: Point, pulled: Pulled) -> None:
+        """One step back."""
         self._t -= 1
-        self.curvatures[self._t] = adjoint[0] - unmoved
+        self.curvatures[self._t] = pulled.curvature
         self.gradients[self._t] = point.gradient
         if self._t in self._place:
-            for row, part in zip(self.at(self._t), adjoint, strict=True):
+            for row, part in zip(self.at(self._t), pulled.adjoint, strict=True):
                 row.copy_(part)
-        return adjoint, scores
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
         """The query is read here, too: its gradient (p,) joins the adjoint (p,), and what is kept of the step."""
@@ -175,15 +173,6 @@ class AdjointDefect(AdjointSgdIe):
         if self._t in self._place:
             self.at(self._t)[0].add_(query_gradient)
         return super().read_again(carry, query_gradient)
-
-
-def through_the_update(point: Point, adjoint: State) -> Tensor:
-    """``(dU/dtheta)^T adjoint`` at the step's own gradient, which stays as it is, (p,)."""
-    theta = point.state[0].detach().requires_grad_()
-    after = point.step.update((theta, *point.state[1:]), point.gradient)
-    moved = [(part, by) for part, by in zip(after, adjoint, strict=True) if part.requires_grad]
-    (pulled,) = torch.autograd.grad([part for part, _ in moved], theta, [by for _, by in moved], materialize_grads=True)
-    return pulled
 
 
 class UpdateAlone:
