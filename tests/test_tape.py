@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from problems import make, record
 
 import lightning_acc as la
+from lightning_acc.core import tape as tapes
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.tape import Tape, held, taken, taken_again
+from lightning_acc.core.tape import Tape, filed, held, taken, taken_again
+from lightning_acc.methods.memory import of_the_tape
 
 
 @cache
@@ -48,29 +55,72 @@ class Numbers:
         return take
 
 
+@pytest.mark.parametrize("on_disk", [0, 1, 5, 100])
 @pytest.mark.parametrize("states", [0, 1, 2, 3, 4, 7, 30, 100])
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 12, 33, 60])
-def test_every_step_is_visited_once_backwards_within_the_budget(length: int, states: int) -> None:
+def test_every_step_is_visited_once_backwards_within_the_budget(length: int, states: int, on_disk: int) -> None:
     replay: Any = Numbers(length)
-    tape, visited = Tape(replay, 8 * states), []
+    tape, visited = Tape(replay, 8 * states, disk=8 * on_disk), []
     assert tape.final.item() == replay.steps == length
     most = max(min(2, length), min(states, length))
     assert held(replay, 8 * states) == most
+    assert filed(replay, 8 * states, 8 * on_disk) == min(on_disk, length - most)
     for _, state in tape.backwards():
         visited.append(int(state[0].item()))
-        assert len(tape._kept) + 1 <= most or len(tape._kept) == visited[-1] == 0
+        assert tape._kept.in_memory + 1 <= most or len(tape._kept) == visited[-1] == 0
+        assert len(tape._kept) + 1 <= most + on_disk
     assert visited == list(reversed(range(length)))
-    again = taken(length, max(1, most - 1)) - (length - 1)
+    again = taken(length, max(1, min(length, most + on_disk) - 1)) - (length - 1)
+    assert again == 0 or most + on_disk < length
     assert replay.steps == length + again
-    assert taken_again(replay, 8 * states) * length == pytest.approx(again)
-    assert not tape._kept
+    assert taken_again(replay, 8 * states, 8 * on_disk) * length == pytest.approx(again)
+    assert not len(tape._kept)
 
 
+@pytest.mark.parametrize("room", [0, None])
 @pytest.mark.parametrize("states", [2, 3, 5])
-def test_scores_do_not_depend_on_the_budget(tmp_path: Path, states: int) -> None:
+def test_scores_do_not_depend_on_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: int, room: int | None
+) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer={"momentum": 0.9}))
     whole = la.score(run, "sgd-ie", ray_address=None, check=0, save=False).values
-    budget = states * 2 * run.n_parameters * 8 / 2**30
-    assert taken_again(Replay(run), round(budget * 2**30)) > 0
-    tight = la.score(run, "sgd-ie", ray_address=None, check=0, save=False, memory_gb=budget).values
+    if room is not None:
+        monkeypatch.setattr(tapes, "room", lambda: room)
+    replay = Replay(run)
+    budget = states * 2 * run.n_parameters * 8
+    assert (taken_again(replay, budget) > 0) == (room == 0)
+    assert (filed(replay, budget) > 0) == (room is None)
+    memory = budget + (2**30 - of_the_tape(replay, 2**30))
+    assert of_the_tape(replay, memory) == budget
+    tight = la.score(run, "sgd-ie", ray_address=None, check=0, save=False, memory_gb=memory / 2**30).values
     assert tight.tolist() == whole.tolist()
+
+
+def test_a_disk_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.RawIOBase):
+        def seek(self, *_: int) -> int:
+            return 0
+
+        def write(self, _: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(la.RequestError, match=r"does not take the states of a sweep back \(No space left on device\)"):
+        Tape(cast(Any, Numbers(9)), 16, disk=1000)
+
+
+def test_a_quarter_of_what_is_free_is_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 8 * 3 + 1 if path == str(folder) else 0))
+    replay: Any = Numbers(9)
+    assert filed(replay, 16) == 3
+    tape = Tape(replay, 16)
+    descriptor = tape._kept._file.fileno()  # type: ignore[union-attr]
+    assert os.fstat(descriptor).st_size == 8 * 3
+    del tape
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(descriptor)
+    assert not list(folder.iterdir())

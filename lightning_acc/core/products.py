@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.losses.tracing import quiet
-from lightning_acc.core.optimizers import Hyperparameters, State, Update
-from lightning_acc.core.optimizers.update import BLOCK, clipped
+from lightning_acc.core.optimizers import Hyperparameters, State, Update, clipped, through_clipping
+from lightning_acc.core.optimizers.update import BLOCK
 from lightning_acc.core.process import is_out_of_memory
 
 
@@ -70,13 +70,13 @@ def pulled_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], adjoints: S
 
 def through_the_update(
     update: Update, state: State, gradient: Tensor, groups: list[Hyperparameters], adjoint: State, at_once: int
-) -> tuple[State, Tensor]:
-    """``(dU/ds)^T`` and ``(dU/dG)^T`` of an adjoint (..., p) of the state after an update of ``state`` by ``gradient``, (p,).
+) -> Tensor:
+    """An adjoint (..., p) of the state after an update of ``state`` by ``gradient``, (p,): written over it ``(dU/ds)^T`` of it;
+    returns ``(dU/dG)^T`` of it, (..., p).
 
     In blocks of numbers, where the rule goes number by number, so that what autograd keeps is never as large as the state.
     """
-    back, gamma = tuple(map(torch.empty_like, adjoint)), torch.empty_like(adjoint[0])
-    found = (*back, gamma)
+    gamma = torch.empty_like(adjoint[0])
     places: list[slice] = []
     outputs: list[Tensor] = []
     inputs: list[Tensor] = []
@@ -84,15 +84,14 @@ def through_the_update(
     def pull() -> None:
         pulled = iter(pulled_back(outputs, inputs, [part[..., place] for place in places for part in adjoint], at_once))
         for place in places:
-            for part in found:
+            for part in (*adjoint, gamma):
                 part[..., place] = next(pulled)
+        places.clear()
         outputs.clear()
         inputs.clear()
-        places.clear()
 
-    whole = gradient.detach().requires_grad_()
-    limited = clipped(list(whole.split(update.layout.sizes)), groups)
-    for place, block, piece, h in update.blocks(state, [piece.detach() for piece in limited], groups):
+    pieces = gradient.split(update.layout.sizes)
+    for place, block, piece, h in update.blocks(state, clipped(list(pieces), groups), groups):
         leaves = [part.detach().requires_grad_() for part in (*block, piece)]
         outputs += update.one(tuple(leaves[:-1]), leaves[-1], h)
         inputs += leaves
@@ -101,10 +100,8 @@ def through_the_update(
             pull()
     if places:
         pull()
-    if groups[0]["gradient_clip_val"]:
-        pieces = gamma.split(update.layout.sizes, -1)
-        (gamma,) = pulled_back(limited, [whole], pieces, at_once)
-    return back, gamma
+    through_clipping(pieces, groups, gamma)
+    return gamma
 
 
 def each_row(pull: Callable[[State, bool, bool], tuple[Tensor, ...]], adjoints: State, at_once: int) -> list[Tensor]:

@@ -275,11 +275,12 @@ class Point:
         return self.step.removed(self._leaf.detach(), removals, curved)
 
     def pullback(self, adjoint: State) -> Pulled:
-        """``adjoint``, of the state after the step, through F: through the update, and from its gradient through G.
+        """``adjoint``, of the state after the step, through F, written over it: through U, and from its gradient through G.
 
         Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can.
         """
         step, at_once = self.step, self.step.rows_at_once
-        (unmoved, *slots), gamma = through_the_update(step.optimizer, self.state, self.gradient, step.groups, adjoint, at_once)
+        gamma = through_the_update(step.optimizer, self.state, self.gradient, step.groups, adjoint, at_once)
         curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], at_once)
-        return Pulled((unmoved.add_(curvature), *slots), gamma, curvature, slopes)
+        adjoint[0].add_(curvature)
+        return Pulled(adjoint, gamma, curvature, slopes)

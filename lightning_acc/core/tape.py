@@ -1,7 +1,8 @@
-"""The states of a replay for a sweep back through its steps, within any budget: binomial checkpointing.
+"""The states of a replay for a sweep back through its steps, within any budget: in memory, on disk, by binomial checkpointing.
 
-Where the T states do not fit, some are kept and the others computed again, from the nearest one before. With c kept states, and
-the one that is on its way, a stretch of l steps is gone back through after
+What memory does not hold goes to a temporary file, the earliest states first, as they are come back to last. Where the T states
+do not fit there either, some are kept and the others computed again, from the nearest one before. With c kept states, and the
+one that is on its way, a stretch of l steps is gone back through after
 
     taken(l, c) = r l - beta(c + 1, r - 1)      steps forward,      beta(c, r) = (c + r choose c),
 
@@ -11,14 +12,20 @@ the one that is on its way, a stretch of l steps is gone back through after
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
+from io import FileIO
 from math import comb
 
+import torch
 from torch import Tensor
 
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
+from lightning_acc.errors import RequestError
 
 
 def _repeats(length: int, kept: int) -> int:
@@ -47,14 +54,111 @@ def _places(first: int, last: int, kept: int) -> list[int]:
 
 
 def held(replay: Replay, memory: int) -> int:
-    """How many states a ``Tape`` of ``memory`` bytes holds while it is gone back through: two at least, and not more than T."""
-    return max(min(2, len(replay)), min(len(replay), memory // max(1, sum(part.nbytes for part in replay.initial))))
+    """How many states a ``Tape`` of ``memory`` bytes holds in memory while it is gone back through: two at least, and not more
+    than T."""
+    return max(min(2, len(replay)), min(len(replay), memory // max(1, _bytes(replay.initial))))
 
 
-def taken_again(replay: Replay, memory: int) -> float:
+def filed(replay: Replay, memory: int, disk: int | None = None) -> int:
+    """How many further states it keeps in a temporary file of at most ``disk`` bytes; None: of ``room()``."""
+    fit = (room() if disk is None else disk) // max(1, _bytes(replay.initial))
+    return max(0, min(len(replay) - held(replay, memory), fit))
+
+
+def room() -> int:
+    """Bytes of a temporary file that leaves others room: a quarter of what is free."""
+    return shutil.disk_usage(tempfile.gettempdir()).free // 4
+
+
+def taken_again(replay: Replay, memory: int, disk: int | None = None) -> float:
     """Of a sweep back: the steps that are taken a second time, or more often, as a share of all steps."""
     total = len(replay)
-    return (taken(total, max(1, held(replay, memory) - 1)) - (total - 1)) / total if total else 0.0
+    return (taken(total, _kept(replay, memory, disk)) - (total - 1)) / total if total else 0.0
+
+
+def _kept(replay: Replay, memory: int, disk: int | None) -> int:
+    """How many states are kept, beside the one that is on its way."""
+    return max(1, held(replay, memory) - 1 + filed(replay, memory, disk))
+
+
+def _bytes(state: State) -> int:
+    return sum(part.nbytes for part in state)
+
+
+class _Stack:
+    """States by the steps they are before, the last of them in memory, the others in a file.
+
+    Args:
+        most: so many in memory, one at least.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = max(1, most)
+        self._states: list[tuple[int, State]] = []
+        self._steps: list[int] = []  # of those in the file
+        self._file: FileIO | None = None
+
+    def __len__(self) -> int:
+        return len(self._steps) + len(self._states)
+
+    @property
+    def in_memory(self) -> int:
+        """How many."""
+        return len(self._states)
+
+    @property
+    def last(self) -> int:
+        """The step that the last of them is before."""
+        return self._states[-1][0] if self._states else self._steps[-1]
+
+    def push(self, t: int, state: State) -> None:
+        """One more, later than all."""
+        if len(self._states) == self._most:
+            self._write(*self._states.pop(0))
+        self._states.append((t, state))
+
+    def top(self, like: State) -> State:
+        """The last of them, on the device of ``like``; it is in memory from now on, and in the file no more."""
+        if not self._states:
+            self._states.append((self._steps.pop(), self._read(like)))
+        return self._states[-1][1]
+
+    def pop(self, like: State) -> State:
+        """The last of them, taken off."""
+        state = self.top(like)
+        self._states.pop()
+        return state
+
+    def _write(self, t: int, state: State) -> None:
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="lightning_acc-", buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
+            self._file.seek(len(self._steps) * _bytes(state))
+            for part in state:
+                _whole(self._file.write, part.cpu())
+        except OSError as error:
+            raise RequestError(
+                f"{tempfile.gettempdir()} does not take the states of a sweep back ({error.strerror}): free some of it, name "
+                "another folder in TMPDIR, or give more memory_gb."
+            ) from error
+        self._steps.append(t)
+
+    def _read(self, like: State) -> State:
+        """Of the record behind the last that the file counts."""
+        assert self._file is not None
+        self._file.seek(len(self._steps) * _bytes(like))
+        state = tuple(torch.empty_like(part, device="cpu") for part in like)
+        for part in state:
+            _whole(self._file.readinto, part)
+        return tuple(part.to(there.device) for part, there in zip(state, like, strict=True))
+
+
+def _whole(move: Callable[[memoryview], int], part: Tensor) -> None:
+    """``move``, of a file, over all bytes of ``part`` (p,): the system moves no more than 2 GB at once."""
+    left = part.contiguous().numpy().data.cast("B")
+    while left:
+        left = left[move(left) :]
 
 
 class Tape:
@@ -62,15 +166,26 @@ class Tape:
 
     ``seen`` is told the parameters (p,) after each number of steps, from 0, on the way forward.
 
+    Args:
+        replay: of the run.
+        memory: bytes of the states in memory; two of them are there whatever it is.
+        disk: bytes of those in a temporary file; None: of ``room()``.
+
     Attributes:
         final: the parameters (p,) after the last step.
         checked: the parameters (p,) at the step ``replay.checked_at``.
     """
 
-    def __init__(self, replay: Replay, memory: int, seen: Callable[[int, Tensor], object] = lambda t, theta: None) -> None:
+    def __init__(
+        self,
+        replay: Replay,
+        memory: int,
+        seen: Callable[[int, Tensor], object] = lambda t, theta: None,
+        disk: int | None = None,
+    ) -> None:
         self._replay = replay
-        self._most = max(1, held(replay, memory) - 1)
-        self._kept: list[tuple[int, State]] = []
+        self._most = _kept(replay, memory, disk)
+        self._kept = _Stack(held(replay, memory) - 1)
         state = self._last = replay.initial
         self.checked = state[0]
         seen(0, state[0])
@@ -78,7 +193,7 @@ class Tape:
         for t in range(len(replay)):
             self._last = state
             if t in places:
-                self._kept.append((t, state))
+                self._kept.push(t, state)
             state = replay.step(t)(state)
             seen(t + 1, state[0])
             if t + 1 == replay.checked_at:
@@ -87,21 +202,21 @@ class Tape:
 
     def backwards(self) -> Iterator[tuple[Step, State]]:
         """The steps from the last to the first, each with the state before it; can be gone through once."""
-        state = self._last
+        state, like = self._last, self._replay.initial
         del self._last
         for t in reversed(range(len(self._replay))):
-            if self._kept[-1][0] == t:
-                state = self._kept.pop()[1]
+            if self._kept.last == t:
+                state = self._kept.pop(like)
             elif t < len(self._replay) - 1:
                 state = self._taken_to(t)
             yield self._replay.step(t), state
 
     def _taken_to(self, t: int) -> State:
         """The state before step ``t``, from the last that is kept; others are kept on the way there."""
-        first, state = self._kept[-1]
+        first, state = self._kept.last, self._kept.top(self._replay.initial)
         places = set(_places(first, t + 1, self._most - len(self._kept) + 1))
         for earlier in range(first, t):
             state = self._replay.step(earlier)(state)
             if earlier + 1 in places and earlier + 1 < t:
-                self._kept.append((earlier + 1, state))
+                self._kept.push(earlier + 1, state)
         return state

@@ -151,8 +151,25 @@ def chunk_bytes(replay: Replay, copies: Copies, query: Query, memory: int, remov
     return max(copies.chunk(replay, removals), carried + readout)
 
 
-def reverse_bytes(replay: Replay, copies: Copies, memory: int) -> int:
-    """Bytes a reverse sweep adds at its peak: the states it keeps, one step, and a number for every sample."""
+def of_the_tape(replay: Replay, memory: int, each: bool = False) -> int:
+    """Bytes for the states of a sweep back within ``memory``, of which its steps have the rest; ``each``: the adjoints of many
+    examples, which have half of it."""
+    return memory // 2 if each else max(0, memory - _step_back(replay))
+
+
+def filed_bytes(replay: Replay, memory: int) -> int:
+    """Bytes of the temporary file of a sweep back within ``memory``."""
+    return tape.filed(replay, of_the_tape(replay, memory)) * sum(part.nbytes for part in replay.initial)
+
+
+def _step_back(replay: Replay) -> int:
+    """Bytes of a step back: the adjoint before and after it, six vectors on the way, and what autograd keeps to differentiate
+    twice."""
+    return (2 * len(replay.initial) + 6) * replay.initial[0].nbytes + 8 * replay.activation_bytes
+
+
+def reverse_bytes(replay: Replay, memory: int) -> int:
+    """Bytes a reverse sweep adds at its peak: the states it holds, one step, and a number for every sample."""
     state = sum(part.nbytes for part in replay.initial)
     numbers = replay.run.n_samples * replay.initial[0].element_size()
-    return tape.held(replay, memory) * state + copies.step(replay) + numbers
+    return tape.held(replay, of_the_tape(replay, memory)) * state + _step_back(replay) + numbers

@@ -155,8 +155,8 @@ class Method(ABC):
         """Without which not even one removal can be asked about; ``each``: about one example of the query."""
         return 0
 
-    def scratch_bytes(self, replay: Replay) -> int:
-        """Of the temporary files of a piece."""
+    def scratch_bytes(self, replay: Replay, memory: int) -> int:
+        """Of the temporary files of a piece, which has so much ``memory`` in bytes."""
         return 0
 
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:

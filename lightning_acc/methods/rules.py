@@ -224,21 +224,21 @@ class AdjointSgdIe:
 
     def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
         """The adjoint after the last step, (..., p), and the scores collected so far, (..., n_samples)."""
-        adjoint = (query_gradient, *(torch.zeros_like(query_gradient) for _ in state[1:]))
+        adjoint = (query_gradient.clone(), *(torch.zeros_like(query_gradient) for _ in state[1:]))
         return adjoint, query_gradient.new_zeros(*query_gradient.shape[:-1], n_samples)
 
     def advance(self, point: Point, carry: tuple[State, Tensor]) -> tuple[State, Tensor]:
-        """One step back, of the adjoint (..., p) and the scores (..., n_samples)."""
+        """One step back, of the adjoint (..., p) and the scores (..., n_samples), in place."""
         adjoint, scores = carry
-        pulled = point.pullback(adjoint)
+        pulled = point.pullback(adjoint if self.propagates else tuple(part.clone() for part in adjoint))
         self.see(point, pulled)
         scores.index_add_(-1, point.step.sample_ids.to(scores.device), -point.step.weights * pulled.slopes)
-        return (pulled.adjoint if self.propagates else adjoint), scores
+        return carry
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
         """The query is read here, too: its gradient (..., p) joins the adjoint (..., p)."""
-        (adjoint, *slots), scores = carry
-        return (adjoint + query_gradient, *slots), scores
+        carry[0][0].add_(query_gradient)
+        return carry
 
     def see(self, point: Point, pulled: Pulled) -> None:
         """Told what the step made of the adjoint, for those who keep some of it."""

@@ -14,6 +14,7 @@ from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
 from lightning_acc.core.tape import Tape
+from lightning_acc.methods.memory import of_the_tape
 from lightning_acc.methods.method import Question
 from lightning_acc.methods.reading import Slopes
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
@@ -147,9 +148,8 @@ def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Pr
 
     Where each example of the query is asked about, (examples, n_samples), from their adjoints side by side.
     """
-    # The adjoints of many examples have the other half.
     slopes = Slopes(replay, question)
-    tape = Tape(replay, question.memory // 2 if question.each else question.memory, slopes.see)
+    tape = Tape(replay, of_the_tape(replay, question.memory, question.each), slopes.see)
     confirm(replay, tape.checked)
     progress(0.25)
     carry = rule.init(slopes(len(replay), tape.final), replay.initial, replay.run.n_samples)

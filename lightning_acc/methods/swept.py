@@ -13,7 +13,7 @@ from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import memory, sweeps
-from lightning_acc.methods.memory import IN_TURN, TRAINING, Copies
+from lightning_acc.methods.memory import IN_TURN, TRAINING, Copies, filed_bytes
 from lightning_acc.methods.method import Answer, Method, Question
 from lightning_acc.methods.reading import Reading
 from lightning_acc.methods.rules import AdjointSgdIe, ForwardRule, LeaveOneOut
@@ -105,6 +105,10 @@ class Swept(Method):
         if self.reverse is None:
             return self.copies.chunk(replay, 1)
         return memory.example_bytes(replay) if each else 0
+
+    def scratch_bytes(self, replay: Replay, memory: int) -> int:
+        """Of the states of a sweep back."""
+        return 0 if self.reverse is None else filed_bytes(replay, memory)
 
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]

@@ -92,7 +92,7 @@ class Back(Forecast):
     def __init__(self, calibration: Calibration, method: Swept) -> None:
         super().__init__(calibration)
         assert method.reverse is not None
-        self.rule, self.copies = method.reverse(), method.copies
+        self.rule = method.reverse()
 
     def cost(self) -> Cost:
         """Seconds, measured."""
@@ -103,12 +103,12 @@ class Back(Forecast):
         query = c.seconds(lambda: c.query.gradient(replay.objective, replay.initial[0]))
         few = c.visited[:100]
         picked = c.seconds(lambda: [carry[1][list(removal)].sum() for removal in few]) / max(1, len(few))
-        ahead = (1 + tape.taken_again(replay, c.memory)) * self.taken_once()
+        ahead = (1 + tape.taken_again(replay, memory.of_the_tape(replay, c.memory))) * self.taken_once()
         return Cost(c.load, ahead + back + c.readings * query, picked, None)
 
     def bytes(self, removals: int) -> int:
         """Bytes the sweep adds."""
-        return memory.reverse_bytes(self.replay, self.copies, self.c.memory)
+        return memory.reverse_bytes(self.replay, self.c.memory)
 
 
 class LowRankPass(Forecast):
@@ -125,9 +125,10 @@ class LowRankPass(Forecast):
         n, ahead, theta = len(c.visited), self.taken_once(), replay.initial[0]
         if not n:
             return Cost(c.load, ahead + c.scan, 0.0, None)
-        back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).pullback(replay.initial)))
+        some = tuple(part.clone() for part in replay.initial)
+        back = c.over_the_run(lambda t: c.seconds(lambda: replay.step(t).at(replay.initial).pullback(some)))
         # Beside the sweep back, the run is taken forward twice: for its states, then with the shifts.
-        shared = (2 + tape.taken_again(replay, c.memory)) * ahead + back
+        shared = (2 + tape.taken_again(replay, memory.of_the_tape(replay, c.memory))) * ahead + back
         seconds, read, size = self._screened() if self.screens else self._tracked()
         thetas = theta.expand(min(read, 8, memory.query_rows(replay, c.query, c.memory)), -1)
         each = c.seconds(lambda: c.query.values(replay.objective, thetas)) / len(thetas)
@@ -196,7 +197,7 @@ class LowRankPass(Forecast):
             forward = (3 * followed + 2 * modelled) * state + 3 * screened.DIRECTIONS * bool(modelled) * vector
         else:
             forward = 4 * self.directions * vector + at_a_step + each * removals
-        return max(tape.held(replay, allowed) * state + at_a_step, forward)
+        return max(tape.held(replay, memory.of_the_tape(replay, allowed)) * state + at_a_step, forward)
 
 
 class DefectPass(Forecast):
@@ -216,7 +217,7 @@ class DefectPass(Forecast):
         carry = rule.init(gradient, start, replay.run.n_samples)
         shared = c.readings * c.seconds(lambda: c.query.gradient(replay.objective, start[0]))
         back = c.over_the_run(lambda t: c.seconds(lambda: rule.advance(replay.step(t).at(start), carry)))
-        shared += (1 + tape.taken_again(replay, c.memory)) * ahead + back
+        shared += (1 + tape.taken_again(replay, memory.of_the_tape(replay, c.memory))) * ahead + back
         at_once = budget.removals_at_once(prices.bytes_by_the_update(replay), c.memory)
         piece = budget.piece_by_the_update(replay, c.memory)
         followed = n if self.method.most is None else min(n, self.method.most)
@@ -243,7 +244,7 @@ class DefectPass(Forecast):
         each, at_a_step = needed = prices.bytes_by_the_update(replay)
         followed = removals if self.method.most is None else min(removals, self.method.most)
         together = min(followed, budget.removals_at_once(needed, allowed))
-        states = tape.held(replay, allowed) * sum(part.nbytes for part in replay.initial)
+        states = tape.held(replay, memory.of_the_tape(replay, allowed)) * sum(part.nbytes for part in replay.initial)
         return at_a_step + max(states, each * together)
 
 

@@ -180,6 +180,7 @@ def plan(
     n = len(distinct)
     costs: dict[str, Cost] = {}
     peaks: dict[str, int] = {}
+    scratch: dict[str, int] = {}
     reasons: list[str] = []
     with as_scored(), Progress("plan", 1 + len(METHODS), progress) as bar:
         calibration = Calibration(run, query, dtype, devices.budget(memory_gb, place), distinct, when, place)
@@ -187,12 +188,14 @@ def plan(
             bar.update(i, 1.0)
             try:
                 method.check(calibration.replay)
-                least = least_bytes(method.settled(calibration.replay, keep_shifts=False), calibration.replay)
+                settled = method.settled(calibration.replay, keep_shifts=False)
+                least = least_bytes(settled, calibration.replay)
                 calibration.memory = devices.budget(memory_gb, place, least)
                 expected = forecast(method, calibration)
                 cost = expected.cost()
                 peaks[method.name] = expected.bytes(max(cost.chunks(n), default=0))
                 costs[method.name] = cost
+                scratch[method.name] = settled.scratch_bytes(calibration.replay, calibration.memory)
             except (RequestError, NotImplementedError) as error:
                 reasons.append(f"{method.name} cannot be computed on this run ({str(error).splitlines()[0]}).")
     ray, threads = sys.modules.get("ray"), calibration.replay.threads
@@ -211,7 +214,7 @@ def plan(
         readout = settled.default_readout(keep_shifts=False)
         row: dict[str, Any] = {"method": name, "readout": readout, "n": n, "disk_gb": disk / 2**30}
         if name in costs:
-            row["disk_gb"] += settled.scratch_bytes(calibration.replay) / 2**30
+            row["disk_gb"] += scratch[name] / 2**30
             cost = costs[name]
             count = len(cost.chunks(n))
             base = min(resident, WORKER_BYTES + _run_bytes(run)) if resources.farmed_out(count) else resident

@@ -5,9 +5,10 @@ momentum buffer, for Adam its two moments). The functions repeat torch.optim's a
 replay is bit-exact.
 """
 
+from lightning_acc.core.optimizers.clipping import clipped, through_clipping
 from lightning_acc.core.optimizers.known import NO_FUNCTION, RULES, register_optimizer
 from lightning_acc.core.optimizers.rule import Hyperparameters, Numbers, OptimizerRule, State
-from lightning_acc.core.optimizers.update import Update, clipped
+from lightning_acc.core.optimizers.update import Update
 
 __all__ = [
     "NO_FUNCTION",
@@ -19,4 +20,5 @@ __all__ = [
     "Update",
     "clipped",
     "register_optimizer",
+    "through_clipping",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.objective import ParameterLayout
+from lightning_acc.core.optimizers.clipping import clipped
 from lightning_acc.core.optimizers.known import RULES
 from lightning_acc.core.optimizers.rule import Hyperparameters, State
 from lightning_acc.errors import RequestError, RunError
@@ -19,18 +20,6 @@ COUNTS = ("step", "global_step", "current_epoch")
 """What is another number in every step, or epoch, whatever the optimizer."""
 BLOCK = 2**16
 """Numbers that are updated together in place: what is made on the way stays in the processor's caches."""
-
-
-def clipped(gradient: list[Tensor], groups: list[Hyperparameters]) -> list[Tensor]:
-    """Lightning's gradient clipping, of the parameters' gradients (..., p_k): by their joint norm, or each number by value."""
-    value = groups[0]["gradient_clip_val"]
-    if not value:
-        return gradient
-    if groups[0]["gradient_clip_algorithm"] == "value":
-        return [piece.clamp(-value, value) for piece in gradient]
-    norms = torch.stack([torch.linalg.vector_norm(piece, dim=-1) for piece in gradient], -1)
-    factor = torch.clamp(value / (torch.linalg.vector_norm(norms, dim=-1, keepdim=True) + 1e-6), max=1.0)
-    return [piece * factor for piece in gradient]
 
 
 def _typed(h: Hyperparameters) -> Hyperparameters:

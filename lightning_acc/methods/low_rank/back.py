@@ -21,6 +21,7 @@ from lightning_acc.core.step import Point, Step
 from lightning_acc.core.tape import Tape
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.memory import of_the_tape
 from lightning_acc.methods.method import Question
 from lightning_acc.methods.reading import Slopes
 from lightning_acc.methods.rules import AdjointSgdIe
@@ -106,7 +107,7 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
     total = len(replay)
     with scratch(replay) as gammas:
         slopes = Slopes(replay, question)
-        tape = Tape(replay, question.memory, slopes.see)
+        tape = Tape(replay, of_the_tape(replay, question.memory), slopes.see)
         progress(0.25)
         final = tape.final
         confirm(replay, tape.checked)

@@ -155,7 +155,7 @@ class AdjointDefect(AdjointSgdIe):
     def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
         """The adjoint after the last step, (p,), and the scores, (n_samples,), none yet."""
         carry = super().init(query_gradient, state, n_samples)
-        self.final = carry[0]
+        self.final = tuple(part.clone() for part in carry[0])
         return carry
 
     def see(self, point: Point, pulled: Pulled) -> None:

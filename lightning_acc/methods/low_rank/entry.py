@@ -26,7 +26,7 @@ from lightning_acc.methods.low_rank.defect import defect, has_a_defect, vectors_
 from lightning_acc.methods.low_rank.prices import Prices, bytes_by_the_update, bytes_needed
 from lightning_acc.methods.low_rank.screened import screened
 from lightning_acc.methods.low_rank.tracked import LEFT_TO_CONTRACT, LEFT_TOO_MUCH, duration, tracked
-from lightning_acc.methods.memory import even_pieces
+from lightning_acc.methods.memory import even_pieces, filed_bytes
 from lightning_acc.methods.method import Answer, Question, one_by_one
 from lightning_acc.methods.swept import RETRAINING, refuse_without_derivative
 
@@ -110,9 +110,11 @@ class LowRank(Chosen):
             return RETRAINING.least_bytes(replay, each)
         return sum((bytes_by_the_update if self.form == DEFECT else bytes_needed)(replay))
 
-    def scratch_bytes(self, replay: Replay) -> int:
+    def scratch_bytes(self, replay: Replay, memory: int) -> int:
         """Of the sweep back."""
-        return 0 if self.form == RETRAINED else scratch_bytes(replay, vectors_kept(replay) if self.form == DEFECT else None)
+        if self.form == RETRAINED:
+            return 0
+        return scratch_bytes(replay, vectors_kept(replay) if self.form == DEFECT else None) + filed_bytes(replay, memory)
 
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
