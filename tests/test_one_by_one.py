@@ -11,6 +11,7 @@ import torch
 from problems import N, make, record
 
 import lightning_acc as la
+from lightning_acc.core import products
 from lightning_acc.core import replay as replays
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import Update
@@ -72,6 +73,36 @@ def test_an_update_in_place_is_the_update_to_the_last_bit(
     expected = update(tuple(state), gradient, groups)
     update.in_place(tuple(state), gradient.split(update.layout.sizes, -1), groups)
     assert all(torch.equal(part, other) for part, other in zip(state, expected, strict=True))
+
+
+@pytest.mark.parametrize("clipping", [(None, "norm"), (0.5, "norm"), (1e6, "norm"), (0.7, "value")])
+@pytest.mark.parametrize("rows", [(), (3,)])
+@pytest.mark.parametrize("block", [1, 7, 2**16])
+@pytest.mark.parametrize(("optimizer", "slots"), [("SGD", 1), ("AdamW", 2), ("Muon", 1)])
+def test_an_adjoint_goes_through_the_update_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    slots: int,
+    block: int,
+    rows: tuple[int, ...],
+    clipping: tuple[float | None, str],
+) -> None:
+    """As autograd takes it through the whole of it."""
+    monkeypatch.setattr(updates, "BLOCK", block)
+    monkeypatch.setattr(products, "BLOCK", block)
+    update = Update(optimizer, ParameterLayout([("a", [3, 5]), ("b", [4, 600])]), [0, 0], slots)
+    generator = torch.Generator().manual_seed(0)
+    *state, gradient = torch.randn(2 + slots, 2415, generator=generator, dtype=torch.float64)
+    state[-1] = state[-1].abs()
+    adjoint = tuple(torch.randn(*rows, 2415, generator=generator, dtype=torch.float64) for _ in state)
+    how = {"gradient_clip_val": clipping[0], "gradient_clip_algorithm": clipping[1]}
+    groups = [{**GROUPS[optimizer], "step": 3, **how}]
+    inputs = [part.clone().requires_grad_() for part in (*state, gradient)]
+    after = update(tuple(inputs[:-1]), inputs[-1], groups)
+    expected = torch.autograd.grad(after, inputs, adjoint, is_grads_batched=bool(rows))
+    gamma = products.through_the_update(update, tuple(state), gradient, groups, adjoint, 2)
+    for found, there in zip((*adjoint, gamma), expected, strict=True):
+        torch.testing.assert_close(found, there, rtol=1e-10, atol=1e-13)
 
 
 def test_a_rule_may_hand_back_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
