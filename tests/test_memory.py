@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +134,32 @@ def test_a_temporary_file_that_has_no_room_is_named_before_anything_is_computed(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=scratch - 1))
     with pytest.raises(la.RequestError, match=rf"each of the {run.n_steps} steps, .* in a temporary file, but .* TMPDIR"):
         la.score(run, "acc-low-rank", ray_address=None, check=0)
+
+
+KEEPING = """
+import contextlib, torch
+
+def after_using(size):
+    torch.ones(size // 4)
+    return process.resident_bytes()
+
+size = 2**28
+sizes = [after_using(size)]
+with contextlib.suppress(KeyError), process.as_scored(), process.as_recorded({"threads": 1}):
+    sizes += [after_using(size)]
+    raise KeyError
+sizes += [after_using(size)]
+with process.as_scored():
+    with process.as_scored():
+        after_using(size)
+    sizes += [process.resident_bytes()]
+sizes += [process.resident_bytes()]
+print([round((one - sizes[0]) / size) for one in sizes])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory in their own ways")
+def test_memory_is_kept_while_scores_are_computed_and_given_back_after() -> None:
+    """Also where that goes wrong, and one within the other; in a process whose threads have met no shortage."""
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "[0, 1, 0, 1, 0]"
