@@ -138,6 +138,7 @@ def test_a_temporary_file_that_has_no_room_is_named_before_anything_is_computed(
 
 KEEPING = """
 import contextlib, torch
+from lightning_acc.core import process
 
 def after_using(size):
     torch.ones(size // 4)
