@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -96,17 +96,24 @@ def test_scores_do_not_depend_on_the_budget(
     assert tight.tolist() == whole.tolist()
 
 
-def test_a_disk_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(io.RawIOBase):
-        def seek(self, *_: int) -> int:
-            return 0
+@pytest.mark.parametrize("fit", [0, 1, 5, 100])
+def test_a_disk_that_others_fill_costs_steps_and_no_state(monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
+    class Filling(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() >= 8 * fit:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
 
-        def write(self, _: Any) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    with pytest.raises(la.RequestError, match=r"does not take the states of a sweep back \(No space left on device\)"):
-        Tape(cast(Any, Numbers(9)), 16, disk=1000)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Filling())
+    replay: Any = Numbers(33)
+    tape, visited = Tape(replay, 8 * 4, disk=8 * 29), []
+    for _, state in tape.backwards():
+        visited.append(int(state[0].item()))
+        assert tape._kept.in_memory <= 3
+        assert len(tape._kept) <= 3 + fit
+    assert visited == list(reversed(range(33)))
+    assert (replay.steps == 33) == (fit >= 29)
+    assert replay.steps <= 33 + taken(33 - fit, 3)
 
 
 def test_a_quarter_of_what_is_free_is_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,6 @@ from torch import Tensor
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
-from lightning_acc.errors import RequestError
 
 
 def _repeats(length: int, kept: int) -> int:
@@ -88,15 +87,21 @@ def _bytes(state: State) -> int:
 class _Stack:
     """States by the steps they are before, the last of them in memory, the others in a file.
 
+    Where the file takes no more, as others fill the disk, what would have gone there is kept no longer.
+
     Args:
-        most: so many in memory, one at least.
+        in_memory: how many, one at least.
+        most: how many in all.
+        first: the state before the first step, which is there without being kept.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = max(1, most)
+    def __init__(self, in_memory: int, most: int, first: State) -> None:
+        self._in_memory = max(1, in_memory)
+        self.most, self._first = most, first
         self._states: list[tuple[int, State]] = []
         self._steps: list[int] = []  # of those in the file
         self._file: FileIO | None = None
+        self._full = False
 
     def __len__(self) -> int:
         return len(self._steps) + len(self._states)
@@ -109,23 +114,25 @@ class _Stack:
     @property
     def last(self) -> int:
         """The step that the last of them is before."""
-        return self._states[-1][0] if self._states else self._steps[-1]
+        return self._states[-1][0] if self._states else self._steps[-1] if self._steps else 0
 
     def push(self, t: int, state: State) -> None:
         """One more, later than all."""
-        if len(self._states) == self._most:
-            self._write(*self._states.pop(0))
+        if len(self._states) == self._in_memory:
+            earliest = self._states.pop(0)
+            if not self._full:
+                self._write(*earliest)
         self._states.append((t, state))
 
-    def top(self, like: State) -> State:
-        """The last of them, on the device of ``like``; it is in memory from now on, and in the file no more."""
+    def top(self) -> State:
+        """The last of them; it is in memory from now on, and in the file no more."""
         if not self._states:
-            self._states.append((self._steps.pop(), self._read(like)))
+            self._states.append((self._steps.pop(), self._read()) if self._steps else (0, self._first))
         return self._states[-1][1]
 
-    def pop(self, like: State) -> State:
+    def pop(self) -> State:
         """The last of them, taken off."""
-        state = self.top(like)
+        state = self.top()
         self._states.pop()
         return state
 
@@ -137,21 +144,19 @@ class _Stack:
             self._file.seek(len(self._steps) * _bytes(state))
             for part in state:
                 _whole(self._file.write, part.cpu())
-        except OSError as error:
-            raise RequestError(
-                f"{tempfile.gettempdir()} does not take the states of a sweep back ({error.strerror}): free some of it, name "
-                "another folder in TMPDIR, or give more memory_gb."
-            ) from error
-        self._steps.append(t)
+        except OSError:
+            self._full, self.most = True, len(self._steps) + self._in_memory
+        else:
+            self._steps.append(t)
 
-    def _read(self, like: State) -> State:
+    def _read(self) -> State:
         """Of the record behind the last that the file counts."""
         assert self._file is not None
-        self._file.seek(len(self._steps) * _bytes(like))
-        state = tuple(torch.empty_like(part, device="cpu") for part in like)
+        self._file.seek(len(self._steps) * _bytes(self._first))
+        state = tuple(torch.empty_like(part, device="cpu") for part in self._first)
         for part in state:
             _whole(self._file.readinto, part)
-        return tuple(part.to(there.device) for part, there in zip(state, like, strict=True))
+        return tuple(part.to(there.device) for part, there in zip(state, self._first, strict=True))
 
 
 def _whole(move: Callable[[memoryview], int], part: Tensor) -> None:
@@ -184,12 +189,11 @@ class Tape:
         disk: int | None = None,
     ) -> None:
         self._replay = replay
-        self._most = _kept(replay, memory, disk)
-        self._kept = _Stack(held(replay, memory) - 1)
+        self._kept = _Stack(held(replay, memory) - 1, _kept(replay, memory, disk), replay.initial)
         state = self._last = replay.initial
         self.checked = state[0]
         seen(0, state[0])
-        places = {0, *_places(0, len(replay), self._most)}
+        places = {0, *_places(0, len(replay), self._kept.most)}
         for t in range(len(replay)):
             self._last = state
             if t in places:
@@ -202,19 +206,19 @@ class Tape:
 
     def backwards(self) -> Iterator[tuple[Step, State]]:
         """The steps from the last to the first, each with the state before it; can be gone through once."""
-        state, like = self._last, self._replay.initial
+        state = self._last
         del self._last
         for t in reversed(range(len(self._replay))):
             if self._kept.last == t:
-                state = self._kept.pop(like)
+                state = self._kept.pop()
             elif t < len(self._replay) - 1:
                 state = self._taken_to(t)
             yield self._replay.step(t), state
 
     def _taken_to(self, t: int) -> State:
         """The state before step ``t``, from the last that is kept; others are kept on the way there."""
-        first, state = self._kept.last, self._kept.top(self._replay.initial)
-        places = set(_places(first, t + 1, self._most - len(self._kept) + 1))
+        first, state = self._kept.last, self._kept.top()
+        places = set(_places(first, t + 1, self._kept.most - len(self._kept) + 1))
         for earlier in range(first, t):
             state = self._replay.step(earlier)(state)
             if earlier + 1 in places and earlier + 1 < t:
