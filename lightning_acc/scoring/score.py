@@ -96,7 +96,8 @@ def score(
         keep_shifts: also return the shifts of the parameters, (n_removals, p), at the end, or at the last step of ``at``; of an
             average, its own.
         memory_gb: budget of each process for what it computes with, beyond the run's data itself; on a GPU, of its memory.
-            ``"auto"``: 2 on the CPU, or what one removal needs where that is more; half of what is free of a GPU. Where steps
+            ``"auto"``: 2 on the CPU, or what one removal needs where that is more; half of what is free of a GPU. States of
+            the run beyond it go to a temporary file, on a quarter of what is free there (``TMPDIR``). Where steps
             are large, each also computes on the cores that the others leave, ``torch.get_num_threads()`` at most:
             ``conditions["threads"]`` tells on how many.
         bank_gb: how much the run directory may hold of what retraining ended with (``bank/``): from this, removals that were
