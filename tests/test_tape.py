@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,22 @@ def test_a_disk_that_others_fill_costs_steps_and_no_state(monkeypatch: pytest.Mo
     assert visited == list(reversed(range(33)))
     assert (replay.steps == 33) == (fit >= 29)
     assert replay.steps <= 33 + taken(33 - fit, 3)
+
+
+def test_a_disk_that_is_slower_than_the_steps_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.BytesIO):
+        def write(self, data: Any) -> int:
+            time.sleep(0.02)
+            return super().write(data)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Slow())
+    for patience, fit in ((60.0, range(29, 30)), (0.05, range(1, 4))):
+        monkeypatch.setattr(tapes, "SLOW", patience)
+        replay: Any = Numbers(33)
+        tape = Tape(replay, 8 * 4, disk=8 * 29)
+        assert len(tape._kept._steps) in fit
+        assert [int(state[0].item()) for _, state in tape.backwards()] == list(reversed(range(33)))
+        assert (replay.steps == 33) == (29 in fit)
 
 
 def test_a_quarter_of_what_is_free_is_taken_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

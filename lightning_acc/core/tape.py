@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -84,10 +85,15 @@ def _bytes(state: State) -> int:
     return sum(part.nbytes for part in state)
 
 
+SLOW = 5.0
+"""Seconds of writing before it is asked whether the disk is worth it."""
+
+
 class _Stack:
     """States by the steps they are before, the last of them in memory, the others in a file.
 
-    Where the file takes no more, as others fill the disk, what would have gone there is kept no longer.
+    Where the file takes no more, as others fill the disk, or takes longer to write than the steps themselves, what would have
+    gone there is kept no longer.
 
     Args:
         in_memory: how many, one at least.
@@ -102,6 +108,7 @@ class _Stack:
         self._steps: list[int] = []  # of those in the file
         self._file: FileIO | None = None
         self._full = False
+        self._begun, self._writing = time.perf_counter(), 0.0
 
     def __len__(self) -> int:
         return len(self._steps) + len(self._states)
@@ -137,6 +144,7 @@ class _Stack:
         return state
 
     def _write(self, t: int, state: State) -> None:
+        started = time.perf_counter()
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="lightning_acc-", buffering=0)  # noqa: SIM115
@@ -145,9 +153,14 @@ class _Stack:
             for part in state:
                 _whole(self._file.write, part.cpu())
         except OSError:
-            self._full, self.most = True, len(self._steps) + self._in_memory
+            self._full = True
         else:
             self._steps.append(t)
+            now = time.perf_counter()
+            self._writing += now - started
+            self._full = self._writing > max(SLOW, (now - self._begun) / 2)
+        if self._full:
+            self.most = len(self._steps) + self._in_memory
 
     def _read(self) -> State:
         """Of the record behind the last that the file counts."""
