@@ -113,7 +113,7 @@ def test_a_worker_is_heard_before_it_unpacks() -> None:
         next(messages)
 
 
-HUNG = 4.0
+HUNG = 12.0
 
 
 def drive(path: str, address: str | None = None) -> None:
