@@ -105,6 +105,23 @@ def test_an_adjoint_goes_through_the_update_block_by_block(
         torch.testing.assert_close(found, there, rtol=1e-10, atol=1e-13)
 
 
+def test_an_adjoint_goes_through_an_update_that_hands_on_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then what autograd says of one part of the state is the adjoint of another, which is written over."""
+
+    def handing_on(state: Any, gradient: torch.Tensor, h: dict[str, Any]) -> Any:
+        return state[1], gradient
+
+    monkeypatch.setitem(updates.RULES, "HandingOn", la.OptimizerRule(handing_on, lambda h: ("before",), ()))
+    update = Update("HandingOn", ParameterLayout([("w", [4])]), [0], 1)
+    adjoint = (torch.arange(4.0), torch.arange(4.0) + 10)
+    gamma = products.through_the_update(
+        update, (torch.ones(4), torch.ones(4)), torch.ones(4), [{"gradient_clip_val": None}], adjoint, 1
+    )
+    assert torch.equal(adjoint[0], torch.zeros(4))
+    assert torch.equal(adjoint[1], torch.arange(4.0))
+    assert torch.equal(gamma, torch.arange(4.0) + 10)
+
+
 def test_a_rule_may_hand_back_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     def remembering(state: Any, gradient: torch.Tensor, h: dict[str, Any]) -> Any:
         return state[0] - gradient, state[0]

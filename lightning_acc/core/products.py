@@ -82,7 +82,9 @@ def through_the_update(
     inputs: list[Tensor] = []
 
     def pull() -> None:
-        pulled = iter(pulled_back(outputs, inputs, [part[..., place] for place in places for part in adjoint], at_once))
+        # Copies: what autograd hands back may be what it was given, which is written over.
+        given = [part[..., place].clone() for place in places for part in adjoint]
+        pulled = iter(pulled_back(outputs, inputs, given, at_once))
         for place in places:
             for part in (*adjoint, gamma):
                 part[..., place] = next(pulled)

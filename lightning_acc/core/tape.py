@@ -176,7 +176,10 @@ def _whole(move: Callable[[memoryview], int], part: Tensor) -> None:
     """``move``, of a file, over all bytes of ``part`` (p,): the system moves no more than 2 GB at once."""
     left = part.contiguous().numpy().data.cast("B")
     while left:
-        left = left[move(left) :]
+        moved = move(left)
+        if not moved:
+            raise OSError("The temporary file of a sweep back has lost what was written.")
+        left = left[moved:]
 
 
 class Tape:
