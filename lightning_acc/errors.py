@@ -29,3 +29,7 @@ class ImportRefused(RunError):
 
 class RequestError(InfluenceError, ValueError):
     """A call asks for something that does not exist here: a method, a query, a sample id, a readout."""
+
+
+class OtherRankLost(ConnectionError):
+    """A process that takes the steps of a run together with this one has ended, or cannot be reached."""

@@ -32,8 +32,9 @@ import torch
 
 import lightning_acc as la
 from lightning_acc.methods import memory
-from lightning_acc.scoring import cluster, scores, work
 from lightning_acc.scoring import score as scoring
+from lightning_acc.scoring import scores, work
+from lightning_acc.scoring.cluster import farm
 from lightning_acc.studies.data import DigitsDataModule
 from lightning_acc.studies.models import Classifier
 
@@ -63,7 +64,7 @@ def noted(job: Any, removals: Any, progress: Callable[[float], None], replay: An
 def drive(path: str, address: str) -> None:
     """The driver: scores, and says what is wrong with a status."""
     memory.LARGEST_CHUNK = CHUNK
-    cluster.TRIES = 100  # a piece may be unlucky very often here
+    farm.TRIES = 100  # a piece may be unlucky very often here
     scoring.compute = noted
     la.score(path, "loo", ray_address=address, progress=False, check=0)
 

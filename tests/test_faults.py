@@ -22,8 +22,8 @@ from problems import data, make, record
 
 import lightning_acc as la
 from lightning_acc.methods import memory
-from lightning_acc.scoring import cluster
 from lightning_acc.scoring import score as scoring
+from lightning_acc.scoring.cluster import farm
 from lightning_acc.scoring.worker import work_in_steps
 
 pytestmark = [
@@ -79,7 +79,7 @@ def whole_table(run: la.Run) -> np.ndarray:
 def test_what_fails_for_good_is_named_and_the_rest_is_kept(
     run: la.Run, undisturbed: np.ndarray, tmp_path: Path, local_ray: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "TRIES", 2)  # each costs a worker, and the next one must import everything
+    monkeypatch.setattr(farm, "TRIES", 2)  # each costs a worker, and the next one must import everything
     strike(tmp_path, at40="killed always")
     with pytest.raises(la.RunError, match=r"20 of 240 removals failed \(40, 41, .*others are stored; score again"):
         la.score(run, "loo", check=0)
@@ -119,7 +119,7 @@ HUNG = 12.0
 def drive(path: str, address: str | None = None) -> None:
     """What a driver does: it waits for seconds only, and its work may go wrong."""
     memory.LARGEST_CHUNK = CHUNK
-    cluster.SECONDS_UNTIL_HUNG, cluster.SECONDS_TO_MAKE_ROOM, cluster.TRIES = HUNG, 0.2, 3
+    farm.SECONDS_UNTIL_HUNG, farm.SECONDS_TO_MAKE_ROOM, farm.TRIES = HUNG, 0.2, 3
     scoring.compute = faults.faulty
     la.score(path, "loo", ray_address=address, progress=False)
 

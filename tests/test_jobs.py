@@ -20,8 +20,9 @@ from s3 import free_port
 
 import lightning_acc as la
 from lightning_acc.progress import watched_by
-from lightning_acc.scoring import cluster, scores
 from lightning_acc.scoring import score as scoring
+from lightning_acc.scoring import scores
+from lightning_acc.scoring.cluster import farm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 120
@@ -96,7 +97,7 @@ def test_two_nodes_that_see_nothing_of_the_drivers_disk(
 def test_a_client_far_from_the_cluster(nodes: Any, alone: np.ndarray, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By ray://, which has no streams: pieces are heard all the same, so that one that hangs is noticed."""
     monkeypatch.setattr(scoring, "compute", faults.faulty)
-    monkeypatch.setattr(cluster, "SECONDS_UNTIL_HUNG", 4.0)
+    monkeypatch.setattr(farm, "SECONDS_UNTIL_HUNG", 4.0)
     hanging = Path(os.environ[faults.PLACE]) / "0"
     hanging.write_text("hangs")
     heard: list[float] = []

@@ -17,6 +17,7 @@ import lightning_acc as la
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.scoring import cluster, work
 from lightning_acc.scoring import score as scoring
+from lightning_acc.scoring.cluster import farm
 
 CPU = "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
 
@@ -85,7 +86,7 @@ def test_what_never_fits_ends_soon_and_in_a_sentence() -> None:
         raise RuntimeError(CPU)
 
     results = list(cluster.each(never, None, [list(range(8000))], None, Bar(), halves))  # type: ignore[arg-type]
-    assert tries < 2 ** (cluster.MOST_HALVINGS + 1)  # 15 999 before
+    assert tries < 2 ** (farm.MOST_HALVINGS + 1)  # 15 999 before
     assert {type(result) for _, result in results} == {cluster.Failure}
     assert sum(len(piece) for piece, _ in results) == 8000
     assert "ran out of memory" in results[0][1].reason

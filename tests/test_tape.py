@@ -18,6 +18,7 @@ from problems import make, record
 
 import lightning_acc as la
 from lightning_acc.core import tape as tapes
+from lightning_acc.core.ranks import ALONE
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.tape import Tape, filed, held, taken, taken_again
 from lightning_acc.methods.memory import of_the_tape
@@ -41,7 +42,7 @@ class Numbers:
     """A replay whose state is the number of steps taken, and that counts them."""
 
     def __init__(self, length: int) -> None:
-        self.length, self.checked_at, self.steps = length, length, 0
+        self.length, self.checked_at, self.steps, self.ranks = length, length, 0, ALONE
         self.initial = (torch.zeros(1, dtype=torch.float64),)
 
     def __len__(self) -> int:

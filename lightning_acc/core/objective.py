@@ -150,6 +150,13 @@ class Objective:
         """Whether everything is computed in ``dtype``."""
         return self._autocast is None
 
+    @property
+    def undivided(self) -> str | None:
+        """Why the gradient of a batch is not the sum over its rows taken apart, in a clause; None where it is."""
+        if not self.independent_rows:
+            return "its rows depend on each other, or were not seen not to"
+        return "its loss has a term that no sample is in" if self.penalised else None
+
     def submodule(self, name: str) -> nn.Module:
         """The submodule ``name`` of the module, as it is called."""
         return self._call.module.get_submodule(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import timeit
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial, wraps
 from typing import Any, TypeVar, cast
 
@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_acc import arguments
 from lightning_acc.core.devices import CPU, generators_kept, recorded_on
+from lightning_acc.core.losses.tracing import saved_bytes
 from lightning_acc.core.modules.precision import PRECISIONS, rounded_to
 from lightning_acc.core.objective import Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
 from lightning_acc.core.process import as_recorded, as_scored, is_out_of_memory
+from lightning_acc.core.ranks import ALONE, Ranks
 from lightning_acc.core.rebuild import module_of
 from lightning_acc.core.stand_in import place_in
 from lightning_acc.core.step import Batch, Step
@@ -51,6 +53,7 @@ class Replay:
         until: the first so many of them; None: all.
         device: where, see ``core.devices.chosen``; all that is computed with is moved there, and nothing else is.
         as_trained: in the training's own dtype and precision, however narrow, instead: what the record is held against.
+        ranks: the processes that take its steps together, each with some rows of every batch; this one takes its own.
 
     Raises:
         RequestError: the dtype is not known.
@@ -65,8 +68,9 @@ class Replay:
         *,
         device: torch.device = CPU,
         as_trained: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.run, self.device = run, device
+        self.run, self.device, self.ranks = run, device, ranks
         self._until = run.n_steps if until is None else min(until, run.n_steps)
         name = arguments.choice("dtype", run.scored_in if dtype is None else dtype, SCORED, " to replay in")
         self.dtype = DTYPES[run.dtype if as_trained else name]
@@ -155,7 +159,8 @@ class Replay:
     def _largest(self) -> list[Leaves]:
         """The batches of the step that sees the most samples."""
         largest = max(range(len(self)), key=lambda t: len(self.run.steps[t].sample_ids))
-        return [batches.cast(leaves, self.dtype, self.device) for leaves in self.run.batches(largest)]
+        accumulated, _, _ = self._rows(largest)
+        return [batches.cast(batch.leaves, self.dtype, self.device) for batch in accumulated]
 
     @cached_property
     def states_at_once(self) -> int:
@@ -188,19 +193,36 @@ class Replay:
 
     def step(self, t: int) -> Step:
         """The recorded step ``t``."""
-        record = self.run.steps[t]
+        accumulated, sample_ids, weights = self._rows(t)
         return Step(
             self.objective,
             self.update,
-            [Batch(leaves, rng) for leaves, rng in zip(self.run.batches(t), record.rng, strict=True)],
-            record.sample_ids,
-            record.weights,
-            record.groups,
+            accumulated,
+            sample_ids,
+            weights,
+            self.run.steps[t].groups,
             rows_at_once=1
             if self.states_at_once == 1
             else max(16, CACHE_BYTES[self.device.type] // max(1, self.activation_bytes)),
             states_at_once=self.states_at_once,
+            ranks=self.ranks,
         )
+
+    def _rows(self, t: int) -> tuple[list[Batch], Tensor, Tensor]:
+        """Of the step ``t`` the batches, the sample ids and the loss weights, (B,): those that this process takes."""
+        record = self.run.steps[t]
+        accumulated = [Batch(leaves, rng) for leaves, rng in zip(self.run.batches(t), record.rng, strict=True)]
+        if self.ranks.size == 1:
+            return accumulated, record.sample_ids, record.weights
+        shares, weighs = self.ranks.share(record.sizes, self.divisible(record))
+        numbers = torch.arange(len(record.sample_ids)).split(record.sizes)
+        own = torch.cat([numbers[i][rows.start : rows.stop] for i, rows in shares])
+        kept = [Batch(batches.rows(accumulated[i].leaves, torch.tensor(rows)), accumulated[i].rng) for i, rows in shares]
+        return kept, record.sample_ids[own], record.weights[own] * weighs
+
+    def divisible(self, step: StepRecord) -> bool:
+        """Whether rows can be taken out of a batch of this step, and the sum over parts is the whole."""
+        return self.objective.undivided is None and not any(step.rng)
 
 
 def _not_the_module(run: Record, why: str) -> str:
@@ -284,21 +306,3 @@ def parameters_at(run: Record, t: int) -> Tensor:
         for earlier in range(t):
             state = replay.step(earlier)(state)
     return state[0].cpu()
-
-
-def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Iterable[Tensor] = ()) -> int:
-    """Bytes autograd keeps to differentiate ``function`` at ``theta`` (p,), without those of ``theta`` and ``shared``."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    leaf = theta.detach().requires_grad_()
-    with generators_kept(theta.device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function(leaf)
-    for tensor in (leaf, *shared):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del output
-    return sum(kept.values())

@@ -22,6 +22,7 @@ from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
 from lightning_acc.core.optimizers import Hyperparameters, State, Update
 from lightning_acc.core.products import Pulled, Removed, products, pulled_back, through_the_update
+from lightning_acc.core.ranks import ALONE, Ranks
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.stand_in import place_in
 from lightning_acc.record import batches
@@ -58,6 +59,7 @@ class Step:
         rows_at_once: how many Hessian-vector products to take together.
         states_at_once: how many states to take together; one by one where that is 1.
         own_rows: the leaves are (n, B, ...), a batch for each of n parameter vectors; only ``gradients`` can be asked then.
+        ranks: the processes that have other rows of its batches. Taken from one state, forward or back, it is the whole step.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Step:
         rows_at_once: int = 128,
         states_at_once: int = 512,
         own_rows: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.objective = objective
+        self.ranks = ranks
         dtype, device = objective.dtype, objective.device
         self.accumulated = [Batch(batches.cast(batch.leaves, dtype, device), batch.rng) for batch in accumulated]
         self.sample_ids = sample_ids
@@ -118,7 +122,12 @@ class Step:
         gradients = torch.autograd.grad(self._loss(named, weights), list(named.values()), materialize_grads=True)
         if self.scale != 1:
             gradients = tuple(gradient * (1 / self.scale) for gradient in gradients)
-        self.optimizer.in_place(state, [gradient.reshape(-1) for gradient in gradients], self.groups)
+        pieces = [gradient.reshape(-1) for gradient in gradients]
+        if self.ranks.size > 1:
+            whole = torch.cat(pieces)
+            self.ranks.add_up(whole)
+            pieces = list(whole.split(self.objective.layout.sizes))
+        self.optimizer.in_place(state, pieces, self.groups)
 
     def write(self, states: State, gradients: Tensor) -> None:
         """U_t, written over ``states``; all tensors (..., p)."""
@@ -247,6 +256,9 @@ class Point:
             loss = (step.with_shares(self._weights) * step.terms(self._leaf)).sum()
         (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
         self.gradient = self._graph.detach()
+        if step.ranks.size > 1:
+            self.gradient = self.gradient.clone()
+            step.ranks.add_up(self.gradient)
 
     def next(self) -> State:
         """F_t(s_t, w)."""
@@ -277,10 +289,14 @@ class Point:
     def pullback(self, adjoint: State) -> Pulled:
         """``adjoint``, of the state after the step, through F, written over it: through U, and from its gradient through G.
 
-        Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can.
+        Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can. The slopes are of the rows
+        that are here.
         """
         step, at_once = self.step, self.step.rows_at_once
         gamma = through_the_update(step.optimizer, self.state, self.gradient, step.groups, adjoint, at_once)
         curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], at_once)
+        if step.ranks.size > 1:
+            curvature = curvature.clone()  # autograd may hand back gamma itself
+            step.ranks.add_up(curvature)
         adjoint[0].add_(curvature)
         return Pulled(adjoint, gamma, curvature, slopes)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.optimizers import State
+from lightning_acc.core.ranks import Ranks
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
 
@@ -99,11 +100,12 @@ class _Stack:
         in_memory: how many, one at least.
         most: how many in all.
         first: the state before the first step, which is there without being kept.
+        ranks: the processes that keep the same states, so that all of them come by the same steps.
     """
 
-    def __init__(self, in_memory: int, most: int, first: State) -> None:
+    def __init__(self, in_memory: int, most: int, first: State, ranks: Ranks) -> None:
         self._in_memory = max(1, in_memory)
-        self.most, self._first = most, first
+        self.most, self._first, self._ranks = most, first, ranks
         self._states: list[tuple[int, State]] = []
         self._steps: list[int] = []  # of those in the file
         self._file: FileIO | None = None
@@ -144,7 +146,7 @@ class _Stack:
         return state
 
     def _write(self, t: int, state: State) -> None:
-        started = time.perf_counter()
+        started, kept, worth_it = time.perf_counter(), True, True
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="lightning_acc-", buffering=0)  # noqa: SIM115
@@ -153,12 +155,14 @@ class _Stack:
             for part in state:
                 _whole(self._file.write, part.cpu())
         except OSError:
-            self._full = True
+            kept = False
         else:
-            self._steps.append(t)
             now = time.perf_counter()
             self._writing += now - started
-            self._full = self._writing > max(SLOW, (now - self._begun) / 2)
+            worth_it = self._writing <= max(SLOW, (now - self._begun) / 2)
+        if self._ranks.least(kept):
+            self._steps.append(t)
+        self._full = not self._ranks.least(kept and worth_it)
         if self._full:
             self.most = len(self._steps) + self._in_memory
 
@@ -205,7 +209,8 @@ class Tape:
         disk: int | None = None,
     ) -> None:
         self._replay = replay
-        self._kept = _Stack(held(replay, memory) - 1, _kept(replay, memory, disk), replay.initial)
+        in_memory, most = map(replay.ranks.least, (held(replay, memory) - 1, _kept(replay, memory, disk)))
+        self._kept = _Stack(in_memory, most, replay.initial, replay.ranks)
         state = self._last = replay.initial
         self.checked = state[0]
         seen(0, state[0])

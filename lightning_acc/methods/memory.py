@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lightning_acc.core import tape
+from lightning_acc.core.losses.tracing import saved_bytes
 from lightning_acc.core.queries import Query
 from lightning_acc.core.removals import Removal
-from lightning_acc.core.replay import Replay, saved_bytes
+from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.record import batches
 

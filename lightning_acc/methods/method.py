@@ -146,6 +146,10 @@ class Method(ABC):
     ) -> Answer:
         """The scores of one piece; ``progress`` is told the fraction done."""
 
+    def is_one_sweep(self, question: Question) -> bool:
+        """Whether one sweep back through the run answers for all removals."""
+        return False
+
     def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
         """A piece that ran out of memory in two; by itself where that would not help."""
         middle = len(piece) // 2

@@ -111,5 +111,5 @@ class Slopes:
 def gradient(replay: Replay, question: Question, theta: Tensor) -> Tensor:
     """The gradient of what is asked where it is read once, with its share in the mean: (p,), or (examples, p)."""
     query, objective = question.query, replay.objective
-    found = query.gradients(objective, theta) if question.each else query.gradient(objective, theta)
+    found = query.gradients(objective, theta) if question.each else query.gradient(objective, theta, replay.ranks)
     return found if question.moments.readings == 1 else question.moments.share * found

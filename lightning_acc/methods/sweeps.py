@@ -158,6 +158,7 @@ def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Pr
         if len(replay) - done in question.moments.weights:
             carry = rule.read_again(carry, slopes(len(replay) - done, state[0]))
         progress(0.25 + 0.75 * done / len(replay))
+    replay.ranks.add_up(carry[1])
     return carry[1]
 
 

@@ -130,9 +130,13 @@ class Swept(Method):
         more = {} if self.is_truth else {"diverged": ~((bend <= FURTHEST) & (finite.all(1) if question.each else finite))}
         return Answer(scores, reading.shifts, reading.thetas, more=more)
 
+    def is_one_sweep(self, question: Question) -> bool:
+        """Where its rule goes back."""
+        return self._back(question) is not None
+
     def smaller(self, piece: list[Removal], question: Question) -> list[list[Removal]]:
         """A reverse sweep is no smaller for fewer removals."""
-        return [piece] if self._back(question) is not None else super().smaller(piece, question)
+        return [piece] if self.is_one_sweep(question) else super().smaller(piece, question)
 
     def _back(self, question: Question) -> type[AdjointSgdIe] | None:
         return self.reverse if question.readout == "linear" and not question.keep_shifts else None

@@ -7,10 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+from lightning_acc import arguments
 from lightning_acc.core import devices
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
-from lightning_acc.errors import RunError
+from lightning_acc.errors import RequestError, RunError
+from lightning_acc.methods.method import Method, Question
 from lightning_acc.progress import Progress
 from lightning_acc.scoring import cluster
 from lightning_acc.scoring.work import Job, Result
@@ -28,6 +30,7 @@ def compute_all(
     amount: int,
     failed: list[tuple[Piece, str]],
     unit: str = "removals",
+    processes: int = 1,
 ) -> Iterator[tuple[Piece, Result]]:
     """Every piece with its result, as they are done.
 
@@ -41,17 +44,20 @@ def compute_all(
         amount: of what the pieces hold together.
         failed: gets the pieces that failed for good, with the reason; the others are done all the same.
         unit: what is counted.
+        processes: of Ray, that work on each piece together.
     """
     with Progress(f"{job.method.name} · {amount} {unit}", len(pieces), progress, amount, unit) as bar:
         # A single piece gains nothing from workers that would have to be started first.
-        alone = ray_address is None or (ray_address == "local" and len(pieces) < 2)
+        alone = ray_address is None or (ray_address == "local" and len(pieces) < 2 and processes == 1)
         here = partial(_here, work, replay) if alone else work
         gpu = devices.share(job.device, job.question.memory)
+        if gpu and processes > 1:  # of which each has a card to itself
+            gpu = 1.0
         if not alone:
             job = replace(job, device=devices.of_worker(job.device))
         where = None if alone else ray_address
         threads = replay.threads if pieces else 1
-        for piece, result in cluster.each(here, job, pieces, where, bar, partial(_smaller, job), gpu, threads):
+        for piece, result in cluster.each(here, job, pieces, where, bar, partial(_smaller, job), gpu, threads, processes):
             if isinstance(result, cluster.Failure):
                 failed.append((piece, result.reason))
             else:
@@ -65,6 +71,29 @@ def _here(work: Callable[..., Result], replay: Replay, job: Job, piece: Any, pro
 def _smaller(job: Job, piece: Any) -> list[Any]:
     """A piece that ran out of memory in smaller ones."""
     return piece.smaller(job) if hasattr(piece, "smaller") else list(job.method.smaller(piece, job.question))
+
+
+def refuse_undivided(replay: Replay, method: Method, question: Question, processes: int, ray_address: str | None) -> None:
+    """Refuse ``processes`` where they would have nothing to share.
+
+    Raises:
+        RequestError: they are no number of processes, or there is nothing.
+    """
+    arguments.whole("processes", processes, "is no number of processes", least=1)
+    told = f"processes={processes}"
+    if not method.is_one_sweep(question):
+        raise RequestError(
+            f"{told} share one sweep back (sgd-ie and tracin, read linearly at no shifts kept), and this question is answered "
+            "removal by removal: leave it out, as Ray works on many of these at a time."
+        )
+    if ray_address is None:
+        raise RequestError(f"{told} are started by Ray: give ray_address='local', or that of a cluster.")
+    why = replay.objective.undivided or "its random numbers (dropout) are drawn for a batch as a whole"
+    if not any(replay.divisible(step) or len(step.sizes) > 1 for step in replay.records):
+        raise RequestError(
+            f"{told} have nothing to share, as no batch of this run can be divided: {why}. Leave processes out; a "
+            "step of several batches (of several GPUs, or accumulated) is shared by its batches."
+        )
 
 
 def refuse_failures(failed: Sequence[tuple[Removal, str]], amount: int, saved: bool, unit: str = "removals") -> NoReturn:

@@ -47,6 +47,7 @@ def score(
     directions: int | None = None,
     followed: int | None = None,
     trainings: int | None = None,
+    processes: int = 1,
     confirm: int = 0,
     keep_shifts: bool = False,
     memory_gb: arguments.Budget = "auto",
@@ -84,6 +85,8 @@ def score(
             takes through the optimizer's updates, the rest keeping SGD-IE's scores (``lightning_acc.methods.low_rank.defect``).
         trainings: of ``acc-low-rank``: what its ranking of all samples may cost, in trainings of the run; None: 25. Where that
             pays for training again without each of them, this is what it does (``conditions["form"]`` is ``"retrained"``).
+        processes: of Ray, that take one sweep back together (``sgd-ie``, ``tracin``), each with some rows of every batch, in
+            memory of its own: for steps that are large. Its scores differ by round-off from those of one.
         at: when the query is read: ``"end"``, the papers' question; ``"along"``, the mean over every twentieth step, and 20
             at least, spread evenly over the run: what the samples did to the learning curve, which the last steps' noise weighs
             less in (``"along:K"``: over K); a step, or a list of steps: their mean; a name in ``run.checkpoints``, such as
@@ -111,7 +114,8 @@ def score(
 
     Raises:
         RunError: the run directory cannot be read.
-        RequestError: there is no such method, query, sample, readout, dtype or device; or groups too large for an estimate
+        RequestError: there is no such method, query, sample, readout, dtype or device; or ``processes`` have nothing to share;
+            or groups too large for an estimate
             take more than an hour to be retrained without.
     """
     assert not isinstance(run, (list, tuple))  # they are taken apart before
@@ -138,6 +142,8 @@ def score(
     kept = Bank(run, conditions, bank_bytes) if chosen.is_truth and save and not keep_shifts else None
     if kept is not None and kept.fits(replay, question.moments, len(distinct)):
         job = replace(job, question=replace(question, keep_shifts=True))
+    if processes != 1:
+        pieces.refuse_undivided(replay, chosen, question, processes, ray_address)
     parts_of_work = chosen.pieces(replay, distinct, job.question)
     if check and not chosen.is_truth:
         checks.refuse_too_dear(replay, question.memory, distinct)
@@ -159,7 +165,9 @@ def score(
     amount = sum(map(len, left))
     failed: list[tuple[list[Removal], str]] = []
     finished: list[tuple[list[Removal], Result]] = []
-    for piece, result in pieces.compute_all(replay, job, compute, left, ray_address, progress, amount, failed):
+    for piece, result in pieces.compute_all(
+        replay, job, compute, left, ray_address, progress, amount, failed, processes=processes
+    ):
         if save:
             cost = {"n": len(piece), "wall_seconds": result.seconds, **result.cost}
             shards.write(run, Scores.build(piece, result.scores, {**conditions, **cost}, more=result.more))
@@ -187,6 +195,8 @@ def score(
         peak_memory_gb=max((result.peak_memory_gb for _, result in finished), default=0.0),
         threads=whole.conditions["threads"],
     )
+    if finished and processes > 1:
+        conditions["processes"] = str(processes)
     told: list[dict[str, Any]] = [result.details for _, result in finished]
     earlier = {} if stored is None else stored.conditions
     conditions.update(told[0] if told else {key: earlier[key] for key in chosen.details if key in earlier})

@@ -7,16 +7,18 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 import torch
 
+from lightning_acc.core import devices
 from lightning_acc.core.devices import peak_gb
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.queries import moments
+from lightning_acc.core.ranks import ALONE, Ranks, joined
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
@@ -32,7 +34,7 @@ READOUTS = ("exact", "linear")
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to know to score a piece of removals, and on how many threads it does so."""
+    """Everything a worker needs to know to score a piece of removals; on how many threads it does so, and beside whom."""
 
     run: Record
     method: Method
@@ -40,10 +42,18 @@ class Job:
     dtype: str | None
     device: torch.device
     threads: int = 1
+    ranks: Ranks = ALONE
+
+    @contextmanager
+    def joined(self, rank: int, size: int, host: str, port: int, listening: Callable[[int], object]) -> Iterator[Job]:
+        """The job of one of the processes that take it together, see ``core.ranks.joined``."""
+        backend = "nccl" if self.device.type == devices.CUDA else "gloo"
+        with joined(rank, size, host, port, listening, backend) as ranks:
+            yield replace(self, ranks=ranks)
 
     def replay(self) -> Replay:
         """The run, as the question asks for it: up to the last step that it is about."""
-        return Replay(self.run, self.dtype, self.question.moments.last, device=self.device)
+        return Replay(self.run, self.dtype, self.question.moments.last, device=self.device, ranks=self.ranks)
 
     def conditions(self, distinct: Sequence[Removal]) -> dict[str, Any]:
         """What is known of the scores of these removals before they are computed."""

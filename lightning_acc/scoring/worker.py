@@ -1,17 +1,31 @@
-"""What runs in a worker of Ray: a piece of the work in a thread of its own, while the worker says how far it is."""
+"""What runs in a worker of Ray: a piece of the work in a thread of its own, while the worker says how far it is.
+
+Where several processes work on a piece together, the worker that was given it is the first of them, and starts the others.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import pickle
 import queue
+import socket
+import struct
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_acc.errors import OtherRankLost
+
 SECONDS_BETWEEN_REPORTS = 0.3
+SECONDS_TO_BE_TOLD = 20.0
+"""After one of several processes is lost, until what the others failed of must be known."""
+SIOCGIFADDR = 0x8915
+"""Asks Linux for the address of a network interface."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,11 @@ class Done:
     result: Any
 
 
-def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float) -> Iterator[Any]:
+Others = tuple[int, dict[str, Any]]
+"""How many processes work on a piece beside its worker, and what Ray is told of each."""
+
+
+def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float, others: Others = (0, {})) -> Iterator[Any]:
     """In a worker, after a pause: yields None once it has begun, the fraction done now and then, and the result at last."""
     time.sleep(pause)
     yield None  # it has begun: from here on it counts as hung where it is not heard, also while it unpacks
@@ -31,7 +49,8 @@ def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float) -> I
 
     def run() -> None:
         try:
-            messages.put(Done(pickle.dumps(work(job, piece, lambda done: messages.put(float(done))))))
+            with _leading(job, others, shared, piece, path) as leading:
+                messages.put(Done(pickle.dumps(work(leading, piece, lambda done: messages.put(float(done))))))
         except BaseException as error:
             messages.put(error)
 
@@ -50,9 +69,67 @@ def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float) -> I
             yield message
 
 
-def work_for_desk(shared: bytes, piece: Any, path: list[str], pause: float, desk: Any, number: int) -> Any:
-    """``_work`` where Ray has no streams: returns the result, and leaves at the desk how far it is."""
-    for message in work_in_steps(shared, piece, path, pause):
+@contextmanager
+def _leading(job: Any, others: Others, shared: bytes, piece: Any, path: list[str]) -> Iterator[Any]:
+    """The job of the first of the processes that work on a piece together; the others are started here.
+
+    Raises:
+        OtherRankLost: one of them is lost; or what it failed of.
+    """
+    count, options = others
+    if not count:
+        yield job
+        return
+    import ray
+
+    here, beside = ray.util.get_node_ip_address(), ray.remote(work_beside).options(scheduling_strategy="SPREAD", **options)
+    at_work: list[Any] = []
+
+    def start(port: int) -> None:
+        at_work.extend(beside.remote(shared, piece, path, rank, 1 + count, here, port) for rank in range(1, 1 + count))
+
+    try:
+        _listen_at(here)
+        with job.joined(0, 1 + count, here, 0, start) as leading:
+            yield leading
+    except OtherRankLost:
+        for ended in ray.wait(at_work, num_returns=count, timeout=SECONDS_TO_BE_TOLD)[0]:
+            try:
+                ray.get(ended)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, OtherRankLost):
+                    raise error.cause from None
+            except ray.exceptions.RayError:
+                pass  # lost
+        raise
+    finally:
+        for work in at_work:
+            ray.cancel(work, force=True)
+
+
+def work_beside(shared: bytes, piece: Any, path: list[str], rank: int, size: int, host: str, port: int) -> None:
+    """In another worker: its part of the work on a piece."""
+    import ray
+
+    sys.path.extend(entry for entry in path if entry not in sys.path)
+    work, job = pickle.loads(shared)
+    _listen_at(ray.util.get_node_ip_address())
+    with job.joined(rank, size, host, port, lambda port: None) as beside:
+        work(beside, piece, lambda done: None)
+
+
+def _listen_at(address: str) -> None:
+    """Have gloo listen at this node's ``address``; by itself it asks for the host's name, which may be the loopback's."""
+    for _, name in socket.if_nameindex() if sys.platform == "linux" else ():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(found[20:24]) == address:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def work_for_desk(shared: bytes, piece: Any, path: list[str], pause: float, others: Others, desk: Any, number: int) -> Any:
+    """``work_in_steps`` where Ray has no streams: returns the result, and leaves at the desk how far it is."""
+    for message in work_in_steps(shared, piece, path, pause, others):
         if isinstance(message, Done):
             return message
         desk.say.remote(number, message)

@@ -1,13 +1,16 @@
-"""In what context losses are computed that are vectorised, or differentiated twice."""
+"""In what context losses are computed that are vectorised, or differentiated twice; and what autograd keeps of them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_acc.core.devices import generators_kept
 
 
 @contextmanager
@@ -32,3 +35,21 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="There is a performance drop")
         warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=DeprecationWarning)
         yield
+
+
+def saved_bytes(function: Callable[[Tensor], Tensor], theta: Tensor, shared: Iterable[Tensor] = ()) -> int:
+    """Bytes autograd keeps to differentiate ``function`` at ``theta`` (p,), without those of ``theta`` and ``shared``."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaf = theta.detach().requires_grad_()
+    with generators_kept(theta.device), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(leaf)
+    for tensor in (leaf, *shared):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    del output
+    return sum(kept.values())

@@ -23,6 +23,7 @@ from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.objective import Objective
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.queries.fingerprint import describe
+from lightning_acc.core.ranks import ALONE, Ranks
 from lightning_acc.errors import InfluenceError, RequestError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure, TakenApart
@@ -141,12 +142,14 @@ class Query:
             parts.append(torch.where(shifted[:, None] if each else shifted, values[1:] - values[0], 0.0))
         return torch.cat(parts)
 
-    def gradient(self, objective: Objective, theta: Tensor) -> Tensor:
-        """Gradient (p,) of the query at ``theta`` (p,)."""
+    def gradient(self, objective: Objective, theta: Tensor, ranks: Ranks = ALONE) -> Tensor:
+        """Gradient (p,) of the query at ``theta`` (p,); of ``ranks`` each takes some of the batches."""
         total = torch.zeros_like(theta)
         leaf = theta.detach().requires_grad_()
         with self.reading(objective):
-            for leaves, structure in self._with_same_noise(objective):
+            for number, (leaves, structure) in enumerate(self._with_same_noise(objective)):
+                if number % ranks.size != ranks.rank:
+                    continue
                 value = self.batch_sum(objective, leaf, leaves, structure)
                 if not value.requires_grad:
                     raise RequestError(
@@ -154,6 +157,7 @@ class Query:
                         "depend on the parameters; return what torch can differentiate, or read it with readout='exact'."
                     )
                 total += torch.autograd.grad(value, leaf)[0]
+        ranks.add_up(total)
         return total / self.n_examples
 
     def gradients(self, objective: Objective, theta: Tensor) -> Tensor:

@@ -1,25 +1,19 @@
-"""Pieces of work, done in this process or farmed out by Ray. Knows no mathematics; the only part that imports Ray.
+"""Pieces in the workers of Ray, and what becomes of one whose worker dies, runs out of memory or hangs.
 
-Ray distributes; what is decided here is what becomes of a piece whose worker dies, runs out of memory or hangs: it is given
-out again, a few times, smaller where memory was short, and at last reported as failed while the others go on.
+It is given out again, a few times, smaller where memory was short, and at last reported as failed while the others go on.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_acc import arguments
 from lightning_acc.core.process import is_out_of_memory
-from lightning_acc.errors import InfluenceError, RequestError
-from lightning_acc.extras import extra
+from lightning_acc.errors import InfluenceError, OtherRankLost, RequestError
 from lightning_acc.scoring.worker import Desk, Done, work_for_desk, work_in_steps
 
 if TYPE_CHECKING:
@@ -47,82 +41,6 @@ class Failure:
     """In place of the result of a piece that could not be done."""
 
     reason: str
-
-
-def each(
-    work: Work,
-    job: Any,
-    pieces: Sequence[Any],
-    address: str | None,
-    bar: Progress,
-    split: Split = lambda piece: [piece],
-    gpu: float = 0.0,
-    threads: int = 1,
-) -> Iterator[tuple[Any, Any]]:
-    """``work(job, piece, progress)`` for every piece: yields each with its result, as they are done.
-
-    Args:
-        work: what to do.
-        job: what all pieces share; Ray ships it once.
-        pieces: what to do it with.
-        address: of the Ray cluster, see ``connect``; None does it in this process.
-        bar: is told how far the pieces are.
-        split: makes smaller pieces of one that ran out of memory; these are yielded in its place.
-        gpu: what each asks of a card for itself, from 0 for none to 1.
-        threads: that a piece can use, at most. Where these are several, the job's field ``threads`` tells each how many it has:
-            all of them in this process, which does one piece after the other; CPUs of the cluster, see ``cpus_for``.
-
-    Raises:
-        RequestError: the cluster cannot be reached, or has no CPU, or no GPU where one is asked for.
-        InfluenceError: what a piece raised; the others are stopped.
-    """
-    if address is None:
-        job = replace(job, threads=threads) if threads > 1 else job
-        for i, piece in enumerate(pieces):
-            yield from _here(work, job, piece, bar.of(i), split)
-    elif pieces:
-        bar.note(f"connecting to Ray ({address})")
-        with connect(address) as ray:
-            if gpu and not ray.cluster_resources().get("GPU", 0):
-                raise RequestError(f"The Ray cluster at {address!r} has no GPU: add a node with one, or give device='cpu'.")
-            cpus = cpus_for(ray, len(pieces), threads)
-            job = replace(job, threads=cpus) if cpus > 1 else job
-            yield from _Farm(ray, work, job, bar, split, gpu, cpus).run(pieces)
-
-
-def cpus_for(ray: Any, pieces: int, most: int) -> int:
-    """How many CPUs each of so many pieces may have, ``most`` at most, while all of them are worked on at once; else 1.
-
-    What others hold is left to them, on whichever node that is: a piece that asked for it would wait for them.
-    """
-    if most == 1:
-        return 1
-    for _ in range(20):  # what was given back just now is told a moment later
-        held = ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
-        if not held:
-            break
-        time.sleep(0.1)
-    nodes = [node["Resources"].get("CPU", 0) - held for node in ray.nodes() if node["Alive"]]
-    return max((k for k in range(2, most + 1) if sum(max(0, cpus // k) for cpus in nodes) >= pieces), default=1)
-
-
-def _here(
-    work: Work, job: Any, piece: Any, progress: Callable[[float], None], split: Split, halvings: int = 0
-) -> Iterator[tuple[Any, Any]]:
-    """One piece, in this process; in smaller ones where memory was short."""
-    try:
-        result = work(job, piece, progress)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        smaller = split(piece) if halvings < MOST_HALVINGS else [piece]
-        if len(smaller) == 1:
-            result = Failure(_out_of_memory(error))
-        else:
-            for part in smaller:
-                yield from _here(work, job, part, progress, split, halvings + 1)
-            return
-    yield piece, result
 
 
 @dataclass
@@ -155,15 +73,33 @@ class _Task:
         return SECONDS_TO_UNPACK if self.done is None else SECONDS_UNTIL_HUNG
 
 
-class _Farm:
-    def __init__(self, ray: Any, work: Work, job: Any, bar: Progress, split: Split, gpu: float, cpus: int) -> None:
+class Farm:
+    """The pieces that are worked on.
+
+    Args:
+        ray: connected.
+        work: what is done with each.
+        job: what all pieces share.
+        bar: is told how far they are.
+        split: makes smaller pieces of one that ran out of memory.
+        gpu: what a process asks of a card for itself.
+        cpus: what it asks for of these.
+        beside: processes that work on a piece beside its worker.
+
+    Raises:
+        RequestError: Ray has no room for what they share.
+    """
+
+    def __init__(
+        self, ray: Any, work: Work, job: Any, bar: Progress, split: Split, gpu: float, cpus: int, beside: int = 0
+    ) -> None:
         self._ray, self._bar, self._split = ray, bar, split
         try:
             # In bytes, as whoever unpacks it must have set up its path before.
             self._shared = ray.put(ray.cloudpickle.dumps((work, job)))
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             raise RequestError(
-                f"Ray's object store has no room for what the workers share ({_reason(error)}): free some, or start Ray with a "
+                f"Ray's object store has no room for what the workers share ({reason(error)}): free some, or start Ray with a "
                 "larger object_store_memory."
             ) from error
         # Tries are counted here: Ray's own would neither split a piece nor notice one that hangs.
@@ -174,10 +110,12 @@ class _Farm:
         if self._by_ray_client:
             self._desk = ray.remote(Desk).options(num_cpus=0).remote()
             self._remote = ray.remote(work_for_desk).options(**options)
+        self._others = (beside, {"num_cpus": cpus, "num_gpus": gpu, "max_retries": 0})
         self._running: list[_Task] = []
         self._started = 0
 
     def run(self, pieces: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """Each piece with its result, or with a ``Failure``, as they are done."""
         shares = [1] * len(pieces)
         finished = [0.0] * len(pieces)
         try:
@@ -196,7 +134,7 @@ class _Farm:
                         smaller = self._split(task.piece) if short and task.halvings < MOST_HALVINGS else [task.piece]
                         if len(smaller) == 1 and task.tries >= TRIES:
                             finished[task.part] += 1
-                            yield task.piece, Failure(_out_of_memory(outcome) if short else _reason(outcome))
+                            yield task.piece, Failure(out_of_memory(outcome) if short else reason(outcome))
                         else:
                             shares[task.part] += len(smaller) - 1
                             pause = SECONDS_TO_MAKE_ROOM * 2 ** (task.tries - 1) if self._no_room(outcome) else 0.0
@@ -217,7 +155,7 @@ class _Farm:
     def _start(self, part: int, piece: Any, tries: int, pause: float = 0.0, halvings: int = 0) -> _Task:
         self._started += 1
         desk = () if self._desk is None else (self._desk, self._started)
-        messages = self._remote.remote(self._shared, piece, sys.path, pause, *desk)
+        messages = self._remote.remote(self._shared, piece, sys.path, pause, self._others, *desk)
         return _Task(part, piece, tries, messages, self._started, halvings)
 
     def _read_desk(self) -> None:
@@ -246,7 +184,7 @@ class _Farm:
             if isinstance(cause, InfluenceError):
                 raise cause from None
             # What Ray itself failed at, such as bringing over what the workers share, may go better elsewhere.
-            if is_out_of_memory(cause) or isinstance(cause, exceptions.RayError):
+            if is_out_of_memory(cause) or isinstance(cause, (exceptions.RayError, OtherRankLost)):
                 return cause
             raise
         except exceptions.TaskCancelledError:
@@ -264,47 +202,11 @@ class _Farm:
         self._ray.cancel(task.messages, force=True)
 
 
-def _out_of_memory(error: BaseException) -> str:
-    return f"it ran out of memory ({_reason(error)}): give a smaller memory_gb, or a machine with more"
+def out_of_memory(error: BaseException) -> str:
+    """What is said of a piece that cannot be made small enough."""
+    return f"it ran out of memory ({reason(error)}): give a smaller memory_gb, or a machine with more"
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """An error in one line."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-@contextmanager
-def connect(address: str) -> Iterator[Any]:
-    """Ray at ``address``; a local one is started here and stopped at the end, also by Ctrl-C.
-
-    Where Ray is connected already, that connection is used and left open: hold one around several calls to start it once.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # by default 20: a busy machine may take longer
-    with extra("compute in this process, with ray_address=None (--ray-address null)"):
-        import ray
-    arguments.ray_address(address)
-    ours = not ray.is_initialized()
-    if ours:
-        _initialise(ray, address)
-    try:
-        if ray.cluster_resources().get("CPU", 0) < 1:
-            raise RequestError(f"The Ray cluster at {address!r} has no CPU to work on: add a node, or use another cluster.")
-        yield ray
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _initialise(ray: Any, address: str) -> None:
-    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    for tries in range(1, TRIES + 1):
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-            return
-        except ConnectionError as error:
-            # Where Ray's proxy for ray:// forks at a bad moment, that one client's server does not start; the next one will.
-            if tries == TRIES or "Starting Ray client server failed" not in str(error):
-                raise RequestError(
-                    f'No Ray cluster answers at {address!r} ({error}): start one with "ray start --head", or use "local".'
-                ) from error
