@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -79,25 +80,38 @@ ALONE = Ranks()
 """One process, which takes all rows."""
 
 
-@contextmanager
-def joined(rank: int, size: int, host: str, port: int, listening: Callable[[int], object], backend: str) -> Iterator[Ranks]:
-    """In here this process is one of ``size``, which meet where that of rank 0 listens.
+class Seat(NamedTuple):
+    """Of a process among those that are about to meet.
 
-    Args:
+    Attributes:
         rank: its number.
         size: how many there are.
         host: where rank 0 is.
-        port: where it listens; of rank 0 any, if 0.
-        listening: rank 0 tells it the port, before the others are there.
+        port: where it listens.
+        socket: of rank 0, the number of the file that listens there.
+    """
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    socket: int | None = None
+
+
+@contextmanager
+def joined(seat: Seat, backend: str) -> Iterator[Ranks]:
+    """In here this process is one of several, which meet where that of rank 0 listens.
+
+    Args:
+        seat: its own.
         backend: of torch.distributed.
 
     Raises:
         OtherRankLost: they do not meet.
     """
-    first = rank == 0
-    store = _told(TCPStore)(host, port, size, first, timeout=PATIENCE, wait_for_workers=False)
-    if first:
-        listening(store.port)
+    rank, size, host, port, socket = seat
+    meeting = partial(TCPStore, host, port, size, rank == 0, PATIENCE, wait_for_workers=False, master_listen_fd=socket)
+    store = _told(meeting)()
     _told(distributed.init_process_group)(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield Ranks(rank, size)

@@ -211,14 +211,13 @@ class Replay:
     def _rows(self, t: int) -> tuple[list[Batch], Tensor, Tensor]:
         """Of the step ``t`` the batches, the sample ids and the loss weights, (B,): those that this process takes."""
         record = self.run.steps[t]
-        accumulated = [Batch(leaves, rng) for leaves, rng in zip(self.run.batches(t), record.rng, strict=True)]
+        shares, weighs = self.ranks.share(record.sizes, self.divisible(record))
+        accumulated = [Batch(leaves, record.rng[i]) for leaves, (i, _) in zip(self.run.batches(t, shares), shares, strict=True)]
         if self.ranks.size == 1:
             return accumulated, record.sample_ids, record.weights
-        shares, weighs = self.ranks.share(record.sizes, self.divisible(record))
         numbers = torch.arange(len(record.sample_ids)).split(record.sizes)
         own = torch.cat([numbers[i][rows.start : rows.stop] for i, rows in shares])
-        kept = [Batch(batches.rows(accumulated[i].leaves, torch.tensor(rows)), accumulated[i].rng) for i, rows in shares]
-        return kept, record.sample_ids[own], record.weights[own] * weighs
+        return accumulated, record.sample_ids[own], record.weights[own] * weighs
 
     def divisible(self, step: StepRecord) -> bool:
         """Whether rows can be taken out of a batch of this step, and the sum over parts is the whole."""

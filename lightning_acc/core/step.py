@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -255,10 +256,15 @@ class Point:
         with traceable():
             loss = (step.with_shares(self._weights) * step.terms(self._leaf)).sum()
         (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
-        self.gradient = self._graph.detach()
-        if step.ranks.size > 1:
-            self.gradient = self.gradient.clone()
-            step.ranks.add_up(self.gradient)
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """G_t(theta, w), (p,)."""
+        gradient = self._graph.detach()
+        if self.step.ranks.size > 1:
+            gradient = gradient.clone()
+            self.step.ranks.add_up(gradient)
+        return gradient
 
     def next(self) -> State:
         """F_t(s_t, w)."""
@@ -293,7 +299,9 @@ class Point:
         that are here.
         """
         step, at_once = self.step, self.step.rows_at_once
-        gamma = through_the_update(step.optimizer, self.state, self.gradient, step.groups, adjoint, at_once)
+        # An affine update has the same derivative at any gradient: that of the rows that are here will do.
+        gradient = self._graph.detach() if step.optimizer.is_affine(step.groups) else self.gradient
+        gamma = through_the_update(step.optimizer, self.state, gradient, step.groups, adjoint, at_once)
         curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], at_once)
         if step.ranks.size > 1:
             curvature = curvature.clone()  # autograd may hand back gamma itself

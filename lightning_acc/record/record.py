@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -179,10 +179,13 @@ class Record:
         """The steps whose parameters were written, in order."""
         return sorted(self._snapshots)
 
-    def batches(self, t: int) -> list[Leaves]:
-        """The leaves of each batch whose gradient step ``t`` accumulated; usually one."""
+    def batches(self, t: int, shares: Sequence[tuple[int, range]] | None = None) -> list[Leaves]:
+        """The leaves of each batch whose gradient step ``t`` accumulated, usually one; or of rows of some, by their numbers."""
         step = self.steps[t]
-        return [self._contents[numbers] for numbers in step.contents.split(step.sizes)]
+        parts = step.contents.split(step.sizes)
+        if shares is not None:
+            parts = tuple(parts[number][rows.start : rows.stop] for number, rows in shares)
+        return [self._contents[numbers] for numbers in parts]
 
     def content_of(self, sample_id: int) -> Leaves | None:
         """The leaves of a sample as it was first seen, without the batch dimension; None if it never was."""

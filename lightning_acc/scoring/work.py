@@ -18,7 +18,7 @@ from lightning_acc.core import devices
 from lightning_acc.core.devices import peak_gb
 from lightning_acc.core.process import as_scored
 from lightning_acc.core.queries import moments
-from lightning_acc.core.ranks import ALONE, Ranks, joined
+from lightning_acc.core.ranks import ALONE, Ranks, Seat, joined
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
@@ -45,10 +45,10 @@ class Job:
     ranks: Ranks = ALONE
 
     @contextmanager
-    def joined(self, rank: int, size: int, host: str, port: int, listening: Callable[[int], object]) -> Iterator[Job]:
+    def joined(self, seat: Seat) -> Iterator[Job]:
         """The job of one of the processes that take it together, see ``core.ranks.joined``."""
         backend = "nccl" if self.device.type == devices.CUDA else "gloo"
-        with joined(rank, size, host, port, listening, backend) as ranks:
+        with joined(seat, backend) as ranks:
             yield replace(self, ranks=ranks)
 
     def replay(self) -> Replay:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,87 +44,93 @@ def work_in_steps(shared: bytes, piece: Any, path: list[str], pause: float, othe
     time.sleep(pause)
     yield None  # it has begun: from here on it counts as hung where it is not heard, also while it unpacks
     sys.path.extend(entry for entry in path if entry not in sys.path)
-    work, job = pickle.loads(shared)
-    messages: queue.Queue[Any] = queue.Queue()
+    with _beside(others, shared, piece, path) as seat:
+        work, job = pickle.loads(shared)
+        messages: queue.Queue[Any] = queue.Queue()
 
-    def run() -> None:
-        try:
-            with _leading(job, others, shared, piece, path) as leading:
-                messages.put(Done(pickle.dumps(work(leading, piece, lambda done: messages.put(float(done))))))
-        except BaseException as error:
-            messages.put(error)
+        def run() -> None:
+            try:
+                with nullcontext(job) if seat is None else job.joined(seat) as mine:
+                    messages.put(Done(pickle.dumps(work(mine, piece, lambda done: messages.put(float(done))))))
+            except BaseException as error:
+                messages.put(error)
 
-    yield 0.0
-    threading.Thread(target=run, daemon=True).start()
-    reported = time.monotonic()
-    while True:
-        message = messages.get()
-        if isinstance(message, BaseException):
-            raise message
-        if isinstance(message, Done):
-            yield message
-            return
-        if time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
-            reported = time.monotonic()
-            yield message
+        yield 0.0
+        threading.Thread(target=run, daemon=True).start()
+        reported = time.monotonic()
+        while True:
+            message = messages.get()
+            if isinstance(message, BaseException):
+                raise message
+            if isinstance(message, Done):
+                yield message
+                return
+            if time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
+                reported = time.monotonic()
+                yield message
 
 
 @contextmanager
-def _leading(job: Any, others: Others, shared: bytes, piece: Any, path: list[str]) -> Iterator[Any]:
-    """The job of the first of the processes that work on a piece together; the others are started here.
+def _beside(others: Others, shared: bytes, piece: Any, path: list[str]) -> Iterator[tuple[Any, ...] | None]:
+    """In here others work on the piece beside this process: its ``core.ranks.Seat`` among them; None where there are none.
 
-    Raises:
-        OtherRankLost: one of them is lost; or what it failed of.
+    They are started at once, as all of them must import what they need. Where one is lost, what another failed of is raised.
     """
     count, options = others
     if not count:
-        yield job
+        yield None
         return
     import ray
 
-    here, beside = ray.util.get_node_ip_address(), ray.remote(work_beside).options(scheduling_strategy="SPREAD", **options)
-    at_work: list[Any] = []
-
-    def start(port: int) -> None:
-        at_work.extend(beside.remote(shared, piece, path, rank, 1 + count, here, port) for rank in range(1, 1 + count))
-
+    here = _own_address(ray)
+    listener = socket.create_server((here, 0), backlog=count)
+    port, remote = listener.getsockname()[1], ray.remote(work_beside).options(scheduling_strategy="SPREAD", **options)
+    at_work = [remote.remote(shared, piece, path, (rank, 1 + count, here, port)) for rank in range(1, 1 + count)]
     try:
-        _listen_at(here)
-        with job.joined(0, 1 + count, here, 0, start) as leading:
-            yield leading
-    except OtherRankLost:
-        for ended in ray.wait(at_work, num_returns=count, timeout=SECONDS_TO_BE_TOLD)[0]:
-            try:
-                ray.get(ended)
-            except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, OtherRankLost):
-                    raise error.cause from None
-            except ray.exceptions.RayError:
-                pass  # lost
-        raise
-    finally:
+        yield 0, 1 + count, here, port, listener.detach()
+    except BaseException as failure:
+        cause = _cause(ray, at_work) if isinstance(failure, OtherRankLost) else None
         for work in at_work:
             ray.cancel(work, force=True)
+        if cause is not None:
+            raise cause from None
+        raise
 
 
-def work_beside(shared: bytes, piece: Any, path: list[str], rank: int, size: int, host: str, port: int) -> None:
+def _cause(ray: Any, at_work: list[Any]) -> BaseException | None:
+    """What one of these failed of by itself; None where that is not known, or it is lost."""
+    for ended in ray.wait(at_work, num_returns=len(at_work), timeout=SECONDS_TO_BE_TOLD)[0]:
+        try:
+            ray.get(ended)
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, OtherRankLost):
+                cause: BaseException = error.cause
+                return cause
+        except ray.exceptions.RayError:
+            pass
+    return None
+
+
+def work_beside(shared: bytes, piece: Any, path: list[str], seat: tuple[Any, ...]) -> None:
     """In another worker: its part of the work on a piece."""
     import ray
 
     sys.path.extend(entry for entry in path if entry not in sys.path)
     work, job = pickle.loads(shared)
-    _listen_at(ray.util.get_node_ip_address())
-    with job.joined(rank, size, host, port, lambda port: None) as beside:
-        work(beside, piece, lambda done: None)
+    _own_address(ray)
+    with job.joined((*seat, None)) as mine:
+        work(mine, piece, lambda done: None)
 
 
-def _listen_at(address: str) -> None:
-    """Have gloo listen at this node's ``address``; by itself it asks for the host's name, which may be the loopback's."""
+def _own_address(ray: Any) -> str:
+    """Of this node, where gloo, too, is to listen; by itself it asks for the host's name, which may be the loopback's."""
+    address = str(ray.util.get_node_ip_address())
     for _, name in socket.if_nameindex() if sys.platform == "linux" else ():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
             found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             if socket.inet_ntoa(found[20:24]) == address:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return address
 
 
 def work_for_desk(shared: bytes, piece: Any, path: list[str], pause: float, others: Others, desk: Any, number: int) -> Any:

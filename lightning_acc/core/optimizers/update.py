@@ -198,6 +198,10 @@ class Update:
         answers = answers - answers[-1]
         return answers[:parts].T.contiguous(), answers[parts]
 
+    def is_affine(self, groups: list[Hyperparameters]) -> bool:
+        """Whether U is affine in state and gradient."""
+        return self.rule.affine and not groups[0]["gradient_clip_val"]
+
     def not_uniform(self, groups: list[Hyperparameters]) -> str | None:
         """Why U is not one affine function for all numbers, in a sentence; None where it is."""
         if not self.rule.affine:

@@ -58,6 +58,8 @@ def connect(address: str) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Workers compute in a thread, whose memory glibc would keep apart, and give back when it could be used again.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # by default 20: a busy machine may take longer
     with extra("compute in this process, with ray_address=None (--ray-address null)"):
         import ray
