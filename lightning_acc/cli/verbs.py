@@ -105,6 +105,7 @@ def do_score(
     directions: int | None = None,
     followed: int | None = None,
     trainings: int | None = None,
+    processes: int = 1,
     confirm: str | None = None,
     top: int = 10,
     wandb: bool = False,
@@ -137,6 +138,8 @@ def do_score(
             default. Of Adam and the like, and where gradients are clipped: how many it takes through the optimizer's updates.
         trainings: of acc-low-rank: what its ranking of all samples may cost, in trainings of the run, 25 by default; where that
             pays for training again without each of them, it does this.
+        processes: of Ray, that take the one sweep of sgd-ie or tracin together, each with some rows of every batch; for steps
+            that are large.
         confirm: top:N also retrains without the N most harmful, and prints their true scores beside.
         top: how many of the most harmful to print.
         wandb: whether W&B is shown the progress, and then all results; offline where there is no key.
@@ -164,6 +167,7 @@ def do_score(
             directions=directions,
             followed=followed,
             trainings=trainings,
+            processes=processes,
             confirm=most(confirm) if confirm else 0,
             memory_gb=memory_gb,
         )

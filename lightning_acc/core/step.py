@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -256,15 +255,15 @@ class Point:
         with traceable():
             loss = (step.with_shares(self._weights) * step.terms(self._leaf)).sum()
         (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
+        self._gradient = self._graph.detach() if step.ranks.size == 1 else None
 
-    @cached_property
+    @property
     def gradient(self) -> Tensor:
         """G_t(theta, w), (p,)."""
-        gradient = self._graph.detach()
-        if self.step.ranks.size > 1:
-            gradient = gradient.clone()
-            self.step.ranks.add_up(gradient)
-        return gradient
+        if self._gradient is None:
+            self._gradient = self._graph.detach().clone()
+            self.step.ranks.add_up(self._gradient)
+        return self._gradient
 
     def next(self) -> State:
         """F_t(s_t, w)."""

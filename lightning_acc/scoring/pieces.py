@@ -88,8 +88,9 @@ def refuse_undivided(replay: Replay, method: Method, question: Question, process
         )
     if ray_address is None:
         raise RequestError(f"{told} are started by Ray: give ray_address='local', or that of a cluster.")
-    why = replay.objective.undivided or "its random numbers (dropout) are drawn for a batch as a whole"
     if not any(replay.divisible(step) or len(step.sizes) > 1 for step in replay.records):
+        drawn = any(any(step.rng) for step in replay.records)
+        why = "its random numbers (dropout) are drawn for a batch as a whole" if drawn else replay.objective.undivided
         raise RequestError(
             f"{told} have nothing to share, as no batch of this run can be divided: {why}. Leave processes out; a "
             "step of several batches (of several GPUs, or accumulated) is shared by its batches."

@@ -97,7 +97,7 @@ def mean_of_runs(verb: Callable[..., Scores], run: Sequence[Any], **asked: Any) 
         verdict = _verdict(scores, tables, asked["check"])
         more = [removal for removal in scores.most_harmful(confirm) if removal not in scores.truths]
         if more:
-            plain = {"readout": None, "directions": None, "followed": None, "trainings": None, "confirm": 0}
+            plain = {"readout": None, "directions": None, "followed": None, "trainings": None, "processes": 1, "confirm": 0}
             found = _truths(of_all(more, method=registry.TRUTH, **plain))
             truths.update({distinct.index(removal): found[i] for i, removal in enumerate(more)})
         scores = _mean(distinct, tables, truths, {**conditions, "verdict": verdict.to_json()})

@@ -47,7 +47,7 @@ class Job:
     @contextmanager
     def joined(self, seat: Seat) -> Iterator[Job]:
         """The job of one of the processes that take it together, see ``core.ranks.joined``."""
-        backend = "nccl" if self.device.type == devices.CUDA else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == devices.CUDA else "gloo"
         with joined(seat, backend) as ranks:
             yield replace(self, ranks=ranks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
+from lightning_acc.core import queries, ranks
+from lightning_acc.core.queries import moments
+from lightning_acc.core.replay import Replay
+from lightning_acc.core.tape import Tape, filed
+from lightning_acc.methods import sweeps
+from lightning_acc.methods.method import Question
+from lightning_acc.methods.rules import AdjointSgdIe
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -114,6 +122,52 @@ def test_workers_share_a_card(tmp_path: Path, local_ray: Path, monkeypatch: pyte
     alone = la.score(run, "loo", device="cuda", **HERE)
     farmed = la.score(run, "loo", device="cuda", **{**HERE, "ray_address": "local"})
     alike(alone.values, farmed.values, ROUND_OFF["float64"])
+
+
+def test_loo_of_a_gpu_in_turn_is_that_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it goes where parameter vectors are long."""
+    run = record(tmp_path / "run", make(hidden=6, activation="gelu", optimizer={"momentum": 0.9}))
+    expected = la.score(run, "loo", device="cpu", **HERE)
+    monkeypatch.setattr("lightning_acc.core.replay.STATES_BYTES", 0)
+    alike(la.score(run, "loo", device="cuda", **HERE).values, expected.values, ROUND_OFF["float64"])
+
+
+def test_states_of_a_gpu_go_to_a_file_and_come_back(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", make(hidden=6, activation="gelu", optimizer={"momentum": 0.9}))
+    replay = Replay(run, device=torch.device("cuda"))
+    tape = Tape(replay, 0)
+    there = [(state, t) for t, (_, state) in zip(reversed(range(len(replay))), tape.backwards(), strict=True)]
+    assert filed(replay, 0) == len(replay) - 2
+    state = replay.initial
+    for t, (found, number) in enumerate(reversed(there)):
+        assert number == t
+        assert all(part.is_cuda for part in found)
+        alike(found[0].cpu().numpy(), state[0].cpu().numpy(), ROUND_OFF["float64"])
+        state = replay.step(t)(state)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
+def test_a_sweep_of_several_processes(tmp_path: Path, backend: str) -> None:
+    """Two on one card by way of the CPU; by that of the cards as many as there are."""
+    run = record(tmp_path / "run", make(hidden=6, activation="gelu", optimizer={"class": "AdamW", "lr": 0.01}))
+    expected = la.score(run, "sgd-ie", device="cpu", **HERE).values
+    size = 2 if backend == "gloo" else torch.cuda.device_count()
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    listener.close()
+    torch.multiprocessing.spawn(swept, (size, port, backend, str(run.path), str(tmp_path)), nprocs=size)
+    for rank in range(size):
+        alike(np.load(tmp_path / f"{rank}.npy"), expected, ROUND_OFF["float64"])
+
+
+def swept(rank: int, size: int, port: int, backend: str, path: str, folder: str) -> None:
+    """One of these processes."""
+    run = la.Run(path)
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    question = Question(queries.find(run, "val"), moments.find(run, "end"), "linear", False, 2**30)
+    with ranks.joined(ranks.Seat(rank, size, "127.0.0.1", port), backend) as met:
+        found = sweeps.reverse(Replay(run, device=device, ranks=met), AdjointSgdIe(), question)
+    np.save(Path(folder) / f"{rank}.npy", found.cpu().numpy())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
