@@ -63,7 +63,7 @@ def test_an_update_in_place_is_the_update_to_the_last_bit(
     optimizer: str, slots: int, dtype: torch.dtype, rows: tuple[int, ...], clipped: float | None
 ) -> None:
     """Also where a parameter is taken in several blocks, the last of which is short."""
-    sizes = [("small", [3, 5]), ("large", [101, (2 * updates.BLOCK + 700) // 101])]
+    sizes = [("small", [3, 5]), ("large", [101, (2 * updates.BLOCK["cpu"] + 700) // 101])]
     update = Update(optimizer, ParameterLayout(sizes), [0, 0], slots)
     p = sum(a * b for _, (a, b) in sizes)
     generator = torch.Generator().manual_seed(0)
@@ -88,8 +88,7 @@ def test_an_adjoint_goes_through_the_update_block_by_block(
     clipping: tuple[float | None, str],
 ) -> None:
     """As autograd takes it through the whole of it."""
-    monkeypatch.setattr(updates, "BLOCK", block)
-    monkeypatch.setattr(products, "BLOCK", block)
+    monkeypatch.setitem(updates.BLOCK, "cpu", block)
     update = Update(optimizer, ParameterLayout([("a", [3, 5]), ("b", [4, 600])]), [0, 0], slots)
     generator = torch.Generator().manual_seed(0)
     *state, gradient = torch.randn(2 + slots, 2415, generator=generator, dtype=torch.float64)

@@ -98,7 +98,7 @@ def through_the_update(
         outputs += update.one(tuple(leaves[:-1]), leaves[-1], h)
         inputs += leaves
         places.append(place)
-        if sum(place.stop - place.start for place in places) >= BLOCK:
+        if sum(place.stop - place.start for place in places) >= BLOCK[gradient.device.type]:
             pull()
     if places:
         pull()

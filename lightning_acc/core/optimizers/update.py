@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from lightning_acc.record.schema.keys import DTYPES
 
 COUNTS = ("step", "global_step", "current_epoch")
 """What is another number in every step, or epoch, whatever the optimizer."""
-BLOCK = 2**16
-"""Numbers that are updated together in place: what is made on the way stays in the processor's caches."""
+BLOCK = defaultdict(lambda: 2**22, cpu=2**16)
+"""Numbers that are updated together in place, by kind of device: what is made on the way stays in a core's caches; a card is
+kept busy."""
 
 
 def _typed(h: Hyperparameters) -> Hyperparameters:
@@ -84,7 +86,7 @@ class Update:
         for h, gradient, pieces in self._by_parameter(state, gradients, groups):
             length = gradient.shape[-1]
             rows = max(1, gradient.numel() // max(1, length))
-            size = max(BLOCK // rows, 1024) if self.rule.by_number else max(1, length)
+            size = max(BLOCK[gradient.device.type] // rows, 1024) if self.rule.by_number else max(1, length)
             for g, *block in zip(*(part.split(size, -1) for part in (gradient, *pieces)), strict=True):
                 yield slice(first, first + g.shape[-1]), tuple(block), g, h
                 first += g.shape[-1]
