@@ -82,8 +82,9 @@ class Update:
 
         Of each its place in the flat parameters, views of its state and gradient, and what is ``given`` of its parameter.
         """
-        first = 0
-        for h, gradient, pieces in self._by_parameter(state, gradients, groups):
+        first, on_cpu = 0, state[0].device.type == "cpu"
+        apart = self._by_parameter if on_cpu or not self.rule.by_number else self._by_range
+        for h, gradient, pieces in apart(state, gradients, groups):
             length = gradient.shape[-1]
             rows = max(1, gradient.numel() // max(1, length))
             size = max(BLOCK[gradient.device.type] // rows, 1024) if self.rule.by_number else max(1, length)
@@ -100,6 +101,15 @@ class Update:
         pieces = (part.split(self.layout.sizes, -1) for part in state)
         for h, g, *piece in zip(self.given(groups), gradients, *pieces, strict=True):
             yield h, g, tuple(piece)
+
+    def _by_range(
+        self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]
+    ) -> Iterator[tuple[Hyperparameters, Tensor, State]]:
+        """The same of each of the ``ranges``: of a card every operation takes a while to be asked for, and every number is
+        rounded alike."""
+        given, gradient = self.given(groups), torch.cat(list(gradients), -1)
+        for place, parameter in self.ranges():
+            yield given[parameter], gradient[..., place], tuple(part[..., place] for part in state)
 
     def given(self, groups: list[Hyperparameters]) -> list[Hyperparameters]:
         """What the rule is told of each parameter: the hyper-parameters of its group, and its shape."""
