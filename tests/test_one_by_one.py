@@ -46,7 +46,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replays, "STATES_BYTES", 0)
+    monkeypatch.setitem(replays.STATES_BYTES, "cpu", 0)
 
 
 def shifts(run: la.Run, method: str = "loo", removals: Any = None, **options: Any) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_together_and_one_by_one_are_equal_but_for_round_off(
     run = record(tmp_path / "run", make(**module), **options)
     removals = [[i] for i in range(N)] + [[0, 1, 2], [20, 3]]
     together = shifts(run, method, removals)
-    monkeypatch.setattr(replays, "STATES_BYTES", 9 * run.n_parameters * 8)  # nine at a time, and a rest
+    monkeypatch.setitem(replays.STATES_BYTES, "cpu", 9 * run.n_parameters * 8)  # nine at a time, and a rest
     assert Replay(run).states_at_once == 9
     torch.testing.assert_close(shifts(run, method, removals), together, rtol=1e-9, atol=1e-11)
     one_by_one(monkeypatch)
@@ -170,7 +170,7 @@ def test_together_and_one_by_one_are_equal_but_for_round_off(
 @pytest.mark.parametrize("at_once", [1, 9, 512])
 def test_what_no_step_has_seen_is_not_taken_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     run = record(tmp_path / "run", make(hidden=4), max_epochs=1, batch_size=4)
-    monkeypatch.setattr(replays, "STATES_BYTES", at_once * run.n_parameters * 8)
+    monkeypatch.setitem(replays.STATES_BYTES, "cpu", at_once * run.n_parameters * 8)
     taken = 0
     advance = Step.advance
 
@@ -236,5 +236,5 @@ def test_in_float32_differences_are_free_of_round_off(tmp_path: Path, monkeypatc
     run = record(tmp_path / "run", make(hidden=4).float(), precision="32-true", max_epochs=2)
     exact = shifts(run, dtype="float64")
     for at_once in (1, 9, 512):
-        monkeypatch.setattr(replays, "STATES_BYTES", at_once * run.n_parameters * 4)
+        monkeypatch.setitem(replays.STATES_BYTES, "cpu", at_once * run.n_parameters * 4)
         assert (shifts(run) - exact).norm() < 1e-5 * exact.norm()

@@ -34,9 +34,9 @@ CACHE_BYTES = defaultdict(lambda: 2**28, cpu=2**20)
 """Activations that Hessian-vector products work on at once, by kind of device: what a core's second-level cache holds, where
 more is slower; what keeps a card busy."""
 
-STATES_BYTES, FEWEST_STATES = 2**24, 8
-"""Parameter vectors that are worked on together: beyond so many bytes the system maps their memory anew at every operation,
-which takes longer than the work itself; fewer than so many are as fast one by one."""
+STATES_BYTES, FEWEST_STATES = defaultdict(lambda: 2**28, cpu=2**24), 8
+"""Parameter vectors that are worked on together, by kind of device: beyond so many bytes a CPU maps their memory anew at every
+operation, which takes longer than the work itself; fewer than so many are as fast one by one."""
 
 THREADS_BYTES = 2**23
 """Bytes of parameters and activations from which a step may be worth several threads. Below, it is taken on one, here as
@@ -166,9 +166,9 @@ class Replay:
     def states_at_once(self) -> int:
         """How many states a step is taken at together; 1 where parameter vectors are so long that nothing is gained.
 
-        It depends on the run and the dtype alone: so do the bits of the scores.
+        It depends on the run, the dtype and the kind of device alone: so do the bits of the scores.
         """
-        fit = STATES_BYTES // max(1, self.initial[0].nbytes)
+        fit = STATES_BYTES[self.device.type] // max(1, self.initial[0].nbytes)
         return fit if fit >= FEWEST_STATES else 1
 
     @cached_property
@@ -186,8 +186,9 @@ class Replay:
         return most if self.seconds_on(most) < self.seconds_on(1) else 1
 
     def seconds_on(self, threads: int) -> float:
-        """Seconds of the clock that a step takes on so many threads."""
+        """Seconds of the clock that a step takes on so many threads; of several processes, that this one's rows take."""
         step = self.step(0)
+        step.ranks = ALONE
         with as_scored(threads):
             return min(timeit.repeat(lambda: step(self.initial), number=1, repeat=2))
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from lightning_acc import arguments
 from lightning_acc.core import devices
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
@@ -77,9 +76,8 @@ def refuse_undivided(replay: Replay, method: Method, question: Question, process
     """Refuse ``processes`` where they would have nothing to share.
 
     Raises:
-        RequestError: they are no number of processes, or there is nothing.
+        RequestError: there is nothing.
     """
-    arguments.whole("processes", processes, "is no number of processes", least=1)
     told = f"processes={processes}"
     if not method.is_one_sweep(question):
         raise RequestError(

@@ -17,6 +17,7 @@ from lightning_acc.core import devices, queries, rebuild
 from lightning_acc.core import removals as removal_sets
 from lightning_acc.core.queries import Query, moments
 from lightning_acc.core.queries.moments import At
+from lightning_acc.core.ranks import Ranks
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay, explained
 from lightning_acc.methods import registry
@@ -126,7 +127,9 @@ def score(
     place = devices.chosen(device, run)
     when, portable = moments.find(run, at), rebuild.portable(run)
     configured = registry.find(method).configured(directions=directions, followed=followed, trainings=trainings)
-    replay = Replay(portable, dtype, when.last, device=place)  # refuses what cannot be replayed before any worker starts
+    shared = Ranks(0, arguments.whole("processes", processes, "is no number of processes", least=1))
+    # Refuses what cannot be replayed before any worker starts; and tells what one of several processes needs.
+    replay = Replay(portable, dtype, when.last, device=place, ranks=shared)
     chosen = configured.settled(replay, keep_shifts)
     memory, bank_bytes = devices.budget(memory_gb, place, registry.least_bytes(chosen, replay)), bank.budget(bank_gb)
     readout = chosen.default_readout(keep_shifts) if readout is None else arguments.choice("readout", readout, READOUTS)
@@ -145,8 +148,9 @@ def score(
     if processes != 1:
         pieces.refuse_undivided(replay, chosen, question, processes, ray_address)
     parts_of_work = chosen.pieces(replay, distinct, job.question)
+    alone = replay if processes == 1 else Replay(portable, dtype, when.last, device=place)
     if check and not chosen.is_truth:
-        checks.refuse_too_dear(replay, question.memory, distinct)
+        checks.refuse_too_dear(alone, question.memory, distinct)
 
     # What a function computes may depend on more than its code and data.
     reusable = save and not keep_shifts and question.query.function is None
@@ -210,7 +214,7 @@ def score(
             )  # fmt: skip
 
         seconds = scores.conditions["wall_seconds"]
-        scores = checks.check_scores(scores, replay, question.memory, check, seconds, retrain, confirm)
+        scores = checks.check_scores(scores, alone, question.memory, check, seconds, retrain, confirm)
     if save and wanted:
         shards.gather(run, conditions, name, scores)
     shifts = _shifts(run, wanted, finished) if keep_shifts else None

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
 from lightning_acc.core import queries, ranks
+from lightning_acc.core import replay as replays
 from lightning_acc.core.queries import moments
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.tape import Tape, filed
@@ -128,7 +129,7 @@ def test_loo_of_a_gpu_in_turn_is_that_of_the_cpu(tmp_path: Path, monkeypatch: py
     """As it goes where parameter vectors are long."""
     run = record(tmp_path / "run", make(hidden=6, activation="gelu", optimizer={"momentum": 0.9}))
     expected = la.score(run, "loo", device="cpu", **HERE)
-    monkeypatch.setattr("lightning_acc.core.replay.STATES_BYTES", 0)
+    monkeypatch.setitem(replays.STATES_BYTES, "cuda", 0)
     alike(la.score(run, "loo", device="cuda", **HERE).values, expected.values, ROUND_OFF["float64"])
 
 

@@ -16,6 +16,7 @@ removal that no derivative tells: a second moment that the sample alone had fill
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,9 @@ from lightning_acc.methods.rules import AdjointSgdIe
 from lightning_acc.record.record import Record
 
 WINDOW_EPOCHS = 2
-CACHED = 2**17
-"""Numbers of a part of the state that are taken through an update together: what stays in the caches. More is slower."""
+CACHED = defaultdict(lambda: 2**24, cpu=2**17)
+"""Numbers of a part of the state that are taken through an update together, by kind of device: what stays in a core's caches,
+where more is slower; what keeps a card busy."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class UpdateAlone:
         inside, given = self._last >= 0, update.given(step.groups)
         for (columns, parameter), parts in zip(self._ranges, self._parts, strict=True):
             own, mine, bent = tuple(part[columns] for part in self._own), gradient[columns], curvature[columns]
-            for rows in torch.arange(len(inside)).split(max(1, CACHED // len(mine))):
+            for rows in torch.arange(len(inside)).split(max(1, CACHED[device.type] // len(mine))):
                 if inside[rows].any():
                     some = slice(int(rows[0]), int(rows[-1]) + 1)
                     states = tuple(part[some] for part in parts)
