@@ -15,7 +15,6 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch._C._distributed_c10d import TCPStore
 
 from lightning_acc.errors import OtherRankLost
 
@@ -109,6 +108,8 @@ def joined(seat: Seat, backend: str) -> Iterator[Ranks]:
     Raises:
         OtherRankLost: they do not meet.
     """
+    from torch._C._distributed_c10d import TCPStore  # which not every build of torch has
+
     rank, size, host, port, socket = seat
     meeting = partial(TCPStore, host, port, size, rank == 0, PATIENCE, wait_for_workers=False, master_listen_fd=socket)
     store = _told(meeting)()

@@ -42,7 +42,8 @@ def refuse_too_many(ray: Any, address: str, processes: int, gpu: float) -> None:
     """
     has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(min(some.get("CPU", 0), some.get("GPU", 0) / gpu if gpu else math.inf)) for some in has)
-    if processes > max(1, room):
+    room = max(1, room)
+    if processes > room:
         what = "CPUs and GPUs" if gpu else "CPUs"
         raise RequestError(
             f"processes={processes} work at the same time, and the Ray cluster at {address!r} has {what} for {room}: give "
