@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import N, StepOnly, data, make, record
+from problems import N, Net, StepOnly, data, make, record
 from torch import Tensor
 
 import lightning_acc as la
@@ -129,6 +129,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sgd, clipped": ({}, {"gradient_clip_val": 0.3}),
     "accumulated": ({}, {"accumulate_grad_batches": 2}),
     "accumulated, with dropout": ({"dropout": 0.4}, {"accumulate_grad_batches": 2}),
+    "dropout": ({"dropout": 0.4}, {"batch_size": 8}),
     "schedule": ({"decay_lr": 0.5}, {}),
 }
 
@@ -273,10 +274,18 @@ def test_where_there_is_nothing_to_share_they_are_refused(tmp_path: Path, option
         asks(run, **options)
 
 
+class Coupled(Net):
+    """Noise that all rows of a batch share."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        losses = super().per_sample_loss(batch)
+        return losses * (1 + 0.1 * torch.rand(6, dtype=losses.dtype)[self.training * 5])
+
+
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (lambda: make(hidden=4, dropout=0.3), r"its random numbers \(dropout\) are drawn for a batch as a whole"),
+        (lambda: Coupled(hidden=4), r"its random numbers \(dropout\) are drawn for a batch as a whole"),
         (lambda: StepOnly(penalty=0.1), "its loss has a term that no sample is in"),
     ],
 )

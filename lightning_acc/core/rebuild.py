@@ -216,3 +216,24 @@ def why_not_rebuildable(module: torch.nn.Module) -> str | None:
     if {name: tuple(value.shape) for name, value in twin.state_dict().items()} != shapes:
         return f"The module {describe(module)['class']} rebuilt from its hyper-parameters has other tensors: {REMEDY}."
     return None
+
+
+def not_the_module(run: Record, why: str) -> str:
+    """That the module is not the recorded one, in a sentence."""
+    return (
+        f"{run.path} is not a record of the module {run.manifest['module']['class']} ({why}): open it as Run(path, module=...) "
+        "with the module that was trained, restore it, or record the run again."
+    )
+
+
+def refuse_misfit(run: Record, module: torch.nn.Module, shapes: Iterable[tuple[str, torch.Size]]) -> None:
+    """Refuse a module that has not the recorded parameters, by name and shape.
+
+    Raises:
+        RunError: it has not.
+    """
+    there = {name: tuple(value.shape) for name, value in module.named_parameters(remove_duplicate=False)}
+    for name, shape in shapes:
+        if there.get(name) != tuple(shape):
+            has = f"of shape {there[name]}" if name in there else "not there"
+            raise RunError(not_the_module(run, f"its parameter {name!r} is {has}, the recorded one of shape {tuple(shape)}"))

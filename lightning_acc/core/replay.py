@@ -14,15 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_acc import arguments
 from lightning_acc.core.devices import CPU, generators_kept, recorded_on
+from lightning_acc.core.losses.batch import Batch, rows_apart
 from lightning_acc.core.losses.tracing import saved_bytes
 from lightning_acc.core.modules.precision import PRECISIONS, rounded_to
 from lightning_acc.core.objective import Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
 from lightning_acc.core.process import as_recorded, as_scored, is_out_of_memory
 from lightning_acc.core.ranks import ALONE, Ranks
-from lightning_acc.core.rebuild import module_of
+from lightning_acc.core.rebuild import module_of, not_the_module, refuse_misfit
 from lightning_acc.core.stand_in import place_in
-from lightning_acc.core.step import Batch, Step
+from lightning_acc.core.step import Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
@@ -79,7 +80,7 @@ class Replay:
         self.rounded_to = rounded_to(precision, self.dtype, manifest.get("compiled", False))
         self.layout = ParameterLayout(manifest["layout"])
         module = module_of(run)
-        _refuse_misfit(run, module, self.layout)
+        refuse_misfit(run, module, self.layout.shapes)
         frozen = run.frozen_tensors()
         try:
             self.objective = Objective(
@@ -101,7 +102,7 @@ class Replay:
         except (RuntimeError, AttributeError) as error:  # tensors of other shapes, submodules that are not there
             if is_out_of_memory(error):
                 raise
-            raise RunError(_not_the_module(run, " ".join(str(error).split())[:300])) from error
+            raise RunError(not_the_module(run, " ".join(str(error).split())[:300])) from error
         if self.objective.trainer is not None:  # what a query reads
             self.objective.trainer.place = lambda: place_in(run.steps[len(self) - 1].groups[0])
         optimizer = manifest["optimizer"]
@@ -206,38 +207,36 @@ class Replay:
             if self.states_at_once == 1
             else max(16, CACHE_BYTES[self.device.type] // max(1, self.activation_bytes)),
             states_at_once=self.states_at_once,
+            apart=lambda: self.states_at_once == 1 and self.rows_apart,
             ranks=self.ranks,
         )
 
     def _rows(self, t: int) -> tuple[list[Batch], Tensor, Tensor]:
         """Of the step ``t`` the batches, the sample ids and the loss weights, (B,): those that this process takes."""
         record = self.run.steps[t]
-        shares, weighs = self.ranks.share(record.sizes, self.divisible(record))
-        accumulated = [Batch(leaves, record.rng[i]) for leaves, (i, _) in zip(self.run.batches(t, shares), shares, strict=True)]
         if self.ranks.size == 1:
-            return accumulated, record.sample_ids, record.weights
+            return self._batches(t), record.sample_ids, record.weights
+        shares, weighs = self.ranks.share(record.sizes, self.divisible(record))
+        parts = zip(self.run.batches(t, shares), shares, strict=True)
+        accumulated = [Batch(leaves, record.rng[i]).as_part(rows, record.sizes[i]) for leaves, (i, rows) in parts]
         numbers = torch.arange(len(record.sample_ids)).split(record.sizes)
         own = torch.cat([numbers[i][rows.start : rows.stop] for i, rows in shares])
         return accumulated, record.sample_ids[own], record.weights[own] * weighs
 
+    def _batches(self, t: int) -> list[Batch]:
+        return [Batch(leaves, rng) for leaves, rng in zip(self.run.batches(t), self.run.steps[t].rng, strict=True)]
+
     def divisible(self, step: StepRecord) -> bool:
         """Whether rows can be taken out of a batch of this step, and the sum over parts is the whole."""
-        return self.objective.undivided is None and not any(step.rng)
+        if any(step.rng):  # of which two rows at least can be told from others
+            return len(step.sizes) == 1 and step.sizes[0] >= 2 * self.ranks.size and self.rows_apart
+        return self.objective.undivided is None
 
-
-def _not_the_module(run: Record, why: str) -> str:
-    return (
-        f"{run.path} is not a record of the module {run.manifest['module']['class']} ({why}): open it as Run(path, module=...) "
-        "with the module that was trained, restore it, or record the run again."
-    )
-
-
-def _refuse_misfit(run: Record, module: torch.nn.Module, layout: ParameterLayout) -> None:
-    shapes = {name: tuple(value.shape) for name, value in module.named_parameters(remove_duplicate=False)}
-    for name, shape in layout.shapes:
-        if shapes.get(name) != tuple(shape):
-            has = f"of shape {shapes[name]}" if name in shapes else "not there"
-            raise RunError(_not_the_module(run, f"its parameter {name!r} is {has}, the recorded one of shape {tuple(shape)}"))
+    @cached_property
+    def rows_apart(self) -> bool:
+        """Whether rows can be taken out of batches that draw random numbers (dropout): so seen of two steps."""
+        some = [batch for t in {0, len(self) // 2} for batch in self._batches(t)]
+        return rows_apart(self.objective, some, self.initial[0], self.rounded_to)
 
 
 OF_DATA = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
@@ -284,7 +283,7 @@ def _refuse_unusable(run: Record) -> None:
                 raise
             except OF_DATA as error:
                 words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                raise RunError(_not_the_module(run, f"which fails on the batches of step {t}: {words}")) from error
+                raise RunError(not_the_module(run, f"which fails on the batches of step {t}: {words}")) from error
 
 
 @explained

@@ -10,13 +10,12 @@ every estimator use it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_acc.core.devices import States, drawing
+from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
@@ -27,23 +26,6 @@ from lightning_acc.core.removals import Removals
 from lightning_acc.core.stand_in import place_in
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, TakenApart
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch as the module is given it.
-
-    Attributes:
-        leaves: its tensors, first dimension (B,).
-        rng: states of the random number generators before the forward pass, those that it draws from.
-    """
-
-    leaves: Leaves
-    rng: States = field(default_factory=dict)
-
-    def random_numbers(self, device: torch.device) -> AbstractContextManager[None]:
-        """In here the forward pass, on ``device``, draws the random numbers it drew in training."""
-        return drawing(self.rng, device)
 
 
 class Step:
@@ -59,6 +41,7 @@ class Step:
         rows_at_once: how many Hessian-vector products to take together.
         states_at_once: how many states to take together; one by one where that is 1.
         own_rows: the leaves are (n, B, ...), a batch for each of n parameter vectors; only ``gradients`` can be asked then.
+        apart: whether rows have the same losses and random numbers by themselves, asked of large models with dropout.
         ranks: the processes that have other rows of its batches. Taken from one state, forward or back, it is the whole step.
     """
 
@@ -73,12 +56,13 @@ class Step:
         rows_at_once: int = 128,
         states_at_once: int = 512,
         own_rows: bool = False,
+        apart: Callable[[], bool] = lambda: False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.objective = objective
         self.ranks = ranks
         dtype, device = objective.dtype, objective.device
-        self.accumulated = [Batch(batches.cast(batch.leaves, dtype, device), batch.rng) for batch in accumulated]
+        self.accumulated = [replace(batch, leaves=batches.cast(batch.leaves, dtype, device)) for batch in accumulated]
         self.sample_ids = sample_ids
         self.weights = weights.to(device, dtype)
         self._recorded = weights
@@ -88,7 +72,7 @@ class Step:
         self.rows_at_once = rows_at_once
         self._place = place_in(groups[0])
         self.states_at_once = states_at_once if objective.vectorised else 1
-        self._own_rows = own_rows
+        self._own_rows, self.apart = own_rows, apart
         self.optimizer = update
         update.check(groups)
 
@@ -219,6 +203,9 @@ class Step:
         thetas = theta.expand(len(touched), -1).clone().requires_grad_()
         if not len(touched):
             return Removed(touched, thetas, torch.zeros_like(thetas))
+        if len(touched) == 1 and any(batch.rng for batch in self.accumulated) and self.apart():
+            loss = self._of_rows(thetas[0], position)
+            return Removed(touched, thetas, torch.autograd.grad(loss, thetas, create_graph=curved)[0])
         slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
         # Each removal gets a batch of its own samples, padded with any sample at weight 0.
         columns = position.new_zeros(len(touched), int(counts.max()))
@@ -235,6 +222,20 @@ class Step:
             losses = self.losses_each(thetas)
         (graph,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=curved)
         return Removed(touched, thetas, graph)
+
+    def _of_rows(self, theta: Tensor, positions: Tensor) -> Tensor:
+        """The weighted loss at ``theta`` (p,) of the occurrences at ``positions``, by themselves, as drawn in their batches."""
+        total, first = theta.new_zeros(()), 0
+        for batch in self.accumulated:
+            size = batches.batch_size(batch.leaves)
+            mine = positions[(first <= positions) & (positions < first + size)] - first
+            if len(mine):
+                part = batch.picked(mine if len(mine) > 1 else torch.stack([mine[0], (mine[0] + 1) % size]))
+                with part.random_numbers(self.objective.device), self.objective.within(self._place), traceable():
+                    losses = self.objective.losses(theta, part.leaves)[: len(mine)]
+                total = total + (self.weights[(first + mine).to(self.weights.device)] * losses).sum()
+            first += size
+        return total
 
     def weights_without(self, removals: Removals) -> Tensor:
         """Loss weights (n, B) with each removal's occurrences at 0."""

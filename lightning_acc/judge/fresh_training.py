@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core import devices, rebuild
+from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.step import Batch, Step
+from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.methods.memory import TRAINING, chunk_size
 from lightning_acc.record import batches

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core import stand_in
+from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.per_sample import (
     Source,
     even,
@@ -20,7 +21,7 @@ from lightning_acc.core.losses.per_sample import (
 )
 from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.core.objective import Objective
-from lightning_acc.core.step import Batch, Step
+from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Structure

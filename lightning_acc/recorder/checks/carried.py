@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
 from lightning_acc.core.objective import Objective
-from lightning_acc.core.step import Batch
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.checks.refusals import RecordingRefused

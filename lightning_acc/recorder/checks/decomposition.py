@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.reduced import NotSeparable
 from lightning_acc.core.objective import Objective
-from lightning_acc.core.step import Batch, Step
+from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.recorder.checks.carried import refuse_read

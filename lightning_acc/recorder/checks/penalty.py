@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
 from lightning_acc.core.objective import Objective
-from lightning_acc.core.step import Batch
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.checks.decomposition import COUPLED, Coupled, relative_difference, tolerance_of
