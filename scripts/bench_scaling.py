@@ -19,7 +19,7 @@ On one core, the other at work too (trainings, and GB that it adds):
     MLP-13       500      10,345    0.04 s   4.3  0.00   2.3  0.00     7.0  0.02  0.39  0.01  0.31  0.01
     MLP-1258     500   1,000,120     0.2 s   4.2  0.14   4.1  0.14     9.7  0.38  1.29  0.22  1.20  0.12
     MLP-12579    500  10,000,315     2.7 s   3.0  1.28   2.8  1.14    11.2  2.62  1.05  1.71  0.76  0.99
-    MiniLM        64  22,713,986      16 s   4.3  2.83   4.1  2.69              3.34  4.31  1.02  2.54
+    MiniLM        64  22,713,986      16 s   4.3  2.83   4.1  2.69              2.81  3.92  1.02  2.54
 
 acc-low-rank of MiniLM by itself (scripts/bench_minilm.py --posts 64): 17.6 trainings.
 """

@@ -87,7 +87,7 @@ class AllAlike(Net):
 
 
 @pytest.mark.parametrize("module", [Tokens, lambda: make(hidden=4, dropout=0.4, optimizer={"momentum": 0.9})])
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"batch_size": 2, "accumulate_grad_batches": 3}])
 @pytest.mark.parametrize("method", ["acc-sgd-ie", "sgd-ie", "acc-low-rank"])
 def test_a_removed_sample_is_taken_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any], module: Any
@@ -121,7 +121,28 @@ def test_the_whole_batch_is_not_taken_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(parts.Batch, "picked", counted)
     monkeypatch.setattr("lightning_acc.core.step.Step.losses_each", lambda *_: pytest.fail("the whole batch"))
     la.score(run, "acc-sgd-ie", [3, 4], ray_address=None, check=0, save=False)
-    assert set(taken) == {2, 4}  # 4 where it is seen that they can be taken apart
+    assert set(taken) == {2}
+
+
+def test_groups_are_taken_by_twos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As was seen: of other numbers noise that all rows share may have as many numbers."""
+    monkeypatch.setitem(replays.STATES_BYTES, "cpu", 0)
+    run = record(tmp_path / "run", Three(hidden=4, dropout=0.3), batch_size=8)
+    assert Replay(run).rows_apart
+    groups = [[0, 1, 2], [3, 4, 5, 6, 7], list(range(20))]
+    ask: dict[str, Any] = {"removals": groups, "ray_address": None, "check": 0, "save": False}
+    apart = la.score(run, "acc-sgd-ie", **ask)
+    monkeypatch.setattr(replays, "rows_apart", lambda *_: False)
+    whole = la.score(run, "acc-sgd-ie", **ask)
+    assert np.abs(apart.values - whole.values).max() <= 1e-9 * np.abs(whole.values).max()
+
+
+class Three(Net):
+    """Noise of three numbers that all rows share."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        losses = super().per_sample_loss(batch)
+        return losses * (1 + 0.1 * self.training * torch.rand(3, dtype=losses.dtype).sum())
 
 
 def test_noise_that_rows_share_is_seen(tmp_path: Path) -> None:

@@ -228,15 +228,17 @@ class Replay:
 
     def divisible(self, step: StepRecord) -> bool:
         """Whether rows can be taken out of a batch of this step, and the sum over parts is the whole."""
-        if any(step.rng):  # of which two rows at least can be told from others
-            return len(step.sizes) == 1 and step.sizes[0] >= 2 * self.ranks.size and self.rows_apart
+        if any(step.rng):  # as was seen
+            alike = len(step.sizes) == 1 and step.sizes == self.run.steps[0].sizes
+            return alike and step.sizes[0] >= 2 * self.ranks.size and self.rows_apart
         return self.objective.undivided is None
 
     @cached_property
     def rows_apart(self) -> bool:
-        """Whether rows can be taken out of batches that draw random numbers (dropout): so seen of two steps."""
+        """Whether rows can be taken out of batches that draw random numbers (dropout): seen of two, at trained parameters."""
         some = [batch for t in {0, len(self) // 2} for batch in self._batches(t)]
-        return rows_apart(self.objective, some, self.initial[0], self.rounded_to)
+        trained = self.placed(self.run.snapshot(self.checked_at))
+        return rows_apart(self.objective, some, trained, self.rounded_to, self.ranks.size)
 
 
 OF_DATA = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)

@@ -136,10 +136,6 @@ class Step:
         weights = self.scale * self.with_shares(weights)
         return torch.autograd.grad((weights * self.terms_each(thetas)).sum(), thetas)[0] * (1 / self.scale)
 
-    def response(self) -> tuple[Tensor, Tensor]:
-        """What the update makes of a change of one number, where it is affine: see ``Update.response``."""
-        return self.optimizer.response(self.groups)
-
     def losses(self, theta: Parameters) -> Tensor:
         """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
         return self._together(lambda batch: self.objective.losses(theta, batch.leaves))
@@ -197,13 +193,14 @@ class Step:
         return batches.rows(together, positions)
 
     def removed(self, theta: Tensor, removals: Removals, curved: bool = False) -> Removed:
-        """What the removed samples contribute to G_t at the parameters ``theta`` (p,); see ``Point.removed``."""
+        """What the removed contribute to G_t at the parameters ``theta`` (p,); see ``Point.removed``."""
         removed, position = removals.occurrences(self.sample_ids)
         touched, inverse, counts = torch.unique(removed, return_inverse=True, return_counts=True)
         thetas = theta.expand(len(touched), -1).clone().requires_grad_()
         if not len(touched):
             return Removed(touched, thetas, torch.zeros_like(thetas))
-        if len(touched) == 1 and any(batch.rng for batch in self.accumulated) and self.apart():
+        few = len(touched) == 1 and 2 * len(position) <= len(self.sample_ids)
+        if few and any(batch.rng for batch in self.accumulated) and self.apart():
             loss = self._of_rows(thetas[0], position)
             return Removed(touched, thetas, torch.autograd.grad(loss, thetas, create_graph=curved)[0])
         slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
@@ -224,13 +221,14 @@ class Step:
         return Removed(touched, thetas, graph)
 
     def _of_rows(self, theta: Tensor, positions: Tensor) -> Tensor:
-        """The weighted loss at ``theta`` (p,) of the occurrences at ``positions``, by themselves, as drawn in their batches."""
+        """The weighted loss at ``theta`` (p,) of the occurrences at ``positions``, taken by twos as drawn in their batches."""
         total, first = theta.new_zeros(()), 0
         for batch in self.accumulated:
             size = batches.batch_size(batch.leaves)
-            mine = positions[(first <= positions) & (positions < first + size)] - first
-            if len(mine):
-                part = batch.picked(mine if len(mine) > 1 else torch.stack([mine[0], (mine[0] + 1) % size]))
+            here = positions[(first <= positions) & (positions < first + size)] - first
+            for mine in here.split(2) if len(here) else ():
+                alone = len(mine) == 1 < size
+                part = batch.picked(torch.stack([mine[0], (mine[0] + 1) % size]) if alone else mine)
                 with part.random_numbers(self.objective.device), self.objective.within(self._place), traceable():
                     losses = self.objective.losses(theta, part.leaves)[: len(mine)]
                 total = total + (self.weights[(first + mine).to(self.weights.device)] * losses).sum()

@@ -47,18 +47,22 @@ class Batch:
 
     def as_part(self, rows: Sequence[int] | Tensor, size: int) -> Batch:
         """What it is where its leaves are these rows, (B,), of a batch of that size."""
-        return replace(self, rows=(torch.as_tensor(rows), size)) if self.rng and len(rows) < size else self
+        rows = torch.as_tensor(rows)
+        whole = torch.equal(rows, torch.arange(size))
+        return replace(self, rows=(rows, size)) if self.rng and not whole else self
 
 
-def rows_apart(objective: Objective, some: Iterable[Batch], theta: Tensor, rounded_to: torch.dtype) -> bool:
-    """Whether rows by themselves have the losses that they have in their batches, at parameters ``theta`` (p,): seen of some.
+def rows_apart(objective: Objective, some: Iterable[Batch], theta: Tensor, rounded_to: torch.dtype, parts: int = 1) -> bool:
+    """Whether rows by themselves have the losses that they have in their batches, at parameters ``theta`` (p,).
 
-    That is to round-off in ``rounded_to``; and not where the loss has a term that no sample is in.
+    That is to round-off in ``rounded_to``; and not where the loss has a term that no sample is in. It is seen of some pairs of
+    rows, and of all ``parts`` that a batch is divided into: what is true of so many rows may not be of others, as where noise
+    that they share has as many numbers.
     """
-    return not objective.penalised and all(_apart(objective, batch, theta, rounded_to) for batch in some)
+    return not objective.penalised and all(_apart(objective, batch, theta, rounded_to, parts) for batch in some)
 
 
-def _apart(objective: Objective, batch: Batch, theta: Tensor, rounded_to: torch.dtype) -> bool:
+def _apart(objective: Objective, batch: Batch, theta: Tensor, rounded_to: torch.dtype, parts: int) -> bool:
     batch = replace(batch, leaves=batches.cast(batch.leaves, objective.dtype, objective.device))
     size, roundoff = batches.batch_size(batch.leaves), min(1e-3, 100 * torch.finfo(rounded_to).eps)
 
@@ -66,9 +70,11 @@ def _apart(objective: Objective, batch: Batch, theta: Tensor, rounded_to: torch.
         with of.random_numbers(objective.device), torch.no_grad(), traceable():
             return objective.losses(theta, of.leaves)
 
+    if size == 1:
+        return True
     together = losses(batch)
-    some: list[Sequence[int]] = [[0, 1], [size - 1, 0], range(0, size, 2)]
-    for rows in (torch.tensor(part) for part in some if len(part) > 1 and size > 1):
+    divided = [range(size * i // parts, size * (i + 1) // parts) for i in range(parts)] if parts > 1 else []
+    for rows in (torch.tensor(part) for part in ([0, 1], [size - 1, 0], *divided) if len(part) > 1):
         try:
             alone = losses(batch.picked(rows))
         except NotByRow:

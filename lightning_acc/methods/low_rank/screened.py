@@ -184,7 +184,7 @@ class Shifts:
 
     def advance(self, t: int, point: Point, gamma: Tensor) -> None:
         """Take step t, linearised at the recorded run's state; ``gamma`` is (p,)."""
-        drift, source = (tensor.to(gamma) for tensor in point.step.response())
+        drift, source = (tensor.to(gamma) for tensor in point.step.optimizer.response(point.step.groups))
         removed = point.removed(self._removals, curved=True)
         who, followed = removed.removals, len(self.second)
         near = who < followed

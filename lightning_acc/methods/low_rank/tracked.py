@@ -198,7 +198,7 @@ class Shifts:
 
     def advance(self, t: int, step: Step, state: State, gamma: Tensor) -> None:
         """Take step t from the recorded run's state; ``gamma`` is (p,)."""
-        drift, source = (tensor.to(gamma) for tensor in step.response())
+        drift, source = (tensor.to(gamma) for tensor in step.optimizer.response(step.groups))
         q, point = self._basis, step.at(state)
         removed = point.removed(self._removals, curved=True)
         who, gradients = removed.removals, removed.gradients
