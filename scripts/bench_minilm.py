@@ -55,7 +55,9 @@ class FineTuned(pl.LightningModule):
     def __init__(self, steps: int, lora: bool = False, lr: float = 1e-4) -> None:
         super().__init__()
         self.save_hyperparameters()
-        model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
+        # On a GPU fused attention draws its dropout by itself, which nothing that can be differentiated twice draws again.
+        attention = "eager" if torch.cuda.is_available() else "sdpa"
+        model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2, attn_implementation=attention)
         if lora:
             from peft import LoraConfig, get_peft_model
 

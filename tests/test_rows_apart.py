@@ -97,9 +97,9 @@ def test_a_removed_sample_is_taken_by_itself(
     run = record(tmp_path / "run", module(), **options)
     ask: dict[str, Any] = {"ray_address": None, "check": 0, "save": False, "keep_shifts": method != "acc-low-rank"}
     ask |= {"followed": 12} if method == "acc-low-rank" else {}
-    assert Replay(run).rows_apart
+    assert Replay(run).draws.by_row
     apart = la.score(run, method, **ask)
-    monkeypatch.setattr(replays, "rows_apart", lambda *_: False)
+    monkeypatch.setattr(parts.Draws, "by_row", False)
     whole = la.score(run, method, **ask)
     assert np.abs(apart.values - whole.values).max() <= 1e-9 * np.abs(whole.values).max()
     if apart.shifts is not None and whole.shifts is not None:
@@ -117,7 +117,7 @@ def test_the_whole_batch_is_not_taken_again(tmp_path: Path, monkeypatch: pytest.
         taken.append(len(rows))
         return picked(batch, rows)
 
-    assert replay.rows_apart
+    assert replay.draws.by_row
     monkeypatch.setattr(parts.Batch, "picked", counted)
     monkeypatch.setattr("lightning_acc.core.step.Step.losses_each", lambda *_: pytest.fail("the whole batch"))
     la.score(run, "acc-sgd-ie", [3, 4], ray_address=None, check=0, save=False)
@@ -128,11 +128,11 @@ def test_groups_are_taken_by_twos(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """As was seen: of other numbers noise that all rows share may have as many numbers."""
     monkeypatch.setitem(replays.STATES_BYTES, "cpu", 0)
     run = record(tmp_path / "run", Three(hidden=4, dropout=0.3), batch_size=8)
-    assert Replay(run).rows_apart
+    assert Replay(run).draws.by_row
     groups = [[0, 1, 2], [3, 4, 5, 6, 7], list(range(20))]
     ask: dict[str, Any] = {"removals": groups, "ray_address": None, "check": 0, "save": False}
     apart = la.score(run, "acc-sgd-ie", **ask)
-    monkeypatch.setattr(replays, "rows_apart", lambda *_: False)
+    monkeypatch.setattr(parts.Draws, "by_row", False)
     whole = la.score(run, "acc-sgd-ie", **ask)
     assert np.abs(apart.values - whole.values).max() <= 1e-9 * np.abs(whole.values).max()
 
@@ -146,7 +146,7 @@ class Three(Net):
 
 
 def test_noise_that_rows_share_is_seen(tmp_path: Path) -> None:
-    assert not Replay(record(tmp_path / "run", AllAlike(hidden=4))).rows_apart
+    assert not Replay(record(tmp_path / "run", AllAlike(hidden=4))).draws.by_row
 
 
 class Sampled(Net):
@@ -159,4 +159,29 @@ class Sampled(Net):
 
 
 def test_draws_that_tell_no_rows_are_seen(tmp_path: Path) -> None:
-    assert not Replay(record(tmp_path / "run", Sampled(hidden=4))).rows_apart
+    assert not Replay(record(tmp_path / "run", Sampled(hidden=4))).draws.by_row
+
+
+class Fused(Net):
+    """Draws other numbers where attention is computed by operations that can be differentiated twice, as on a GPU."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        if self.training and torch.backends.cuda.flash_sdp_enabled():
+            torch.rand(1)
+        return super().per_sample_loss(batch)
+
+
+def test_other_random_numbers_than_the_trainings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And loo goes one by one, as the training did."""
+    run = record(tmp_path / "run", Fused(hidden=4, dropout=0.4))
+    ask: dict[str, Any] = {"ray_address": None, "check": 0, "save": False}
+    for method in ("sgd-ie", "acc-sgd-ie", "acc-low-rank", "tracin"):
+        with pytest.raises(
+            la.RequestError, match=rf"{method} takes operations .* draw other random numbers \(dropout\) on cpu"
+        ):
+            la.score(run, method, **ask)
+    assert Replay(run).states_at_once == 1
+    found = la.score(run, "loo", **ask).values
+    assert Replay(record(tmp_path / "other", make(hidden=4, dropout=0.4))).states_at_once > 1
+    monkeypatch.setitem(replays.STATES_BYTES, "cpu", 0)
+    assert np.array_equal(la.score(run, "loo", **ask).values, found)

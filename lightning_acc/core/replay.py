@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_acc import arguments
 from lightning_acc.core.devices import CPU, generators_kept, recorded_on
-from lightning_acc.core.losses.batch import Batch, rows_apart
+from lightning_acc.core.losses.batch import Batch, Draws
 from lightning_acc.core.losses.tracing import saved_bytes
 from lightning_acc.core.modules.precision import PRECISIONS, rounded_to
 from lightning_acc.core.objective import Objective, ParameterLayout
@@ -165,12 +165,13 @@ class Replay:
 
     @cached_property
     def states_at_once(self) -> int:
-        """How many states a step is taken at together; 1 where parameter vectors are so long that nothing is gained.
+        """How many states a step is taken at together; 1 where parameter vectors are so long that nothing is gained, or where
+        together they would draw other random numbers.
 
         It depends on the run, the dtype and the kind of device alone: so do the bits of the scores.
         """
         fit = STATES_BYTES[self.device.type] // max(1, self.initial[0].nbytes)
-        return fit if fit >= FEWEST_STATES else 1
+        return fit if fit >= FEWEST_STATES and self.draws.alike else 1
 
     @cached_property
     def threads(self) -> int:
@@ -207,7 +208,7 @@ class Replay:
             if self.states_at_once == 1
             else max(16, CACHE_BYTES[self.device.type] // max(1, self.activation_bytes)),
             states_at_once=self.states_at_once,
-            apart=lambda: self.states_at_once == 1 and self.rows_apart,
+            apart=lambda: self.states_at_once == 1 and self.draws.by_row,
             ranks=self.ranks,
         )
 
@@ -230,15 +231,14 @@ class Replay:
         """Whether rows can be taken out of a batch of this step, and the sum over parts is the whole."""
         if any(step.rng):  # as was seen
             alike = len(step.sizes) == 1 and step.sizes == self.run.steps[0].sizes
-            return alike and step.sizes[0] >= 2 * self.ranks.size and self.rows_apart
+            return alike and step.sizes[0] >= 2 * self.ranks.size and self.draws.by_row
         return self.objective.undivided is None
 
     @cached_property
-    def rows_apart(self) -> bool:
-        """Whether rows can be taken out of batches that draw random numbers (dropout): seen of two, at trained parameters."""
+    def draws(self) -> Draws:
+        """What is seen of the random numbers (dropout) of two of its steps, at trained parameters."""
         some = [batch for t in {0, len(self) // 2} for batch in self._batches(t)]
-        trained = self.placed(self.run.snapshot(self.checked_at))
-        return rows_apart(self.objective, some, trained, self.rounded_to, self.ranks.size)
+        return Draws(self.objective, some, self.placed(self.run.snapshot(self.checked_at)), self.rounded_to, self.ranks.size)
 
 
 OF_DATA = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)

@@ -35,6 +35,20 @@ def refuse_without_derivative(replay: Replay, what: str) -> None:
         )
 
 
+def refuse_other_draws(replay: Replay, what: str) -> None:
+    """Refuse ``what`` where it would draw other random numbers than the training did.
+
+    Raises:
+        RequestError: it would.
+    """
+    if not replay.draws.alike:
+        raise RequestError(
+            f"{what} takes operations that can be differentiated twice, and those of {replay.run.path} draw other random "
+            f"numbers (dropout) on {replay.device.type} than the fused ones of its training, as attention does: record it with "
+            "attn_implementation='eager', or within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); or use loo."
+        )
+
+
 class Swept(Method):
     """A method of two rules.
 
@@ -63,13 +77,15 @@ class Swept(Method):
         self.readout = "exact" if reverse is None else "linear"
 
     def check(self, replay: Replay) -> None:
-        """Refuse an optimizer without a derivative, where the method needs one.
+        """Refuse an optimizer without a derivative, where the method needs one; and random numbers that it would not draw.
 
         Raises:
-            RequestError: it has none.
+            RequestError: it has none, or would draw others.
         """
         if self.differentiates:
             refuse_without_derivative(replay, self.name)
+        if not self.is_truth:
+            refuse_other_draws(replay, self.name)
 
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
         """All at once where one sweep back answers for them, else chunks that fit into memory."""

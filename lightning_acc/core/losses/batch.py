@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,34 +53,66 @@ class Batch:
         return replace(self, rows=(rows, size)) if self.rng and not whole else self
 
 
-def rows_apart(objective: Objective, some: Iterable[Batch], theta: Tensor, rounded_to: torch.dtype, parts: int = 1) -> bool:
-    """Whether rows by themselves have the losses that they have in their batches, at parameters ``theta`` (p,).
+class Draws:
+    """What is seen of the random numbers (dropout) of a module's forward passes, of some batches.
 
-    That is to round-off in ``rounded_to``; and not where the loss has a term that no sample is in. It is seen of some pairs of
-    rows, and of all ``parts`` that a batch is divided into: what is true of so many rows may not be of others, as where noise
-    that they share has as many numbers.
+    Args:
+        objective: computes the losses.
+        some: the batches.
+        theta: parameters (p,) to see them at.
+        rounded_to: losses that are the same agree to round-off in this dtype.
+        parts: that batches are divided into.
     """
-    return not objective.penalised and all(_apart(objective, batch, theta, rounded_to, parts) for batch in some)
 
+    def __init__(
+        self, objective: Objective, some: Iterable[Batch], theta: Tensor, rounded_to: torch.dtype, parts: int = 1
+    ) -> None:
+        self._objective, self._theta, self._parts = objective, theta, parts
+        self._some = [replace(one, leaves=batches.cast(one.leaves, objective.dtype, objective.device)) for one in some]
+        self._eps = torch.finfo(rounded_to).eps
 
-def _apart(objective: Objective, batch: Batch, theta: Tensor, rounded_to: torch.dtype, parts: int) -> bool:
-    batch = replace(batch, leaves=batches.cast(batch.leaves, objective.dtype, objective.device))
-    size, roundoff = batches.batch_size(batch.leaves), min(1e-3, 100 * torch.finfo(rounded_to).eps)
+    @cached_property
+    def alike(self) -> bool:
+        """Whether operations that can be vectorised, or differentiated twice, draw what the training's draw.
 
-    def losses(of: Batch) -> Tensor:
-        with of.random_numbers(objective.device), torch.no_grad(), traceable():
-            return objective.losses(theta, of.leaves)
+        Not where dropout is drawn within a fused kernel, as by attention on a GPU.
+        """
+        allowed = max(1e-3, 4 * self._eps)
+        return all(_near(self._losses(one), self._losses(one, nullcontext()), allowed) for one in self._some if one.rng)
 
-    if size == 1:
+    @cached_property
+    def by_row(self) -> bool:
+        """Whether rows by themselves have the losses that they have in their batches; not where a loss has a term of no sample.
+
+        It is seen of some pairs of rows, and of all the parts that a batch is divided into: what is true of so many rows may
+        not be of others, as where noise that they share has as many numbers.
+        """
+        return not self._objective.penalised and all(map(self._by_row, self._some))
+
+    def _by_row(self, batch: Batch) -> bool:
+        size, parts = batches.batch_size(batch.leaves), self._parts
+        if size == 1:
+            return True
+        together = self._losses(batch)
+        divided = [range(size * i // parts, size * (i + 1) // parts) for i in range(parts)] if parts > 1 else []
+        for rows in (torch.tensor(part) for part in ([0, 1], [size - 1, 0], *divided) if len(part) > 1):
+            try:
+                alone = self._losses(batch.picked(rows))
+            except NotByRow:
+                return False
+            if not _near(alone, together[rows.to(together.device)], min(1e-3, 100 * self._eps)):
+                return False
         return True
-    together = losses(batch)
-    divided = [range(size * i // parts, size * (i + 1) // parts) for i in range(parts)] if parts > 1 else []
-    for rows in (torch.tensor(part) for part in ([0, 1], [size - 1, 0], *divided) if len(part) > 1):
-        try:
-            alone = losses(batch.picked(rows))
-        except NotByRow:
-            return False
-        error = (alone - together[rows.to(together.device)]).abs().max() if alone.shape == rows.shape else torch.inf
-        if not error <= roundoff * together.abs().max():  # which NaN is not
-            return False
-    return True
+
+    def _losses(self, batch: Batch, within: AbstractContextManager[None] | None = None) -> Tensor:
+        theta = self._theta.detach().requires_grad_()  # or other kernels are chosen
+        with batch.random_numbers(self._objective.device), traceable() if within is None else within:
+            return self._objective.losses(theta, batch.leaves).detach()
+
+
+def _near(losses: Tensor, others: Tensor, allowed: float) -> bool:
+    """Whether they are the same, (B,), but for so much of the largest."""
+    if losses.shape != others.shape:
+        return False
+    differ = (losses != others) & ~(losses.isnan() & others.isnan())
+    return bool((losses - others)[differ].abs().le(allowed * others.abs().max()).all())  # which NaN is not
