@@ -139,10 +139,7 @@ class Replay:
         """Bytes autograd keeps for one forward pass over the run's largest batch, beside the batch itself."""
         leaves = self._largest
         shared = [*self.objective.tensors(), *(leaf for batch in leaves for leaf in batch.values())]
-        total = 0
-        for batch in leaves:
-            total += saved_bytes(partial(self.objective.losses, leaves=batch), self.initial[0], shared)
-        return total
+        return sum(saved_bytes(partial(self.objective.losses, leaves=batch), self.initial[0], shared) for batch in leaves)
 
     @cached_property
     def multiplications(self) -> float:
@@ -237,8 +234,11 @@ class Replay:
     @cached_property
     def draws(self) -> Draws:
         """What is seen of the random numbers (dropout) of two of its steps, at trained parameters."""
+        return Draws(self.objective, self._trained, self.rounded_to, self.ranks.size)
+
+    def _trained(self) -> tuple[list[Batch], Tensor]:
         some = [batch for t in {0, len(self) // 2} for batch in self._batches(t)]
-        return Draws(self.objective, some, self.placed(self.run.snapshot(self.checked_at)), self.rounded_to, self.ranks.size)
+        return some, self.placed(self.run.snapshot(self.checked_at))
 
 
 OF_DATA = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -58,17 +58,15 @@ class Draws:
 
     Args:
         objective: computes the losses.
-        some: the batches.
-        theta: parameters (p,) to see them at.
+        some: gives the batches, and parameters (p,) to see them at; neither is kept.
         rounded_to: losses that are the same agree to round-off in this dtype.
         parts: that batches are divided into.
     """
 
     def __init__(
-        self, objective: Objective, some: Iterable[Batch], theta: Tensor, rounded_to: torch.dtype, parts: int = 1
+        self, objective: Objective, some: Callable[[], tuple[list[Batch], Tensor]], rounded_to: torch.dtype, parts: int = 1
     ) -> None:
-        self._objective, self._theta, self._parts = objective, theta, parts
-        self._some = [replace(one, leaves=batches.cast(one.leaves, objective.dtype, objective.device)) for one in some]
+        self._objective, self._some, self._parts = objective, some, parts
         self._eps = torch.finfo(rounded_to).eps
 
     @cached_property
@@ -77,8 +75,10 @@ class Draws:
 
         Not where dropout is drawn within a fused kernel, as by attention on a GPU.
         """
+        some, theta = self._some()
         allowed = max(1e-3, 4 * self._eps)
-        return all(_near(self._losses(one), self._losses(one, nullcontext()), allowed) for one in self._some if one.rng)
+        both = ((self._losses(theta, one), self._losses(theta, one, nullcontext())) for one in some if one.rng)
+        return all(_near(losses, of_training, allowed) for losses, of_training in both)
 
     @cached_property
     def by_row(self) -> bool:
@@ -87,27 +87,29 @@ class Draws:
         It is seen of some pairs of rows, and of all the parts that a batch is divided into: what is true of so many rows may
         not be of others, as where noise that they share has as many numbers.
         """
-        return not self._objective.penalised and all(map(self._by_row, self._some))
+        some, theta = self._some()
+        return not self._objective.penalised and all(self._by_row(theta, one) for one in some)
 
-    def _by_row(self, batch: Batch) -> bool:
+    def _by_row(self, theta: Tensor, batch: Batch) -> bool:
         size, parts = batches.batch_size(batch.leaves), self._parts
         if size == 1:
             return True
-        together = self._losses(batch)
+        together = self._losses(theta, batch)
         divided = [range(size * i // parts, size * (i + 1) // parts) for i in range(parts)] if parts > 1 else []
         for rows in (torch.tensor(part) for part in ([0, 1], [size - 1, 0], *divided) if len(part) > 1):
             try:
-                alone = self._losses(batch.picked(rows))
+                alone = self._losses(theta, batch.picked(rows))
             except NotByRow:
                 return False
             if not _near(alone, together[rows.to(together.device)], min(1e-3, 100 * self._eps)):
                 return False
         return True
 
-    def _losses(self, batch: Batch, within: AbstractContextManager[None] | None = None) -> Tensor:
-        theta = self._theta.detach().requires_grad_()  # or other kernels are chosen
+    def _losses(self, theta: Tensor, batch: Batch, within: AbstractContextManager[None] | None = None) -> Tensor:
+        leaf = theta.detach().requires_grad_()  # or other kernels are chosen
+        leaves = batches.cast(batch.leaves, self._objective.dtype, self._objective.device)
         with batch.random_numbers(self._objective.device), traceable() if within is None else within:
-            return self._objective.losses(theta, batch.leaves).detach()
+            return self._objective.losses(leaf, leaves).detach()
 
 
 def _near(losses: Tensor, others: Tensor, allowed: float) -> bool:
