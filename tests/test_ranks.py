@@ -315,6 +315,14 @@ def test_a_lost_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         Ranks(0, 2).add_up(torch.ones(1))
 
 
+def test_what_is_agreed_on_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of yes and no, of which gloo knows no least."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: asked.append(tensor.dtype))
+    assert Ranks(0, 2).least(True) == 1
+    assert asked == [torch.int64]
+
+
 def test_gloo_listens_where_the_node_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
 

@@ -47,7 +47,7 @@ class Ranks:
         """The least of what the processes count."""
         if self.size == 1:
             return count
-        counted = torch.tensor(count)
+        counted = torch.tensor(int(count))
         _told(distributed.all_reduce)(counted, op=distributed.ReduceOp.MIN)
         return int(counted)
 
