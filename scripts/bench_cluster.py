@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_acc as la
@@ -42,27 +42,13 @@ def record(path: Path) -> la.Run:
     return la.Run(path)
 
 
-class Convolutions(pl.LightningModule):
+class Convolutions(Classifier):
     """Few parameters, and much to do for each image."""
 
     def __init__(self, width: int = 24) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        sizes = [1, width, width, width]
-        layers = [part for pair in pairwise(sizes) for part in (nn.Conv2d(*pair, 3, padding=1), nn.GELU())]
+        super().__init__(64, 10, lr=0.05, momentum=0.9)
+        layers = [part for pair in pairwise([1, *[width] * 3]) for part in (nn.Conv2d(*pair, 3, padding=1), nn.GELU())]
         self.net = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layers, nn.Flatten(), nn.Linear(width * 64, 10))
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.per_sample_loss(batch).mean()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val", self.per_sample_loss(batch).mean())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
 def together(folder: Path) -> None:

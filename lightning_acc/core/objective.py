@@ -154,7 +154,7 @@ class Objective:
     def undivided(self) -> str | None:
         """Why the gradient of a batch is not the sum over its rows taken apart, in a clause; None where it is."""
         if not self.independent_rows:
-            return "its rows depend on each other, or were not seen not to"
+            return "its rows depend on each other, or could not be seen to be independent"
         return "its loss has a term that no sample is in" if self.penalised else None
 
     def submodule(self, name: str) -> nn.Module:

@@ -226,7 +226,7 @@ class Replay:
 
     def divisible(self, step: StepRecord) -> bool:
         """Whether rows can be taken out of a batch of this step, and the sum over parts is the whole."""
-        if any(step.rng):  # as was seen
+        if any(step.rng):  # rows were seen to be apart in batches of this size, and in parts of two or more
             alike = len(step.sizes) == 1 and step.sizes == self.run.steps[0].sizes
             return alike and step.sizes[0] >= 2 * self.ranks.size and self.draws.by_row
         return self.objective.undivided is None

@@ -81,8 +81,8 @@ def refuse_undivided(replay: Replay, method: Method, question: Question, process
     told = f"processes={processes}"
     if not method.is_one_sweep(question):
         raise RequestError(
-            f"{told} share one sweep back (sgd-ie and tracin, read linearly at no shifts kept), and this question is answered "
-            "removal by removal: leave it out, as Ray works on many of these at a time."
+            f"{told} share one sweep back, of sgd-ie or tracin with the linear readout and no keep_shifts, which this is not: "
+            "leave it out, as Ray works on the pieces of other methods at the same time anyway."
         )
     if ray_address is None:
         raise RequestError(f"{told} are started by Ray: give ray_address='local', or that of a cluster.")
