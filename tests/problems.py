@@ -80,6 +80,14 @@ class Weighted(Net):
         return losses * batch[2] if len(batch) > 2 else losses
 
 
+class SharedNoise(Net):
+    """Noise that all rows of a batch share."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        losses = super().per_sample_loss(batch)
+        return losses * (1 + 0.1 * torch.rand(6, dtype=losses.dtype)[self.training * 5])
+
+
 class Normalised(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import N, Net, StepOnly, data, make, record
+from problems import N, SharedNoise, StepOnly, data, make, record
 from torch import Tensor
 
 import lightning_acc as la
@@ -274,18 +274,10 @@ def test_where_there_is_nothing_to_share_they_are_refused(tmp_path: Path, option
         asks(run, **options)
 
 
-class Coupled(Net):
-    """Noise that all rows of a batch share."""
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        losses = super().per_sample_loss(batch)
-        return losses * (1 + 0.1 * torch.rand(6, dtype=losses.dtype)[self.training * 5])
-
-
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (lambda: Coupled(hidden=4), r"its random numbers \(dropout\) are drawn for a batch as a whole"),
+        (lambda: SharedNoise(hidden=4), r"its random numbers \(dropout\) are drawn for a batch as a whole"),
         (lambda: StepOnly(penalty=0.1), "its loss has a term that no sample is in"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import FEATURES, Net, make, record
+from problems import FEATURES, Net, SharedNoise, make, record
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -78,14 +78,6 @@ class Tokens(Net):
         return functional.cross_entropy(self.last(hidden), batch[1], reduction="none")
 
 
-class AllAlike(Net):
-    """Noise that is one for a batch, and cannot be told from one a row where there are as many."""
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        losses = super().per_sample_loss(batch)
-        return losses * (1 + 0.1 * torch.rand(6, dtype=losses.dtype)[self.training * 5])
-
-
 @pytest.mark.parametrize("module", [Tokens, lambda: make(hidden=4, dropout=0.4, optimizer={"momentum": 0.9})])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"batch_size": 2, "accumulate_grad_batches": 3}])
 @pytest.mark.parametrize("method", ["acc-sgd-ie", "sgd-ie", "acc-low-rank"])
@@ -146,7 +138,7 @@ class Three(Net):
 
 
 def test_noise_that_rows_share_is_seen(tmp_path: Path) -> None:
-    assert not Replay(record(tmp_path / "run", AllAlike(hidden=4))).draws.by_row
+    assert not Replay(record(tmp_path / "run", SharedNoise(hidden=4))).draws.by_row
 
 
 class Sampled(Net):
