@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import make, record, trainer
+from problems import Net, make, record, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -139,3 +139,28 @@ def test_what_is_bit_for_bit_needs_no_round_off(tmp_path: Path, monkeypatch: pyt
     assert report.ok
     assert 0 < report.max_abs_error < report.tolerance
     assert len(followed) == run.n_steps
+
+
+class Narrower(Net):
+    """Computes something else where its numbers are wider than the training's."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        return super().per_sample_loss(batch) * (1.1 if batch[0].dtype == torch.float64 else 1.0)
+
+
+@pytest.mark.parametrize("method", ["sgd-ie", "acc-sgd-ie", "loo"])
+def test_a_sweep_that_goes_elsewhere_is_refused_where_the_audit_passes(tmp_path: Path, method: str) -> None:
+    run = record(tmp_path / "run", Narrower(hidden=4), precision="32-true")
+    assert run.audit().ok
+    ask: dict[str, Any] = {"ray_address": None, "check": 0, "save": False}
+    with pytest.raises(la.RunError, match=r"does not come by .* at step \d+ of \d+ in float64 on cpu"):
+        la.score(run, method, [1], dtype="float64", **ask)
+    assert la.score(run, method, [1], **ask).values.all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_training_that_amplifies_round_off_is_let_pass(tmp_path: Path, dtype: str) -> None:
+    run = decoder(tmp_path / "run", lr=1e-2)
+    replay = Replay(run, dtype)
+    confirm(replay, replay.placed(run.snapshot(len(replay))) * 1.01)
+    confirm(replay, replay.placed(run.snapshot(len(replay))) * 1.01, linear=False)

@@ -177,3 +177,20 @@ def test_other_random_numbers_than_the_trainings_are_refused(tmp_path: Path, mon
     assert Replay(record(tmp_path / "other", make(hidden=4, dropout=0.4))).states_at_once > 1
     monkeypatch.setitem(replays.STATES_BYTES, "cpu", 0)
     assert np.array_equal(la.score(run, "loo", **ask).values, found)
+
+
+class Otherwise(Net):
+    """Computes other losses where attention is computed by operations that can be differentiated twice."""
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        return super().per_sample_loss(batch) * (1.0 if torch.backends.cuda.flash_sdp_enabled() else 1.1)
+
+
+def test_other_losses_than_the_trainings_are_refused(tmp_path: Path) -> None:
+    """Without any random numbers, too."""
+    run = record(tmp_path / "run", Otherwise(hidden=4))
+    ask: dict[str, Any] = {"ray_address": None, "check": 0, "save": False}
+    for method in ("sgd-ie", "acc-sgd-ie", "acc-low-rank", "tracin"):
+        with pytest.raises(la.RequestError, match=rf"{method} takes operations .* give other losses on cpu"):
+            la.score(run, method, **ask)
+    assert la.score(run, "loo", [1], **ask).values.all()

@@ -42,6 +42,8 @@ OF_AN_AVERAGE = 1e-2
 """A share of the way of an average that a callback's rounding, and a replay's, may make."""
 DOUBT = 1e-5
 """A sweep that ends further from the recorded run's end, relative to the way that went, is looked into."""
+EARLY = 8
+"""Its own first steps are then held against the record, so many of them: until there round-off has not grown."""
 
 
 _PASSED: WeakKeyDictionary[Record, AuditReport] = WeakKeyDictionary()
@@ -161,14 +163,15 @@ def _rounded(run: Record, replay: Replay, apart: bool) -> torch.dtype:
 
 class RoundOff:
     """Tells for every parameter of a replay from ``state`` on which error round-off explains, in gradients of ``dtype``,
-    which were computed ``apart``, on another kind of device.
+    which were computed ``apart``, on another kind of device, for parameters that are ``kept`` in a dtype of their own.
 
     That follows from the same updates on gradients that are moved by their round-off, up and down: Adam answers a gradient
     near 0, such as that of a key's bias in attention, which is 0 but for round-off, with a step of the size of lr.
     """
 
-    def __init__(self, state: State, dtype: torch.dtype, apart: bool = False) -> None:
-        of_parameter, of_gradient = (torch.finfo(kind).eps * IN_NARROW.get(kind, 1) for kind in (state[0].dtype, dtype))
+    def __init__(self, state: State, dtype: torch.dtype, apart: bool = False, kept: torch.dtype | None = None) -> None:
+        kinds = (kept or state[0].dtype, dtype)
+        of_parameter, of_gradient = (torch.finfo(kind).eps * IN_NARROW.get(kind, 1) for kind in kinds)
         self._in_parameter, self._in_gradient = IN_PARAMETER * of_parameter, IN_GRADIENT * of_gradient
         self._in_gradient *= ACROSS_DEVICES if apart else 1
         self._states = (state, state)
@@ -250,14 +253,19 @@ def confirm_average(replay: Replay, name: str, theta: Tensor) -> None:
         )
 
 
-def confirm(replay: Replay, theta: Tensor) -> None:
+def confirm(replay: Replay, theta: Tensor, linear: bool = True) -> None:
     """See that a sweep has gone the way of the recorded run, by its parameters ``theta`` (p,) at the step
-    ``replay.checked_at``; in doubt, audit the run.
+    ``replay.checked_at``; in doubt, audit the run, and then what the sweep itself makes of its first steps.
 
     Training may amplify round-off, so that a difference alone condemns nothing; a step that is not reproduced does.
 
+    Args:
+        replay: of the run, as the sweep takes it.
+        theta: (p,).
+        linear: whether it takes its steps linearised.
+
     Raises:
-        RunError: the record does not reproduce the training.
+        RunError: the record does not reproduce the training, or the sweep does not follow it.
     """
     run = replay.run
     first, last = (replay.placed(run.snapshot(t)) for t in (0, replay.checked_at))
@@ -273,3 +281,32 @@ def confirm(replay: Replay, theta: Tensor) -> None:
             "step by itself is reproduced: the training amplifies round-off beyond all bounds, so no score of this run can be "
             "trusted. Record it at a lower learning rate, or replay it in dtype='float64'."
         )
+    elsewhere = _goes_elsewhere(replay, linear)
+    if elsewhere:
+        raise RunError(
+            f"{run.store}: {elsewhere}, though the steps as trained do: the module computes something else there, so no score "
+            "computed so can be trusted. Score it in the dtype and on the device of its training."
+        )
+
+
+def _goes_elsewhere(replay: Replay, linear: bool) -> str | None:
+    """In words, where the first steps of a replay, taken as a sweep takes them, leave the record by more than round-off."""
+    run, state = replay.run, replay.initial
+    roundoff = RoundOff(state, _rounded(run, replay, True), apart=True, kept=DTYPES[run.dtype])
+    for t in range(min(EARLY, len(replay))):
+        step = replay.step(t)
+        gradient = step.at(state).gradient if linear else step.gradient(state[0])
+        roundoff.advance(step, state, gradient)
+        state = step.update(state, gradient)
+        if t + 1 in run.snapshots:
+            recorded = replay.placed(run.snapshot(t + 1))
+            error = (state[0] - recorded).abs()
+            if not bool((error <= roundoff.allowed).all()):
+                dtype = str(replay.dtype).removeprefix("torch.")
+                return (
+                    f"a sweep does not come by the recorded parameters at step {t + 1} of {len(replay)} in {dtype} on "
+                    f"{replay.device.type} (error {float(error.max()):.1e})"
+                )
+            state = (recorded, *state[1:])
+            roundoff.restart(recorded)
+    return None

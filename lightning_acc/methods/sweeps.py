@@ -82,7 +82,7 @@ def forward(
         if t in steps and t < len(replay):
             reading(t, *shifted(carry))
         progress(t / len(replay))
-    confirm(replay, checked)
+    confirm(replay, checked, linear=not isinstance(rule, LeaveOneOut))
     theta, shifts = shifted(carry)
     if len(replay) in steps:
         reading(len(replay), theta, shifts)
@@ -134,7 +134,7 @@ def in_turn(
         went(step, run, step.weights[None])
         if t + 1 == replay.checked_at:
             checked = run[0][0].clone()
-    confirm(replay, checked)
+    confirm(replay, checked, linear=False)
     theta = run[0][0]
     for i, first in enumerate(visits):
         if first < total:  # of one that no step has seen it is 0 by definition, not up to round-off

@@ -35,16 +35,18 @@ def refuse_without_derivative(replay: Replay, what: str) -> None:
         )
 
 
-def refuse_other_draws(replay: Replay, what: str) -> None:
-    """Refuse ``what`` where it would draw other random numbers than the training did.
+def refuse_other_losses(replay: Replay, what: str) -> None:
+    """Refuse ``what`` where it would draw other random numbers than the training did, or compute something else.
 
     Raises:
         RequestError: it would.
     """
     if not replay.draws.alike:
+        random = any(any(record.rng) for record in replay.records)
+        does = "draw other random numbers (dropout)" if random else "give other losses"
         raise RequestError(
-            f"{what} takes operations that can be differentiated twice, and those of {replay.run.path} draw other random "
-            f"numbers (dropout) on {replay.device.type} than the fused ones of its training, as attention does: record it with "
+            f"{what} takes operations that can be differentiated twice, and those of {replay.run.path} {does} on "
+            f"{replay.device.type} than the fused ones of its training, as attention may: record it with "
             "attn_implementation='eager', or within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); or use loo."
         )
 
@@ -85,7 +87,7 @@ class Swept(Method):
         if self.differentiates:
             refuse_without_derivative(replay, self.name)
         if not self.is_truth:
-            refuse_other_draws(replay, self.name)
+            refuse_other_losses(replay, self.name)
 
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
         """All at once where one sweep back answers for them, else chunks that fit into memory."""

@@ -22,7 +22,7 @@ from lightning_acc.core.removals import parse
 from lightning_acc.core.replay import Replay, parameters_at
 from lightning_acc.methods import sweeps
 from lightning_acc.methods.method import Question
-from lightning_acc.methods.swept import refuse_other_draws, refuse_without_derivative
+from lightning_acc.methods.swept import refuse_other_losses, refuse_without_derivative
 from lightning_acc.methods.visits import AdjointVisits
 from lightning_acc.progress import Progress
 from lightning_acc.record.record import Record
@@ -72,7 +72,7 @@ def influence_over_time(
     place = devices.chosen(device, run)
     memory, replay = devices.budget(memory_gb, place), Replay(run, dtype, device=place)
     refuse_without_derivative(replay, "Influence over time")
-    refuse_other_draws(replay, "Influence over time")
+    refuse_other_losses(replay, "Influence over time")
     question = Question(query, moments.find(run, moments.END), "linear", False, memory)
     curve: dict[int, float] = {}
     places = _places(replay, query)

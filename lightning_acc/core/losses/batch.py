@@ -54,7 +54,7 @@ class Batch:
 
 
 class Draws:
-    """What is seen of the random numbers (dropout) of a module's forward passes, of some batches.
+    """What is seen of a module's forward passes, and of the random numbers (dropout) in them, of some batches.
 
     Args:
         objective: computes the losses.
@@ -71,13 +71,13 @@ class Draws:
 
     @cached_property
     def alike(self) -> bool:
-        """Whether operations that can be vectorised, or differentiated twice, draw what the training's draw.
+        """Whether operations that can be vectorised, or differentiated twice, give the losses that the training's give.
 
         Not where dropout is drawn within a fused kernel, as by attention on a GPU.
         """
         some, theta = self._some()
         allowed = max(1e-3, 4 * self._eps)
-        both = ((self._losses(theta, one), self._losses(theta, one, nullcontext())) for one in some if one.rng)
+        both = ((self._losses(theta, one), self._losses(theta, one, nullcontext())) for one in some)
         return all(_near(losses, of_training, allowed) for losses, of_training in both)
 
     @cached_property

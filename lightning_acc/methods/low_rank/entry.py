@@ -28,7 +28,7 @@ from lightning_acc.methods.low_rank.screened import screened
 from lightning_acc.methods.low_rank.tracked import LEFT_TO_CONTRACT, LEFT_TOO_MUCH, duration, tracked
 from lightning_acc.methods.memory import even_pieces, filed_bytes
 from lightning_acc.methods.method import Answer, Question, one_by_one
-from lightning_acc.methods.swept import RETRAINING, refuse_other_draws, refuse_without_derivative
+from lightning_acc.methods.swept import RETRAINING, refuse_other_losses, refuse_without_derivative
 
 TRUSTED = 0.5
 """Largest relative error of the shifts' linear readout with which they are still used."""
@@ -60,7 +60,7 @@ class LowRank(Chosen):
             RequestError: the run's update is affine, but not the same for all parameters, or nothing has a derivative; or other
                 random numbers would be drawn.
         """
-        refuse_other_draws(replay, self.name)
+        refuse_other_losses(replay, self.name)
         if has_a_defect(replay.run):
             refuse_without_derivative(replay, self.name)
             return
