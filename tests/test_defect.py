@@ -255,8 +255,8 @@ def test_it_is_nearer_to_the_truth_than_sgd_ie(tmp_path: Path, name: str) -> Non
 
 def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
-    # 39 parameters; 12 steps of 6 samples, of which each is seen by 3.
-    left, training = 25 - prices.SWEEP, 12 * (200_000 + 39 * 6 / 25)
+    # 39 parameters in 4 tensors; 12 steps of 6 samples, of which each is seen by 3.
+    left, training = 25 - prices.SWEEP, 12 * (200_000 + 39 * 6 / 25 + 4 * 30_000 + 3 * 39)
     assert budget.most_by_the_update(Replay(run), 25) == int(left * training / (12 * 3039 + 3 * 39 / 25))
     dropping = record(tmp_path / "dropping", make(hidden=4, optimizer=ADAMW, dropout=0.5))
     assert budget.most_by_the_update(Replay(dropping), 25) == int(left * training / (12 * 3039 + 2 * 3 * 6 * 39 / 25))

@@ -88,7 +88,7 @@ def test_a_removed_sample_is_taken_by_itself(
     monkeypatch.setitem(replays.STATES_BYTES, "cpu", 0)
     run = record(tmp_path / "run", module(), **options)
     ask: dict[str, Any] = {"ray_address": None, "check": 0, "save": False, "keep_shifts": method != "acc-low-rank"}
-    ask |= {"followed": 12} if method == "acc-low-rank" else {}
+    ask |= {"followed": 4} if method == "acc-low-rank" else {"removals": [0, 3, 8]}
     assert Replay(run).draws.by_row
     apart = la.score(run, method, **ask)
     monkeypatch.setattr(parts.Draws, "by_row", False)

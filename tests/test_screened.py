@@ -116,7 +116,9 @@ def test_the_regression_predicts_those_it_leaves_out() -> None:
 def test_a_model_that_does_not_hold_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4))
     monkeypatch.setattr(screened, "TRUSTED", 0.0)
+    monkeypatch.setattr(screened, "TRUSTED_CURVES", 0.0)
     some = found(run, 9)
+    assert some.conditions["curve_error"] > 0
     assert some.conditions["modelled"] == 0
     first = exact(run, "sgd-ie").values
     others = np.argsort(-np.abs(first), kind="stable")[9:]

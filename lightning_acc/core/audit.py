@@ -254,15 +254,10 @@ def confirm_average(replay: Replay, name: str, theta: Tensor) -> None:
 
 
 def confirm(replay: Replay, theta: Tensor, linear: bool = True) -> None:
-    """See that a sweep has gone the way of the recorded run, by its parameters ``theta`` (p,) at the step
-    ``replay.checked_at``; in doubt, audit the run, and then what the sweep itself makes of its first steps.
+    """See that a sweep, whose steps are ``linear``-ised or not, has gone the way of the recorded run, by its parameters
+    ``theta`` (p,) at the step ``replay.checked_at``; in doubt, audit the run, and then the sweep's own first steps.
 
     Training may amplify round-off, so that a difference alone condemns nothing; a step that is not reproduced does.
-
-    Args:
-        replay: of the run, as the sweep takes it.
-        theta: (p,).
-        linear: whether it takes its steps linearised.
 
     Raises:
         RunError: the record does not reproduce the training, or the sweep does not follow it.

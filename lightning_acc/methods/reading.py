@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.audit import confirm_average
+from lightning_acc.core.queries import curvature
 from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.memory import query_rows
@@ -84,10 +85,17 @@ class Slopes:
 
     That is the query's gradient there, with its share in the mean: (p,), or (examples, p). Of an average it is the gradient *at
     the average*, times the weight of the step, so that a pass forward has to ``see`` all of its steps before.
+
+    Args:
+        replay: of the run.
+        question: what is asked.
+        curves: so many directions of its curvature come beside the gradient, as rows after it: (1 + curves, p). The scores of a
+            sample in these tell, by half the mean of their squares, what the query's curvature makes of its shift. They are 0
+            where nothing curved is seen in the query.
     """
 
-    def __init__(self, replay: Replay, question: Question) -> None:
-        self._replay, self._question = replay, question
+    def __init__(self, replay: Replay, question: Question, curves: int = 0) -> None:
+        self._replay, self._question, self._curves = replay, question, curves
         self._gathered = Gathered(question.moments)
         self._at_average: Tensor | None = None
 
@@ -99,13 +107,22 @@ class Slopes:
         gathered = self._gathered(t, theta)
         if gathered is not None:
             confirm_average(self._replay, moments.name, gathered[0])
-            self._at_average = gradient(self._replay, self._question, gathered[0])
+            self._at_average = self._read(t, gathered[0])
 
     def __call__(self, t: int, theta: Tensor) -> Tensor:
         """Of the step ``t``, after which the parameters are ``theta`` (p,)."""
         if self._at_average is None:
-            return gradient(self._replay, self._question, theta)
+            return self._read(t, theta)
         return self._question.moments.weights[t] * self._at_average
+
+    def _read(self, t: int, theta: Tensor) -> Tensor:
+        slope = gradient(self._replay, self._question, theta)
+        if not self._curves:
+            return slope
+        found = curvature.directions(self._question.query, self._replay.objective, theta, self._curves, seed=t)
+        curved = theta.new_zeros(self._curves, len(theta)) if found is None else found
+        # Those of several steps are independent, so that the squares of their sums have the sum of the squares in the mean.
+        return torch.cat([slope[None], curved * self._question.moments.share**0.5])
 
 
 def gradient(replay: Replay, question: Question, theta: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Query:
         """
         parts = []
         with self.reading(objective):
-            for leaves, structure in self._with_same_noise(objective):
+            for leaves, structure in self.with_same_noise(objective):
                 read = partial(self._batch_values if each else self.batch_sum, objective, structure=structure)
                 values = objective.each(lambda theta, batch, read=read: read(theta, batch), thetas, leaves)
                 parts.append(values.detach())  # a step that takes gradients itself hands out tensors with a graph
@@ -147,7 +147,7 @@ class Query:
         total = torch.zeros_like(theta)
         leaf = theta.detach().requires_grad_()
         with self.reading(objective):
-            for number, (leaves, structure) in enumerate(self._with_same_noise(objective)):
+            for number, (leaves, structure) in enumerate(self.with_same_noise(objective)):
                 if number % ranks.size != ranks.rank:
                     continue
                 value = self.batch_sum(objective, leaf, leaves, structure)
@@ -164,14 +164,14 @@ class Query:
         """Gradients (examples, p) at ``theta`` (p,) of what the query averages over, each example taken by itself."""
         parts = []
         with self.reading(objective):
-            for leaves, structure in self._with_same_noise(objective):
+            for leaves, structure in self.with_same_noise(objective):
                 single = {name: leaf.unsqueeze(1) for name, leaf in leaves.items()}
                 parts.append(objective.gradient_of_each(partial(self.batch_sum, objective, structure=structure), theta, single))
         if not any(part.any() for part in parts):
             self.gradient(objective, theta)  # which says so, where there is none
         return torch.cat(parts)
 
-    def _with_same_noise(self, objective: Objective) -> Iterator[tuple[Leaves, Structure]]:
+    def with_same_noise(self, objective: Objective) -> Iterator[tuple[Leaves, Structure]]:
         """The batches, where the objective computes; for each, a function that draws random numbers draws the same at any
         parameters.
         """

@@ -34,6 +34,7 @@ class Back:
     Attributes:
         gammas: ``gamma_t = (dU/dG)^T lambda_{t+1}`` of every step, (T, p); in a temporary file.
         first: SGD-IE's score of each sample of the run, (n_samples,).
+        curves: the same read in directions of the query's curvature, (K, n_samples); see ``reading.Slopes``.
         final: parameters of the run after its last step, (p,).
         gradients: what the adjoint got at the steps asked about, see ``Slopes``, (p,).
         places: some steps, evenly spread over the run, and the states before them.
@@ -41,14 +42,24 @@ class Back:
 
     gammas: Tensor
     first: Tensor
+    curves: Tensor
     final: Tensor
     gradients: dict[int, Tensor]
     places: list[tuple[Step, State]]
 
     def of(self, removals: Sequence[Removal]) -> Tensor:
         """SGD-IE's scores of n removals, (n,), on the CPU."""
-        per_sample = self.first.cpu()
-        return torch.stack([per_sample[list(removal)].sum() for removal in removals]) if removals else per_sample[:0]
+        return _summed(self.first.cpu(), removals)
+
+    def curved(self, removals: Sequence[Removal]) -> Tensor:
+        """What the query's curvature adds to these, (n,), on the CPU; with no ``curves``, 0."""
+        return (_summed(self.curves.cpu(), removals) ** 2).sum(0) / max(1, 2 * len(self.curves))
+
+
+def _summed(per_sample: Tensor, removals: Sequence[Removal]) -> Tensor:
+    """Scores (..., n_samples) of removals, (..., n)."""
+    parts = [per_sample[..., list(removal)].sum(-1) for removal in removals]
+    return torch.stack(parts, -1) if parts else per_sample[..., :0]
 
 
 class AdjointGammas(AdjointSgdIe):
@@ -65,7 +76,7 @@ class AdjointGammas(AdjointSgdIe):
     def see(self, point: Point, pulled: Pulled) -> None:
         """One step back."""
         self._t -= 1
-        self.gammas[self._t] = pulled.gamma
+        self.gammas[self._t] = pulled.gamma if pulled.gamma.ndim == 1 else pulled.gamma[0]
 
 
 def scratch_bytes(replay: Replay, vectors: int | None = None) -> int:
@@ -93,35 +104,39 @@ def scratch(replay: Replay, vectors: int | None = None) -> Iterator[Tensor]:
 
 
 @contextmanager
-def sweep_back(replay: Replay, question: Question, progress: Callable[[float], None]) -> Iterator[Back]:
+def sweep_back(replay: Replay, question: Question, progress: Callable[[float], None], curves: int = 0) -> Iterator[Back]:
     """Sweep back once; the gradients along the run are there until the context is left.
 
     Args:
         replay: of the run.
         question: what is asked; its memory is for the states of the run.
         progress: told the fraction done.
+        curves: the directions of the query's curvature that go back, too.
 
     Raises:
         RequestError: there is no room for its temporary file.
     """
     total = len(replay)
     with scratch(replay) as gammas:
-        slopes = Slopes(replay, question)
-        tape = Tape(replay, of_the_tape(replay, question.memory), slopes.see)
+        slopes = Slopes(replay, question, curves)
+        tape = Tape(replay, of_the_tape(replay, question.memory, each=curves > 0), slopes.see)
         progress(0.25)
         final = tape.final
         confirm(replay, tape.checked)
-        gradients = {total: slopes(total, final)}
+        slope = slopes(total, final)
+        gradients = {total: slope[0] if curves else slope}
         rule = AdjointGammas(gammas)
-        carry = rule.init(gradients[total], replay.initial, replay.run.n_samples)
+        carry = rule.init(slope, replay.initial, replay.run.n_samples)
         wanted, places = set(bases.spread(total)), []
         for back, (step, before) in enumerate(tape.backwards(), start=1):
             if total - back in wanted:
                 places.append((step, before))
             carry = rule.advance(step.at(before), carry)
             if total - back in question.moments.weights:
-                gradients[total - back] = slopes(total - back, before[0])
-                carry = rule.read_again(carry, gradients[total - back])
+                slope = slopes(total - back, before[0])
+                gradients[total - back] = slope[0] if curves else slope
+                carry = rule.read_again(carry, slope)
             progress(0.25 + 0.75 * back / total)
         del tape
-        yield Back(gammas, carry[1], final, gradients, places)
+        first = carry[1].reshape(1 + curves, -1)
+        yield Back(gammas, first[0], first[1:], final, gradients, places)

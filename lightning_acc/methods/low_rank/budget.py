@@ -8,6 +8,7 @@ from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank.prices import SWEEP, Prices, bytes_by_the_update
+from lightning_acc.methods.memory import example_bytes
 
 TRAININGS = 25
 """That a ranking of all samples may cost, unless asked for."""
@@ -16,7 +17,9 @@ MOST_DIRECTIONS, FEWEST_DIRECTIONS = 256, 16
 FEWEST_FOLLOWED = 1
 """So many removals are followed at any price."""
 SHARE = 0.25
-"""Of the budget: the most that reading the tracked shifts exactly may take, and modelling on those that are followed."""
+"""Of the budget: the most that each of these may take: reading tracked shifts exactly, modelling, the query's curvature."""
+MOST_CURVES, FEWEST_CURVES = 12, 4
+"""With so many directions of the query's curvature it is told to 40 %, which with fewer tells little."""
 SWEEPS = 2
 """Removals that follow the update are worked on in pieces that cost so many sweeps back: every piece makes one of its own."""
 
@@ -36,6 +39,13 @@ def most_followed(replay: Replay, trainings: float, query: Query, times: int = 1
     price = Prices(replay)
     left = trainings - price.screening() - (price.modelling() if models(replay, trainings) else 0.0)
     return max(FEWEST_FOLLOWED, int(left / price.followed(query.n_examples * times)))
+
+
+def curves(replay: Replay, memory: int, trainings: float) -> int:
+    """In how many directions the query's curvature is told of the removals that are not followed: as many as are affordable,
+    and fit into half of ``memory``; 0 where these are too few."""
+    fit = min(int(SHARE * trainings / Prices(replay).curve()), memory // example_bytes(replay) - 1, MOST_CURVES)
+    return fit if fit >= FEWEST_CURVES else 0
 
 
 def models(replay: Replay, trainings: float) -> bool:

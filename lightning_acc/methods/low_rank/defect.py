@@ -17,13 +17,13 @@ removal that no derivative tells: a second moment that the sample alone had fill
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_acc.core.optimizers import RULES, State, clipped
+from lightning_acc.core.optimizers import RULES, Hyperparameters, State, clipped
 from lightning_acc.core.products import Pulled
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
@@ -124,6 +124,14 @@ def vectors_kept(replay: Replay, ends: Sequence[int] = ()) -> int:
     return 2 * len(replay) + len(ends) * len(replay.initial)
 
 
+def _blocks(columns: slice, size: int) -> Iterator[slice]:
+    """Columns in blocks of so many, or a few less."""
+    total = columns.stop - columns.start
+    number = max(1, -(-total // size))
+    for i in range(number):
+        yield slice(columns.start + total * i // number, columns.start + total * (i + 1) // number)
+
+
 class AdjointDefect(AdjointSgdIe):
     """SGD-IE's reverse sweep, which also keeps ``c_t`` and ``G_t`` of every step, and ``lambda_e`` where windows end.
 
@@ -215,23 +223,50 @@ class UpdateAlone:
         self._end(left & (self._last >= 0), t)
         self.begin(t, who[self._last[who] < 0])
         self._last[who] = t
-        inside, given = self._last >= 0, update.given(step.groups)
+        given = update.given(step.groups)
         for (columns, parameter), parts in zip(self._ranges, self._parts, strict=True):
-            own, mine, bent = tuple(part[columns] for part in self._own), gradient[columns], curvature[columns]
-            for rows in torch.arange(len(inside)).split(max(1, CACHED[device.type] // len(mine))):
-                if inside[rows].any():
-                    some = slice(int(rows[0]), int(rows[-1]) + 1)
-                    states = tuple(part[some] for part in parts)
-                    scores = (states[0] - own[0]) @ bent
-                    self.scores[some] += torch.where(inside[some].to(device), scores, 0.0)
-                    gradients = mine.expand(len(rows), -1)
-                    touched = without.keys() & rows.tolist()
-                    if touched or len(rows) > 1:
-                        gradients = gradients.clone()
-                    for i in touched:
-                        gradients[i - some.start] = without[i][columns]
-                    update.in_one_pass(states, gradients, given[parameter])
-            update.in_one_pass(own, mine, given[parameter])
+            for block in _blocks(columns, CACHED[device.type] if update.rule.by_number else columns.stop):
+                here = slice(block.start - columns.start, block.stop - columns.start)
+                changed = {i: row[block] for i, row in without.items()}
+                states, own = tuple(part[:, here] for part in parts), tuple(part[block] for part in self._own)
+                self._take(states, own, gradient[block], changed, curvature[block], given[parameter])
+
+    def _take(
+        self, states: State, own: State, gradient: Tensor, without: dict[int, Tensor], curvature: Tensor, h: Hyperparameters
+    ) -> None:
+        """Take some numbers of all that are in a window through the update, and then those of the run.
+
+        Args:
+            states: views (n, size).
+            own: of the run, views (size,).
+            gradient: (size,), clipped.
+            without: the same without each of the removals that the step has seen.
+            curvature: ``c_t``, (size,).
+            h: what is given of their parameter.
+        """
+        n, size = states[0].shape
+        rows = max(1, min(n, CACHED[gradient.device.type] // size)) if states[0].is_contiguous() else 1
+        inside = self._last >= 0
+        read, is_inside = torch.zeros_like(self.scores), inside.tolist()
+        gradients, moved = gradient.expand(rows, -1).contiguous(), torch.empty_like(states[0][:rows])
+        for first in range(0, n, rows):
+            last = min(first + rows, n)
+            if not any(is_inside[first:last]):
+                continue
+            some, given = tuple(part[first:last] for part in states), gradients[: last - first]
+            torch.mv(torch.sub(some[0], own[0], out=moved[: last - first]), curvature, out=read[first:last])
+            changed = [i for i in range(first, last) if i in without]
+            if rows == 1:
+                given = without[first][None] if changed else given
+            else:
+                for i in changed:
+                    given[i - first] = without[i]
+            self._replay.update.in_one_pass(some, given, h)
+            if rows > 1:  # as they were, for the next
+                for i in changed:
+                    given[i - first] = gradient
+        self.scores += torch.where(inside.to(read.device), read, 0.0)
+        self._replay.update.in_one_pass(own, gradient, h)
 
     def _gradients_without(self, step: Step, gradient: Tensor) -> dict[int, Tensor]:
         """What clipping leaves of the gradient (p,) without each of the removals that the step has seen samples of."""

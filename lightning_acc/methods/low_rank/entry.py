@@ -24,7 +24,7 @@ from lightning_acc.methods.low_rank.basis import Basis
 from lightning_acc.methods.low_rank.choice import DEFECT, RETRAINED, SCREENED, Chosen
 from lightning_acc.methods.low_rank.defect import defect, has_a_defect, vectors_kept, window_steps
 from lightning_acc.methods.low_rank.prices import Prices, bytes_by_the_update, bytes_needed
-from lightning_acc.methods.low_rank.screened import screened
+from lightning_acc.methods.low_rank.screened import ENOUGH, screened
 from lightning_acc.methods.low_rank.tracked import LEFT_TO_CONTRACT, LEFT_TOO_MUCH, duration, tracked
 from lightning_acc.methods.memory import even_pieces, filed_bytes
 from lightning_acc.methods.method import Answer, Question, one_by_one
@@ -40,7 +40,7 @@ class LowRank(Chosen):
     readout = "exact"
     details = (
         *("directions_used", "largest_left_out", "shift_error", "fallback", "read_exactly"),
-        *("followed_exactly", "modelled", "model_error"),
+        *("followed_exactly", "modelled", "model_error", "curve_error"),
         *("followed_by_the_update", "window"),
     )
 
@@ -128,9 +128,11 @@ class LowRank(Chosen):
             return one_by_one(self, replay, removals, question, progress)
         if self.form == DEFECT:
             return self._defect(replay, removals, question, progress)
-        with sweep_back(replay, question, lambda done: progress(0.2 * done)) as back:
+        curves = self._curves(replay, removals, question) if self.form == SCREENED else 0
+        with sweep_back(replay, question, lambda done: progress(0.2 * done), curves) as back:
             if self.form == SCREENED:
-                return self._screened(replay, back, removals, question, self.price, lambda done: progress(0.2 + 0.8 * done))
+                left = self.price - curves * Prices(replay).curve()
+                return self._screened(replay, back, removals, question, left, lambda done: progress(0.2 + 0.8 * done))
             basis = self._basis(replay, back, question)
             progress(0.3)
             chosen = self.directions is None and not question.keep_shifts
@@ -191,16 +193,26 @@ class LowRank(Chosen):
         progress: Callable[[float], None],
     ) -> Answer:
         """The same, with the most influential removals followed exactly."""
-        followed = self.followed
-        if followed is None:
-            times = question.moments.readings if question.readout == "exact" else 0
-            followed = budget.most_followed(replay, trainings, question.query, times)
+        followed = self._followed(replay, question, trainings)
         models = self.followed is not None or budget.models(replay, trainings)
         passed = screened(replay, back, removals, question, followed, models, progress)
         details: dict[str, Any] = {"followed_exactly": passed.followed, "modelled": passed.modelled}
-        if passed.model_error is not None:
-            details["model_error"] = passed.model_error
+        errors = {"model_error": passed.model_error, "curve_error": passed.curve_error}
+        details |= {name: error for name, error in errors.items() if error is not None}
         return Answer(passed.scores, details=details, more={"uncertainty": passed.uncertainty})
+
+    def _followed(self, replay: Replay, question: Question, trainings: float) -> int:
+        """How many removals are followed exactly for so many trainings, or were asked for."""
+        if self.followed is not None:
+            return self.followed
+        times = question.moments.readings if question.readout == "exact" else 0
+        return budget.most_followed(replay, trainings, question.query, times)
+
+    def _curves(self, replay: Replay, removals: Sequence[Removal], question: Question) -> int:
+        """In how many directions the query's curvature is told: none where all are followed, or too few to see if it helps."""
+        curves = budget.curves(replay, question.memory, self.price) if question.readout == "exact" else 0
+        left = self.price - curves * Prices(replay).curve()
+        return curves if ENOUGH <= self._followed(replay, question, left) < len(removals) else 0
 
     def _defect(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]

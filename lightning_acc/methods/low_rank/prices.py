@@ -21,6 +21,8 @@ STEP_NUMBERS, MULTIPLICATIONS, TOGETHER = 200_000, 25, 75
 """Of a step; the multiplications that take as long as a number; and those that are done in one large product."""
 ROW_NUMBERS, PASSES = 3000, 5
 """What a removal that follows the update takes beside its own numbers; and how many times as long as one pass many take."""
+OWN_TENSOR, OWN_PASSES = 30_000, 3
+"""What an update that is not affine takes in a training, more than SGD: for each tensor, and passes over all numbers."""
 SWEEP, CALL = 4.5, 2.5
 """A sweep back, in trainings; and products with the Hessian of a batch, in steps of no numbers, beside their vectors."""
 
@@ -62,6 +64,10 @@ class Prices:
         products = bases.ITERATIONS * min(places, self._steps) / self._steps
         return products * (self._call + (directions + bases.OVERSAMPLING) * self._product / self._step)
 
+    def curve(self) -> float:
+        """Of a direction of the query's curvature, whose adjoint goes back beside the query's own."""
+        return 1.2 * self._product / self._step
+
     def screening(self) -> float:
         """Of what the removals that are followed exactly share: the sweep back, and the run once more beside them."""
         return SWEEP + 1.5 + 2 * self._call
@@ -98,7 +104,8 @@ class Prices:
         passes = 1 if rule and rule.one_pass else PASSES
         each, at_a_step = bytes_by_the_update(self._replay)
         together = max(1, (ON_CPU - at_a_step) // each)
-        return (passes * (ROW_NUMBERS + self._p) * (1 + 1 / together) + visits) / self._step
+        own = OWN_TENSOR * len(self._replay.layout.sizes) + OWN_PASSES * self._p
+        return (passes * (ROW_NUMBERS + self._p) * (1 + 1 / together) + visits) / (self._step + own)
 
 
 def bytes_needed(replay: Replay) -> tuple[int, int]:

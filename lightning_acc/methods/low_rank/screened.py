@@ -11,7 +11,9 @@ sweep back tells which these are. So of all removals,
   the last visit leaves and which is propagated exactly from there on, a few steps in most cases; it is known at the end of
   the run alone, and left out where the query is read at several steps. How much of either is really there, the followed ones
   tell: their second order is regressed on the same figures, so that ``score = SGD-IE + b_1 second + b_2 curvature``;
-* the others keep SGD-IE's score.
+* of the others the query's curvature along SGD-IE's own shift is known from a few adjoints that went back beside the query's
+  (``core.queries.curvature``): the second order of the followed ones is regressed on it, too, ``score = SGD-IE + b_3 curve``;
+  where that does not hold, they keep SGD-IE's score.
 
 With R at least the number of removals this is ACC-SGD-IE, exactly. Otherwise a score depends a little on the removals it was
 screened among.
@@ -42,8 +44,9 @@ DIRECTIONS, PLACES = 30, 16
 MOST_MODELLED = 384
 FRESH_SHARE = 1 / 6
 """Fresh shifts are propagated, all together, through so many steps as a share of those the followed ones take."""
-TRUSTED = 0.7
-"""Largest relative error of the model, left-one-out on the followed removals, with which it is used."""
+TRUSTED, TRUSTED_CURVES = 0.7, 0.5
+"""Largest relative errors, left-one-out on the followed removals, with which the model is used, and the curvature of the query:
+with this all the others are corrected, of which most are far smaller than those it is seen of."""
 ENOUGH = 8
 """With fewer that are followed nothing is modelled on them."""
 
@@ -59,6 +62,7 @@ class Screened:
         modelled: how many more were corrected by the model.
         model_error: relative error (root mean square) of the model on the followed removals, each left out of it once; None
             where nothing can be.
+        curve_error: the same of what the curvature of the query says of them.
     """
 
     scores: Tensor
@@ -66,6 +70,7 @@ class Screened:
     followed: int
     modelled: int
     model_error: float | None
+    curve_error: float | None
 
 
 def screened(
@@ -129,14 +134,18 @@ def screened(
         corrections, sizes = torch.cat([truly, parts.sum(1)]), torch.cat([sizes, parts.abs().sum(1)])
         if error is None or error > TRUSTED:
             chosen, corrections, sizes = chosen[:followed], truly, sizes[:followed]
-    scores = first.clone()
-    scores[chosen] += corrections
+    scores, curves, curve_error = first.clone(), back.curved(removals).to(first), None
+    if len(back.curves) and followed >= ENOUGH:
+        (share,), curve_error = _regressed(curves[chosen[:followed], None], truly)
+        if curve_error is not None and curve_error <= TRUSTED_CURVES:
+            scores += share * curves
+    scores[chosen] = first[chosen] + corrections
     # The second order grows with the square of the first: by how much, those that were followed tell.
     squares = first[chosen[:followed]] ** 2
     ratio = sizes[:followed] @ squares / (squares @ squares).clamp_min(1e-300)
     uncertainty = first**2 * (ratio if followed else torch.nan)
     uncertainty[chosen] = sizes
-    return Screened(scores, uncertainty, followed, len(chosen) - followed, error)
+    return Screened(scores, uncertainty, followed, len(chosen) - followed, error, curve_error)
 
 
 def counts(replay: Replay, n: int, memory: int, followed: int) -> tuple[int, int]:
