@@ -279,15 +279,35 @@ def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: p
     )
 
 
-def test_what_it_cannot_do_is_refused_in_a_sentence(tmp_path: Path) -> None:
+UNCURVED = la.Query("sure", [data(n=8).tensors], lambda module, batch: module.net(batch[0]).softmax(1).amax(1))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_it_is_read_by_the_querys_curvature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulated: int) -> None:
+    """Where the update is affine after all, and every sample is seen once, that is all that SGD-IE misses."""
+    options = {"max_epochs": 1, "gradient_clip_val": 1e9, "accumulate_grad_batches": accumulated}
+    run = record(tmp_path / "run", make(optimizer={"lr": 0.02, "momentum": 0.9}), **options)
+    monkeypatch.setattr(prices.Prices, "retrained", lambda self, n: 1e9)
+    monkeypatch.setattr(budget, "curves", lambda *_: 4000)
+    first, truth = scored(run, "sgd-ie").values, scored(run, "acc-sgd-ie").values
+    np.testing.assert_allclose(scored(run).values, first, rtol=0, atol=ROUND_OFF)
+    some = scored(run, readout="exact", followed=9)
+    assert some.conditions["readout"] == "exact"
+    assert np.linalg.norm(truth - some.values) < 5 * (2 / 4000) ** 0.5 * np.linalg.norm(truth - first)
+
+
+def test_what_it_cannot_do_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(optimizer=ADAMW))
     for options, words in (
         ({"directions": 3}, r"directions=3 of acc-low-rank is for updates that are affine.*leave it out"),
         ({"keep_shifts": True}, r"keep_shifts=True of acc-low-rank .*use acc-sgd-ie"),
-        ({"readout": "exact"}, r"readout='exact' takes shifts .*use readout='linear', or acc-sgd-ie"),
+        ({"readout": "exact", "query": UNCURVED}, r"query 'sure' is not made of losses of torch.*use readout='linear'"),
     ):
         with pytest.raises(la.RequestError, match=words):
             scored(run, **options)
+    monkeypatch.setattr(budget, "MOST_CURVES", 3)
+    with pytest.raises(la.RequestError, match=r"curvature, but 4 directions of it take .* allow: use readout='linear'"):
+        scored(run, readout="exact")
 
 
 def test_a_plan_knows_it(tmp_path: Path) -> None:

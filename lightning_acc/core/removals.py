@@ -114,3 +114,9 @@ class Removals:
         removal = self.owners[np.repeat(left, counts) + within]
         order = np.lexsort((position, removal))
         return torch.from_numpy(removal[order]), torch.from_numpy(position[order])
+
+
+def summed(per_sample: Tensor, removals: Sequence[Removal]) -> Tensor:
+    """Scores (..., n_samples) that add up over samples, of n removals, (..., n)."""
+    parts = [per_sample[..., list(removal)].sum(-1) for removal in removals]
+    return torch.stack(parts, -1) if parts else per_sample[..., :0]

@@ -143,13 +143,16 @@ def in_turn(
     return Shifted(theta, shifts, theta.new_zeros(len(removals)))
 
 
-def reverse(replay: Replay, rule: AdjointSgdIe, question: Question, progress: Progress = lambda _: None) -> Tensor:
+def reverse(
+    replay: Replay, rule: AdjointSgdIe, question: Question, progress: Progress = lambda _: None, curves: int = 0
+) -> Tensor:
     """Scores (n_samples,) of removing each sample by itself, for one query, in one sweep back through the run.
 
-    Where each example of the query is asked about, (examples, n_samples), from their adjoints side by side.
+    Where each example of the query is asked about, (examples, n_samples), from their adjoints side by side; with so many
+    ``curves``, directions of its curvature (``reading.Slopes``), (1 + curves, n_samples).
     """
-    slopes = Slopes(replay, question)
-    tape = Tape(replay, of_the_tape(replay, question.memory, question.each), slopes.see)
+    slopes = Slopes(replay, question, curves)
+    tape = Tape(replay, of_the_tape(replay, question.memory, question.each or curves > 0), slopes.see)
     confirm(replay, tape.checked)
     progress(0.25)
     carry = rule.init(slopes(len(replay), tape.final), replay.initial, replay.run.n_samples)

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from lightning_acc.core.queries.moments import Moments
-from lightning_acc.core.removals import Removal
+from lightning_acc.core.removals import Removal, summed
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import memory, sweeps
@@ -135,7 +133,7 @@ class Swept(Method):
         back = self._back(question)
         if back is not None:
             per_sample = sweeps.reverse(replay, back(), question, progress).cpu()
-            return Answer(torch.stack([per_sample[..., list(removal)].sum(-1) for removal in removals]))
+            return Answer(summed(per_sample, removals).movedim(-1, 0))
         reading = Reading(replay, question)
         told = partial(_all_but_reading, progress)
         if self.copies_for(replay, question.moments).in_turn:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.products import Pulled
-from lightning_acc.core.removals import Removal
+from lightning_acc.core.removals import Removal, summed
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
 from lightning_acc.core.tape import Tape
@@ -49,17 +49,16 @@ class Back:
 
     def of(self, removals: Sequence[Removal]) -> Tensor:
         """SGD-IE's scores of n removals, (n,), on the CPU."""
-        return _summed(self.first.cpu(), removals)
+        return summed(self.first.cpu(), removals)
 
     def curved(self, removals: Sequence[Removal]) -> Tensor:
         """What the query's curvature adds to these, (n,), on the CPU; with no ``curves``, 0."""
-        return (_summed(self.curves.cpu(), removals) ** 2).sum(0) / max(1, 2 * len(self.curves))
+        return (summed(self.curves.cpu(), removals) ** 2).sum(0) / max(1, 2 * len(self.curves))
 
 
-def _summed(per_sample: Tensor, removals: Sequence[Removal]) -> Tensor:
-    """Scores (..., n_samples) of removals, (..., n)."""
-    parts = [per_sample[..., list(removal)].sum(-1) for removal in removals]
-    return torch.stack(parts, -1) if parts else per_sample[..., :0]
+def of_the_query(rows: Tensor) -> Tensor:
+    """Of what goes back with directions of the query's curvature, (1 + K, p), what belongs to the query, (p,)."""
+    return rows if rows.ndim == 1 else rows[0]
 
 
 class AdjointGammas(AdjointSgdIe):
@@ -76,7 +75,7 @@ class AdjointGammas(AdjointSgdIe):
     def see(self, point: Point, pulled: Pulled) -> None:
         """One step back."""
         self._t -= 1
-        self.gammas[self._t] = pulled.gamma if pulled.gamma.ndim == 1 else pulled.gamma[0]
+        self.gammas[self._t] = of_the_query(pulled.gamma)
 
 
 def scratch_bytes(replay: Replay, vectors: int | None = None) -> int:
@@ -124,7 +123,7 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
         final = tape.final
         confirm(replay, tape.checked)
         slope = slopes(total, final)
-        gradients = {total: slope[0] if curves else slope}
+        gradients = {total: of_the_query(slope)}
         rule = AdjointGammas(gammas)
         carry = rule.init(slope, replay.initial, replay.run.n_samples)
         wanted, places = set(bases.spread(total)), []
@@ -134,7 +133,7 @@ def sweep_back(replay: Replay, question: Question, progress: Callable[[float], N
             carry = rule.advance(step.at(before), carry)
             if total - back in question.moments.weights:
                 slope = slopes(total - back, before[0])
-                gradients[total - back] = slope[0] if curves else slope
+                gradients[total - back] = of_the_query(slope)
                 carry = rule.read_again(carry, slope)
             progress(0.25 + 0.75 * back / total)
         del tape

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from lightning_acc.core.optimizers import RULES, Hyperparameters, State, clipped
 from lightning_acc.core.products import Pulled
-from lightning_acc.core.removals import Removal, Removals
+from lightning_acc.core.removals import Removal, Removals, summed
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
 from lightning_acc.methods import sweeps
-from lightning_acc.methods.low_rank.back import scratch
+from lightning_acc.methods.low_rank.back import of_the_query, scratch
 from lightning_acc.methods.method import Question
 from lightning_acc.methods.rules import AdjointSgdIe
 from lightning_acc.record.record import Record
@@ -63,23 +63,25 @@ def defect(
     at_once: int,
     window: int,
     progress: Callable[[float], None] = lambda _: None,
+    curves: int = 0,
 ) -> Defect:
     """Score n removals by what the optimizer makes of them.
 
     Args:
         replay: of the run.
         removals: n removals.
-        question: what is asked, read linearly; its memory is for the states of the sweep back.
+        question: what is asked; its memory is for the states of the sweep back.
         followed: so many are followed, those of the largest scores by SGD-IE; the others keep these.
         at_once: so many of them are followed in one pass.
         window: L, the number of steps that each is followed for after a visit.
         progress: told the fraction done.
+        curves: directions of the query's curvature, which is read along SGD-IE's shifts; 0 reads linearly.
     """
     ends = window_ends(replay, removals, window)
     with scratch(replay, vectors_kept(replay, ends)) as rows:
         adjoints = AdjointDefect(len(replay), ends, rows)
-        per_sample = sweeps.reverse(replay, adjoints, question, lambda done: progress(0.2 * done)).cpu()
-        first = torch.stack([per_sample[list(removal)].sum() for removal in removals])
+        found = sweeps.reverse(replay, adjoints, question, lambda done: progress(0.2 * done), curves).cpu()
+        first, *curved = summed(found, removals).reshape(1 + curves, -1)
         chosen = first.abs().argsort(descending=True, stable=True)[:followed]
         scores, done = first.clone(), 0
         for part in chosen.split(at_once):
@@ -90,6 +92,8 @@ def defect(
             shifts.finish()
             scores[part] = shifts.scores.cpu()
             done += len(part)
+    for one in curved:
+        scores += one**2 / (2 * curves)
     return Defect(scores, first, chosen)
 
 
@@ -165,23 +169,23 @@ class AdjointDefect(AdjointSgdIe):
     def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
         """The adjoint after the last step, (p,), and the scores, (n_samples,), none yet."""
         carry = super().init(query_gradient, state, n_samples)
-        self.final = tuple(part.clone() for part in carry[0])
+        self.final = tuple(of_the_query(part).clone() for part in carry[0])
         return carry
 
     def see(self, point: Point, pulled: Pulled) -> None:
         """One step back."""
         self._t -= 1
-        self.curvatures[self._t] = pulled.curvature
+        self.curvatures[self._t] = of_the_query(pulled.curvature)
         self.gradients[self._t] = point.gradient
         if self._t in self._place:
             for row, part in zip(self.at(self._t), pulled.adjoint, strict=True):
-                row.copy_(part)
+                row.copy_(of_the_query(part))
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
         """The query is read here, too: its gradient (p,) joins the adjoint (p,), and what is kept of the step."""
-        self.curvatures[self._t] += query_gradient
+        self.curvatures[self._t] += of_the_query(query_gradient)
         if self._t in self._place:
-            self.at(self._t)[0].add_(query_gradient)
+            self.at(self._t)[0].add_(of_the_query(query_gradient))
         return super().read_again(carry, query_gradient)
 
 

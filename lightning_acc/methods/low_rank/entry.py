@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning_acc.core.queries import curvature
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
@@ -50,7 +51,7 @@ class LowRank(Chosen):
         return self.form == SCREENED or self.most is not None
 
     def default_readout(self, keep_shifts: bool) -> str:
-        """Linear by the defect, whose shifts are too rough for another."""
+        """Linear by the defect, unless the query's curvature is asked for, which costs more."""
         return "linear" if self.form == DEFECT else super().default_readout(keep_shifts)
 
     def check(self, replay: Replay) -> None:
@@ -82,10 +83,7 @@ class LowRank(Chosen):
         if self.form == RETRAINED:
             return RETRAINING.pieces(replay, removals, question)
         if self.form == DEFECT and question.readout == "exact":
-            raise RequestError(
-                f"readout='exact' takes shifts that {self.name} has of updates that are affine alone, as SGD's is without "
-                "clipping, which this run's are not: use readout='linear', or acc-sgd-ie."
-            )
+            self._refuse_uncurved(replay, question)
         if self.is_relative:
             return even_pieces(removals, max(1, len(removals)))
         if self.form == DEFECT:
@@ -214,6 +212,23 @@ class LowRank(Chosen):
         left = self.price - curves * Prices(replay).curve()
         return curves if ENOUGH <= self._followed(replay, question, left) < len(removals) else 0
 
+    def _refuse_uncurved(self, replay: Replay, question: Question) -> None:
+        """Refuse to read what follows the update exactly, which is done by the query's curvature, where that is not known.
+
+        Raises:
+            RequestError: no curvature is seen in the query, or its directions are not affordable.
+        """
+        why = None
+        if not budget.curves(replay, question.memory, self.price):
+            why = f"{budget.FEWEST_CURVES} directions of it take more than memory_gb or trainings allow"
+        elif curvature.directions(question.query, replay.objective, replay.initial[0], 1, seed=0) is None:
+            why = f"the query {question.query.name!r} is not made of losses of torch.nn.functional, which it is known of"
+        if why is not None:
+            raise RequestError(
+                f"readout='exact' of {self.name} reads a run of {replay.run.manifest['optimizer']['name']} by the query's "
+                f"curvature, but {why}: use readout='linear', or acc-sgd-ie."
+            )
+
     def _defect(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
     ) -> Answer:
@@ -221,7 +236,8 @@ class LowRank(Chosen):
         most = len(removals) if self.most is None else self.most
         at_once = budget.removals_at_once(bytes_by_the_update(replay), question.memory)
         window = window_steps(replay)
-        passed = defect(replay, removals, question, most, at_once, window, lambda done: progress(0.99 * done))
+        curves = budget.curves(replay, question.memory, self.price) if question.readout == "exact" else 0
+        passed = defect(replay, removals, question, most, at_once, window, lambda done: progress(0.99 * done), curves)
         changed, sizes = (passed.scores - passed.first).abs(), passed.first.abs()
         uncertainty = sizes * (changed.sum() / sizes[passed.followed].sum())  # of those that keep SGD-IE's score
         uncertainty[passed.followed] = changed[passed.followed]
