@@ -1,6 +1,6 @@
 """How true acc-low-rank is where the optimizer is no SGD, beside SGD-IE and exact ACC-SGD-IE, and what each costs.
 
-    python scripts/bench_defect.py                        # all of them: half an hour of one core
+    python scripts/bench_defect.py                        # all of them: three quarters of an hour of one core
     python scripts/bench_defect.py "20 News logistic"
 
 Trains with AdamW in double precision, retrains without each sample, and prints a table: agreement with ``loo`` over all samples
@@ -44,11 +44,14 @@ CELLS = {
     "Adult GELU-16": Cell(data.AdultDataModule, 400, (16,), 100, 10, 3e-3),
     "Adult GELU-16, clipped at 0.5": Cell(data.AdultDataModule, 400, (16,), 100, 10, 3e-3, 0.5),
     "MNIST GELU-32": Cell(data.MNISTDataModule, 250, (32,), 32, 5, 1e-3),
+    "MNIST GELU-32, n = 1000": Cell(data.MNISTDataModule, 1000, (32,), 32, 5, 1e-3),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "sgd-ie": {"method": "sgd-ie"},
     "acc-low-rank": {"method": "acc-low-rank"},
+    "acc-low-rank, exact": {"method": "acc-low-rank", "readout": "exact"},
     "acc-low-rank, all followed": {"method": "acc-low-rank", "followed": 10**6},
+    "acc-low-rank, all followed, exact": {"method": "acc-low-rank", "followed": 10**6, "readout": "exact"},
     "acc-sgd-ie, linear": {"method": "acc-sgd-ie", "readout": "linear"},
     "acc-sgd-ie": {"method": "acc-sgd-ie"},
     "loo": {"method": "loo"},

@@ -125,7 +125,8 @@ def do_score(
         at: when it is read: end; along, the mean over every 20th step, 20 at least (along:K over K); a step, or several with
             commas between; or a checkpoint of the run by its name, such as best.
         readout: exact evaluates the query at the shifted parameters, linear multiplies the shift with its gradient; by
-            default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin, and for acc-low-rank of Adam and the like.
+            default exact for loo and acc-sgd-ie, linear for sgd-ie and tracin, and for acc-low-rank of Adam and the like, where
+            exact adds the query's curvature.
         dtype: precision of the replay; by default as recorded.
         device: cpu, cuda, or one of several, such as cuda:1; auto for the GPU where there is one.
         ray_address: local, auto, ray://host:port, or null for this process.

@@ -72,8 +72,10 @@ def score(
         readout: ``"exact"`` evaluates the query at the shifted parameters; ``"linear"`` takes the shift's product with its
             gradient. None is exact for methods that carry shifts (``loo``, ``acc-sgd-ie``) and linear for ``sgd-ie`` and
             ``tracin``, whose one reverse sweep then answers for all samples; asked for ``"exact"`` these carry shifts too.
-            For ``acc-low-rank`` None is exact, for the most influential removals where there are too many to read all so;
-            of an optimizer whose update is not affine (Adam, or any that clips) it is linear.
+            For ``acc-low-rank`` None is exact, for the most influential removals where there are too many to read all so: the
+            query's curvature, told by a few directions of it, is read for the others where it helps those. Of an optimizer
+            whose update is not affine (Adam, or any that clips) None is linear, and ``"exact"`` this curvature for all, for a
+            query that is made of losses of torch (``lightning_acc.core.queries.curvature``).
         dtype: None as recorded; ``"float64"`` replays the run in double precision.
         device: ``"cpu"``, ``"cuda"`` or one of several GPUs (``"cuda:1"``); ``"auto"`` is the GPU where there is one. What
             drew random numbers (dropout) is replayed on the kind of device they were drawn on.
@@ -81,9 +83,9 @@ def score(
             cluster, None computes in this process without Ray.
         directions: of ``acc-low-rank``: in how many it follows the contraction of the training, 0 in none. None chooses by
             ``trainings``; see ``lightning_acc.methods.low_rank.entry``.
-        followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; a few hundred
-            more are corrected by what these tell, the rest keep SGD-IE's scores. Where the update is not affine: how many it
-            takes through the optimizer's updates, the rest keeping SGD-IE's scores (``lightning_acc.methods.low_rank.defect``).
+        followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; others are
+            corrected by what these tell (``lightning_acc.methods.low_rank.screened``). Where the update is not affine: how many
+            it takes through the optimizer's updates, the rest keeping SGD-IE's scores (``lightning_acc.methods.low_rank.defect``).
         trainings: of ``acc-low-rank``: what its ranking of all samples may cost, in trainings of the run; None: 25. Where that
             pays for training again without each of them, this is what it does (``conditions["form"]`` is ``"retrained"``).
         processes: of Ray, that take one sweep back together (``sgd-ie``, ``tracin``), each with some rows of every batch, in
