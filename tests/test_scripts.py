@@ -59,7 +59,7 @@ def test_bench_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         r"^\| digits \| ([^|]+) \| (\d*) \| (-?[\d.]+) \| [\d.]+ \| \d+ \|$", capsys.readouterr().out, re.MULTILINE
     )
     assert [name for name, *_ in rows] == list(script.METHODS)
-    assert {name: followed for name, followed, _ in rows if followed} == dict.fromkeys(list(script.METHODS)[1:3], "40")
+    assert {name: followed for name, followed, _ in rows if followed} == dict.fromkeys(list(script.METHODS)[1:5], "40")
     assert float(rows[-1][2]) == 1.0
 
 

@@ -49,8 +49,8 @@ gradient taken where the run *without it* would stand,
 and a shift that enters there may be rough: followed in the directions in which training contracts most, or exactly for the
 few samples that matter most (``lightning_acc.methods.low_rank.tracked``, ``lightning_acc.methods.low_rank.screened``). Where
 the optimizer itself is no straight line, as Adam, or with clipping, it is that which is followed
-(``lightning_acc.methods.low_rank.defect``). What bends along a shift that nobody has followed is the query: adjoints that start
-from a few random directions of its curvature go back beside its own and tell by how much (``lightning_acc.core.queries.curvature``).
+(``lightning_acc.methods.low_rank.defect``). What bends along a shift that nobody has followed is the query: adjoints that
+start from a few random directions of its curvature (``lightning_acc.core.queries.curvature``) go back beside its own.
 
 What no straight line sees, and what then becomes of the scores, is shown in ``scripts/guide/what-can-go-wrong.md``.
 
