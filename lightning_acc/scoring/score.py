@@ -85,7 +85,7 @@ def score(
             ``trainings``; see ``lightning_acc.methods.low_rank.entry``.
         followed: of ``acc-low-rank``: how many removals it follows exactly, the most influential by ``sgd-ie``; others are
             corrected by what these tell (``lightning_acc.methods.low_rank.screened``). Where the update is not affine: how many
-            it takes through the optimizer's updates, the rest keeping SGD-IE's scores (``lightning_acc.methods.low_rank.defect``).
+            it takes through the optimizer's updates, the rest keeping SGD-IE's scores (``methods.low_rank.defect``).
         trainings: of ``acc-low-rank``: what its ranking of all samples may cost, in trainings of the run; None: 25. Where that
             pays for training again without each of them, this is what it does (``conditions["form"]`` is ``"retrained"``).
         processes: of Ray, that take one sweep back together (``sgd-ie``, ``tracin``), each with some rows of every batch, in
