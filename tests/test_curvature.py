@@ -91,6 +91,13 @@ def test_what_has_no_curvature_that_is_known_has_no_directions(run: la.Run, func
     assert seen(run, function, 2)[0] is None
 
 
+def test_large_outputs_go_back_in_parts(run: la.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = seen(run, LOSSES["a mixture"], 7)
+    monkeypatch.setattr(curvature, "AT_ONCE_NUMBERS", 2 * 9 * (CLASSES + 1))
+    parts, _ = seen(run, LOSSES["a mixture"], 7)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-15)
+
+
 def error(run: la.Run, followed: int, **options: Any) -> tuple[float, la.Scores]:
     """Of those that are not followed: how far they are from ACC-SGD-IE, in what SGD-IE lacks."""
     ask: dict[str, Any] = {"ray_address": None, "check": 0, "save": False, **options}

@@ -16,7 +16,7 @@ so that the mean of K squares tells the curvature along any D, with the relative
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ from lightning_acc.core.objective import Objective
 from lightning_acc.core.products import pulled_back
 from lightning_acc.core.queries.query import Query
 
-AT_ONCE = 16
-"""Directions that go back through the query together."""
+AT_ONCE, AT_ONCE_NUMBERS = 16, 2**23
+"""Directions that go back through the query together, and numbers of outputs that these start from."""
 
 
 class Output(NamedTuple):
@@ -142,10 +142,16 @@ def directions(query: Query, objective: Objective, theta: Tensor, number: int, s
             weights = torch.autograd.grad(value, [one.result for one in seen], allow_unused=True, materialize_grads=True)
             if any(bool((weight < 0).any()) for weight in weights):
                 return None  # a difference of losses may curve either way
-            pulled = []
-            for one, weight in zip(seen, weights, strict=True):
-                scale = one.spread((weight * one.scale).sqrt())
-                drawn = torch.randn((number, *one.outputs.shape), generator=generator, dtype=torch.float32).to(one.outputs)
-                pulled.append(torch.stack([scale * one.factor(e) for e in drawn]))
-            total += pulled_back([one.outputs for one in seen], [leaf], pulled, AT_ONCE)[0]
+            scales = [one.spread((weight * one.scale).sqrt()) for one, weight in zip(seen, weights, strict=True)]
+            size = max(1, min(AT_ONCE, AT_ONCE_NUMBERS // sum(one.outputs.numel() for one in seen)))
+            for first in range(0, number, size):
+                starts = [_drawn(seen, scales, generator) for _ in range(first, min(first + size, number))]
+                rows = [torch.stack(parts) for parts in zip(*starts, strict=True)]
+                total[first : first + size] += pulled_back([one.outputs for one in seen], [leaf], rows, size)[0]
     return total
+
+
+def _drawn(seen: Sequence[Output], scales: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """``sqrt(w_i) B_i e_i`` of one direction, of each of the outputs."""
+    drawn = (torch.randn(one.outputs.shape, generator=generator, dtype=torch.float32).to(one.outputs) for one in seen)
+    return [scale * one.factor(e) for one, scale, e in zip(seen, scales, drawn, strict=True)]
