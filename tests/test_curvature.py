@@ -78,14 +78,16 @@ def test_squares_tell_the_curvature_along_any_shift(run: la.Run, loss: str) -> N
     assert float((told / truth - 1).abs().max()) < WITHIN
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize(
     "function",
     [
         lambda z, y: z.softmax(1).amax(1),
         lambda z, y: F.cross_entropy(z, y, reduction="none") - F.mse_loss(z[:, 0], y.to(z), reduction="none"),
         lambda z, y: z.sum(1) + F.cross_entropy(z.detach(), y),
+        lambda z, y: F.mse_loss(z[:, 0], y[:, None].to(z), reduction="none").sum(1),
     ],
-    ids=["no loss", "a difference", "a constant"],
+    ids=["no loss", "a difference", "a constant", "of several targets"],
 )
 def test_what_has_no_curvature_that_is_known_has_no_directions(run: la.Run, function: Any) -> None:
     assert seen(run, function, 2)[0] is None

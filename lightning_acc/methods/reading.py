@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.audit import confirm_average
-from lightning_acc.core.queries import curvature
+from lightning_acc.core.queries import Query, curvature
 from lightning_acc.core.queries.moments import Moments
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.memory import query_rows
@@ -91,7 +91,7 @@ class Slopes:
         question: what is asked.
         curves: so many directions of its curvature come beside the gradient, as rows after it: (1 + curves, p). The scores of a
             sample in these tell, by half the mean of their squares, what the query's curvature makes of its shift. They are 0
-            where nothing curved is seen in the query.
+            where that is not known (``is_curved``).
     """
 
     def __init__(self, replay: Replay, question: Question, curves: int = 0) -> None:
@@ -123,6 +123,11 @@ class Slopes:
         curved = theta.new_zeros(self._curves, len(theta)) if found is None else found
         # Those of several steps are independent, so that the squares of their sums have the sum of the squares in the mean.
         return torch.cat([slope[None], curved * self._question.moments.share**0.5])
+
+
+def is_curved(replay: Replay, query: Query) -> bool:
+    """Whether the curvature of the query is known."""
+    return curvature.directions(query, replay.objective, replay.initial[0], 1, seed=0) is not None
 
 
 def gradient(replay: Replay, question: Question, theta: Tensor) -> Tensor:

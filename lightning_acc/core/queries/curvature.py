@@ -68,7 +68,10 @@ class Outputs(TorchFunctionMode):
         if given.get("size_average") is not None or given.get("reduce") is not None or not given["input"].requires_grad:
             return result
         handed = result.detach().requires_grad_()
-        self.seen.append(CURVATURES[function](function, given, handed))
+        output = CURVATURES[function](function, given, handed)
+        if output is None:
+            return result
+        self.seen.append(output)
         return handed
 
 
@@ -97,13 +100,16 @@ def of_classes(function: Any, given: Any, result: Tensor) -> Output:
     return Output(z, result, scale, factor, lambda values: values.unsqueeze(dim) if values.ndim else values)
 
 
-def of_numbers(function: Any, given: Any, result: Tensor) -> Output:
-    """Losses that take each output by itself: A is what differentiating them twice gives, where that is positive."""
+def of_numbers(function: Any, given: Any, result: Tensor) -> Output | None:
+    """Losses that take each output by itself: A is what differentiating them twice gives, where that is positive. None where
+    an output is compared with several targets."""
     z: Tensor = given["input"]
     alone = {name: part.detach() if isinstance(part, Tensor) else part for name, part in given.items()}
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         values: Tensor = function(**{**alone, "input": leaf, "reduction": "none"})
+        if values.shape != z.shape:
+            return None
         (slopes,) = torch.autograd.grad(values.sum(), leaf, create_graph=True)
         curved = torch.autograd.grad(slopes.sum(), leaf)[0] if slopes.requires_grad else torch.zeros_like(z)
     root = curved.clamp_min(0).sqrt()
@@ -111,7 +117,7 @@ def of_numbers(function: Any, given: Any, result: Tensor) -> Output:
     return Output(z, result, scale, lambda e: root * e, lambda values: values)
 
 
-CURVATURES: dict[Any, Callable[[Any, Any, Tensor], Output]] = {
+CURVATURES: dict[Any, Callable[[Any, Any, Tensor], Output | None]] = {
     **dict.fromkeys((F.cross_entropy, F.nll_loss), of_classes),
     **dict.fromkeys((F.mse_loss, F.binary_cross_entropy_with_logits, F.huber_loss, F.smooth_l1_loss), of_numbers),
     **dict.fromkeys((F.poisson_nll_loss, F.soft_margin_loss), of_numbers),

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_acc.core.queries import curvature
 from lightning_acc.core.removals import Removal
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
@@ -29,6 +28,7 @@ from lightning_acc.methods.low_rank.screened import ENOUGH, screened
 from lightning_acc.methods.low_rank.tracked import LEFT_TO_CONTRACT, LEFT_TOO_MUCH, duration, tracked
 from lightning_acc.methods.memory import even_pieces, filed_bytes
 from lightning_acc.methods.method import Answer, Question, one_by_one
+from lightning_acc.methods.reading import is_curved
 from lightning_acc.methods.swept import RETRAINING, refuse_other_losses, refuse_without_derivative
 
 TRUSTED = 0.5
@@ -210,7 +210,8 @@ class LowRank(Chosen):
         """In how many directions the query's curvature is told: none where all are followed, or too few to see if it helps."""
         curves = budget.curves(replay, question.memory, self.price) if question.readout == "exact" else 0
         left = self.price - curves * Prices(replay).curve()
-        return curves if ENOUGH <= self._followed(replay, question, left) < len(removals) else 0
+        can_be_seen = ENOUGH <= self._followed(replay, question, left) < len(removals)
+        return curves if can_be_seen and is_curved(replay, question.query) else 0
 
     def _refuse_uncurved(self, replay: Replay, question: Question) -> None:
         """Refuse to read what follows the update exactly, which is done by the query's curvature, where that is not known.
@@ -221,7 +222,7 @@ class LowRank(Chosen):
         why = None
         if not budget.curves(replay, question.memory, self.price):
             why = f"{budget.FEWEST_CURVES} directions of it take more than memory_gb or trainings allow"
-        elif curvature.directions(question.query, replay.objective, replay.initial[0], 1, seed=0) is None:
+        elif not is_curved(replay, question.query):
             why = f"the query {question.query.name!r} is not made of losses of torch.nn.functional, which it is known of"
         if why is not None:
             raise RequestError(
