@@ -59,19 +59,15 @@ class Step:
         apart: Callable[[], bool] = lambda: False,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.objective = objective
-        self.ranks = ranks
+        self.objective, self.ranks = objective, ranks
         dtype, device = objective.dtype, objective.device
         self.accumulated = [replace(batch, leaves=batches.cast(batch.leaves, dtype, device)) for batch in accumulated]
-        self.sample_ids = sample_ids
-        self.weights = weights.to(device, dtype)
-        self._recorded = weights
-        self.groups = groups
+        self.sample_ids, self.groups = sample_ids, groups
+        self.weights, self._recorded = weights.to(device, dtype), weights
         # Under 16-mixed the loss was scaled on its way back, so that small gradients are numbers of float16.
         self.scale = float(groups[0].get("loss_scale", 1.0))
-        self.rows_at_once = rows_at_once
+        self.rows_at_once, self.states_at_once = rows_at_once, states_at_once if objective.vectorised else 1
         self._place = place_in(groups[0])
-        self.states_at_once = states_at_once if objective.vectorised else 1
         self._own_rows, self.apart = own_rows, apart
         self.optimizer = update
         update.check(groups)
@@ -165,8 +161,8 @@ class Step:
 
     def evaluate(self, theta: Parameters, function: LossFunction) -> Tensor:
         """``function(module, batch)``, (B, ...), at parameters ``theta``, (p,) or by name; of all accumulated batches."""
-        structure = self.objective.structure
-        return self._together(lambda batch: self.objective.call(theta, function, TakenApart(batch.leaves, structure)))
+        objective = self.objective
+        return self._together(lambda batch: objective.call(theta, function, TakenApart(batch.leaves, objective.structure)))
 
     def _together(self, evaluated: Callable[[Batch], Tensor], dim: int = 0) -> Tensor:
         """What is computed of each accumulated batch, B along ``dim``, under the random numbers of its forward pass."""
@@ -225,10 +221,7 @@ class Step:
         total, first = theta.new_zeros(()), 0
         for batch in self.accumulated:
             size = batches.batch_size(batch.leaves)
-            here = positions[(first <= positions) & (positions < first + size)] - first
-            for mine in here.split(2) if len(here) else ():
-                alone = len(mine) == 1 < size
-                part = batch.picked(torch.stack([mine[0], (mine[0] + 1) % size]) if alone else mine)
+            for part, mine in batch.by_twos(positions[(first <= positions) & (positions < first + size)] - first):
                 with part.random_numbers(self.objective.device), self.objective.within(self._place), traceable():
                     losses = self.objective.losses(theta, part.leaves)[: len(mine)]
                 total = total + (self.weights[(first + mine).to(self.weights.device)] * losses).sum()
@@ -296,13 +289,22 @@ class Point:
         Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can. The slopes are of the rows
         that are here.
         """
-        step, at_once = self.step, self.step.rows_at_once
-        # An affine update has the same derivative at any gradient: that of the rows that are here will do.
-        gradient = self._graph.detach() if step.optimizer.is_affine(step.groups) else self.gradient
-        gamma = through_the_update(step.optimizer, self.state, gradient, step.groups, adjoint, at_once)
-        curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], at_once)
-        if step.ranks.size > 1:
+        gamma = self._through_the_update(adjoint)
+        curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], self.step.rows_at_once)
+        if self.step.ranks.size > 1:
             curvature = curvature.clone()  # autograd may hand back gamma itself
-            step.ranks.add_up(curvature)
+            self.step.ranks.add_up(curvature)
         adjoint[0].add_(curvature)
         return Pulled(adjoint, gamma, curvature, slopes)
+
+    def slopes(self, adjoint: State) -> Tensor:
+        """The slopes of the ``pullback`` alone, which need no product with the Hessian; ``adjoint`` is kept."""
+        gamma = self._through_the_update(tuple(part.clone() for part in adjoint))
+        return pulled_back([self._graph], [self._weights], [gamma], self.step.rows_at_once)[0]
+
+    def _through_the_update(self, adjoint: State) -> Tensor:
+        """``(dU/ds)^T adjoint``, written over it; returns ``gamma``."""
+        step = self.step
+        # An affine update has the same derivative at any gradient: that of the rows that are here will do.
+        gradient = self._graph.detach() if step.optimizer.is_affine(step.groups) else self.gradient
+        return through_the_update(step.optimizer, self.state, gradient, step.groups, adjoint, step.rows_at_once)

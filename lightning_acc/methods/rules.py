@@ -9,7 +9,7 @@ Neither knows files, Ray or who drives it (``methods.sweeps``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -220,8 +220,6 @@ class AdjointSgdIe:
     The adjoints of many queries go back together, as rows (Q, p).
     """
 
-    propagates: ClassVar[bool] = True
-
     def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
         """The adjoint after the last step, (..., p), and the scores collected so far, (..., n_samples)."""
         adjoint = (query_gradient.clone(), *(torch.zeros_like(query_gradient) for _ in state[1:]))
@@ -230,10 +228,15 @@ class AdjointSgdIe:
     def advance(self, point: Point, carry: tuple[State, Tensor]) -> tuple[State, Tensor]:
         """One step back, of the adjoint (..., p) and the scores (..., n_samples), in place."""
         adjoint, scores = carry
-        pulled = point.pullback(adjoint if self.propagates else tuple(part.clone() for part in adjoint))
-        self.see(point, pulled)
-        scores.index_add_(-1, point.step.sample_ids.to(scores.device), -point.step.weights * pulled.slopes)
+        slopes = self.slopes(point, adjoint)
+        scores.index_add_(-1, point.step.sample_ids.to(scores.device), -point.step.weights * slopes)
         return carry
+
+    def slopes(self, point: Point, adjoint: State) -> Tensor:
+        """``<g_i, gamma_t>`` of the occurrences of a step, (..., B); takes the adjoint (..., p) one step back."""
+        pulled = point.pullback(adjoint)
+        self.see(point, pulled)
+        return pulled.slopes
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
         """The query is read here, too: its gradient (..., p) joins the adjoint (..., p)."""
@@ -247,4 +250,6 @@ class AdjointSgdIe:
 class AdjointTracIn(AdjointSgdIe):
     """TracIn for one query and all samples: the same with ``lambda_t = grad query`` throughout."""
 
-    propagates = False
+    def slopes(self, point: Point, adjoint: State) -> Tensor:
+        """The same; the adjoint stays where it is."""
+        return point.slopes(adjoint)

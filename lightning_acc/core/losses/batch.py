@@ -46,6 +46,13 @@ class Batch:
         """These rows of it, (m,), with the random numbers that they have in it; two at least, where it draws some."""
         return replace(self, leaves=batches.rows(self.leaves, rows)).as_part(rows, batches.batch_size(self.leaves))
 
+    def by_twos(self, rows: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+        """These rows of it, (m,), by twos, each part with the rows it was asked for: a last one alone has another after it."""
+        size = batches.batch_size(self.leaves)
+        for mine in rows.split(2) if len(rows) else ():
+            alone = len(mine) == 1 < size
+            yield self.picked(torch.stack([mine[0], (mine[0] + 1) % size]) if alone else mine), mine
+
     def as_part(self, rows: Sequence[int] | Tensor, size: int) -> Batch:
         """What it is where its leaves are these rows, (B,), of a batch of that size."""
         rows = torch.as_tensor(rows)
