@@ -119,11 +119,13 @@ def record(
     return la.Run(folder, module=module), module
 
 
-def timed(what: str, do: Callable[[], T]) -> tuple[T, float]:
-    """What ``do`` gives, and its seconds, which are printed beside the peak of the process's memory so far."""
-    started = time.perf_counter()
+def timed(what: str, device: str, do: Callable[[], T]) -> tuple[T, float]:
+    """What ``do`` gives, and its seconds as ``bare_replay`` counts them, which are printed beside the peak of the process's
+    memory so far."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    started = clock()
     result = do()
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{what:20s} {seconds:7.1f} s   peak memory so far {peak:5.2f} GB", flush=True)
     return result, seconds
@@ -144,19 +146,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         training = partial(record, path, given.kind == "lora", given.posts, given.epochs, given.length, device=given.device)
-        (run, _), _ = timed("train and record", training)
+        (run, _), _ = timed("train and record", given.device, training)
         print(f"{run.n_parameters:,} trained parameters, {run.n_samples} samples, {run.n_steps} steps")
-        report, _ = timed("audit", run.audit)
+        report, _ = timed("audit", given.device, run.audit)
         print(report)
         replayed = bare_replay(run, given.device)
         print(f"one training {replayed:.1f} s", flush=True)
         check = int(given.check) if given.check.isdigit() else given.check
         for method in given.methods:
             ask = partial(la.score, run, method, ray_address=None, check=check, device=given.device)
-            scores, _ = timed(f"score, {method}", ask)
-            conditions = scores.conditions
-            followed = f", {count} of them by the update" if (count := conditions.get("followed_by_the_update")) else ""
-            print(f"{method} of all {run.n_samples} posts{followed}: {conditions['seconds'] / replayed:.1f} trainings")
+            scores, seconds = timed(f"score, {method}", given.device, ask)
+            followed = f", {count} of them by the update" if (count := scores.conditions.get("followed_by_the_update")) else ""
+            checked = " and the check" if check else ""
+            print(f"{method} of all {run.n_samples} posts{followed}{checked}: {seconds / replayed:.1f} trainings")
             print(f"the verdict: {scores.verdict}", flush=True)
 
 
