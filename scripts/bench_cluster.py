@@ -15,6 +15,8 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -84,41 +86,50 @@ def enough(run: la.Run) -> tuple[int, float]:
     return n, seconds(run, None, n)
 
 
-def speed(run: la.Run, workers: int, first: int, n: int) -> tuple[float, float]:
-    """Seconds from nothing to the end of ``first`` removals on a local Ray, and then removals a second.
-
-    The seconds count Ray's start and end, and that the workers start; the removals a second, ``n`` of them, do not.
-    """
+@contextmanager
+def workers(count: int) -> Iterator[None]:
+    """In here Ray runs on this machine, with so many."""
     import ray
 
-    started = time.perf_counter()
-    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        seconds(run, "local", first)
-        begun = time.perf_counter() - started
-        rate = n / seconds(run, "local", n)
+        yield
     finally:
-        started = time.perf_counter()
         ray.shutdown()
-    return begun + time.perf_counter() - started, rate
+
+
+def rate(run: la.Run, n: int) -> float:
+    """Removals a second of workers that have started."""
+    return n / seconds(run, "local", n)
 
 
 def main() -> None:
+    import ray  # noqa: F401 - not counted
+
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as directory:
-        together(Path(directory) / "together")
         run = record(Path(directory) / "run")
         n, alone = enough(run)
         print(f"{n} removals of loo, {run.n_steps} steps, {run.n_parameters} parameters")
         print(f"in this process        {n / alone:8.1f} removals/s")
-        (from_nothing, one), (_, two) = speed(run, 1, n, n), speed(run, 2, min(n, 128), n)
+        started = time.perf_counter()
+        with workers(1):
+            seconds(run, "local", n)
+            begun = time.perf_counter()
+            one = rate(run, n)
+            begun -= time.perf_counter()  # that is not counted
+        from_nothing = time.perf_counter() - started + begun
         print(f"1 worker               {one:8.1f} removals/s")
-        print(f"2 workers              {two:8.1f} removals/s")
-        print(f"2 workers / 1          {two / one:8.2f}     (to reach: 1.8)")
-        added = 100 * (from_nothing / alone - 1)
-        print(f"Ray adds               {added:8.1f} %   to {alone:.1f} s, its start included (to reach: 10 %)")
+        with workers(2):
+            seconds(run, "local", min(n, 128))
+            two = rate(run, n)
+            print(f"2 workers              {two:8.1f} removals/s")
+            print(f"2 workers / 1          {two / one:8.2f}     (to reach: 1.8)")
+            added = 100 * (from_nothing / alone - 1)
+            print(f"Ray adds               {added:8.1f} %   to {alone:.1f} s, its start included (to reach: 10 %)")
+            together(Path(directory) / "together")
         stored = {"save": True, "memory_gb": 0.1}
         seconds(run, None, n, **stored)
         print(f"resuming a finished job{seconds(run, 'ray://nowhere:1', n, **stored):8.2f} s     (to reach: 5 s)")

@@ -87,9 +87,10 @@ def test_bench_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
 
 def test_bench_cluster(no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
-    load("bench_cluster", N=130, EPOCHS=2, SECONDS=0.5).main()
+    load("bench_cluster", N=130, EPOCHS=2, SECONDS=0.5, BATCH=16).main()
     printed = capsys.readouterr().out
     assert float(re.search(r"^2 workers / 1 +([\d.]+)", printed, re.MULTILINE)[1]) > 0  # type: ignore[index]
+    assert float(re.search(r"the same to ([\de+-]+)$", printed, re.MULTILINE)[1]) < 1e-5  # type: ignore[index]
     assert float(re.search(r"^resuming a finished job +([\d.]+) s", printed, re.MULTILINE)[1]) < 5  # type: ignore[index]
 
 
