@@ -257,9 +257,11 @@ def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: p
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
     # 39 parameters in 4 tensors; 12 steps of 6 samples, of which each is seen by 3.
     left, training = 25 - prices.SWEEP, 12 * (200_000 + 39 * 6 / 25 + 4 * 30_000 + 3 * 39)
-    assert budget.most_by_the_update(Replay(run), 25) == int(left * training / (12 * 3039 + 3 * 39 / 25))
+    assert budget.most_by_the_update(Replay(run), 25) == int(left * training / (12 * 3039 + 3 * 2 * 39 + 3 * 39 / 25))
     dropping = record(tmp_path / "dropping", make(hidden=4, optimizer=ADAMW, dropout=0.5))
-    assert budget.most_by_the_update(Replay(dropping), 25) == int(left * training / (12 * 3039 + 2 * 3 * 6 * 39 / 25))
+    assert budget.most_by_the_update(Replay(dropping), 25) == int(
+        left * training / (12 * 3039 + 3 * 2 * 39 + 2 * 3 * 6 * 39 / 25)
+    )
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N
     assert "among" not in everyone.conditions

@@ -92,14 +92,16 @@ class Prices:
         """Of each that follows the update.
 
         It takes the numbers of its own update, beside those of the run, which all that fit the memory of a CPU's default share;
-        and where a step sees it, the multiplications of its own sample; of six where random numbers (dropout) are taken apart,
-        as two by themselves take; or twice those of the whole batch where that cannot be.
+        and where a step sees it, twice as many for its gradient and what is left without that, and the multiplications of its
+        own sample; of six where random numbers (dropout) are taken apart, as two by themselves take; or twice those of the
+        whole batch where that cannot be.
         """
         step = self._replay.step(0)
         apart = step.single_samples(torch.zeros(1, 1, dtype=torch.long)) is not None
         visits = (
             self._work / self._run.n_samples * (1 if apart else min(6, 2 * self._batch) if step.apart() else 2 * self._batch)
         )
+        visits += 2 * self._p * self._batch / self._run.n_samples
         rule = RULES.get(self._run.manifest["optimizer"]["name"])
         passes = 1 if rule and rule.one_pass else PASSES
         each, at_a_step = bytes_by_the_update(self._replay)
