@@ -117,10 +117,10 @@ def main() -> None:
         started = time.perf_counter()
         with workers(1):
             seconds(run, "local", n)
-            begun = time.perf_counter()
+            again = time.perf_counter()
             one = rate(run, n)
-            begun -= time.perf_counter()  # that is not counted
-        from_nothing = time.perf_counter() - started + begun
+            not_counted = time.perf_counter() - again
+        from_nothing = time.perf_counter() - started - not_counted
         print(f"1 worker               {one:8.1f} removals/s")
         with workers(2):
             seconds(run, "local", min(n, 128))

@@ -77,10 +77,10 @@ class Swept(Method):
         self.readout = "exact" if reverse is None else "linear"
 
     def check(self, replay: Replay) -> None:
-        """Refuse an optimizer without a derivative, where the method needs one; and random numbers that it would not draw.
+        """Refuse an optimizer without a derivative, where the method needs one; and losses that are not the training's.
 
         Raises:
-            RequestError: it has none, or would draw others.
+            RequestError: it has none, or they are others.
         """
         if self.differentiates:
             refuse_without_derivative(replay, self.name)

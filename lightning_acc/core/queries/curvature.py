@@ -157,6 +157,11 @@ def directions(query: Query, objective: Objective, theta: Tensor, number: int, s
     return total
 
 
+def along(products: Tensor) -> Tensor:
+    """``1/2 D^T H D`` of n shifts, (n,), by their products with K directions, (K, n); 0 where there are none."""
+    return (products**2).sum(0) / max(1, 2 * len(products))
+
+
 def _drawn(seen: Sequence[Output], scales: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """``sqrt(w_i) B_i e_i`` of one direction, of each of the outputs."""
     drawn = (torch.randn(one.outputs.shape, generator=generator, dtype=torch.float32).to(one.outputs) for one in seen)

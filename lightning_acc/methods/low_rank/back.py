@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.products import Pulled
+from lightning_acc.core.queries import curvature
 from lightning_acc.core.removals import Removal, summed
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
@@ -53,7 +54,7 @@ class Back:
 
     def curved(self, removals: Sequence[Removal]) -> Tensor:
         """What the query's curvature adds to these, (n,), on the CPU; with no ``curves``, 0."""
-        return (summed(self.curves.cpu(), removals) ** 2).sum(0) / max(1, 2 * len(self.curves))
+        return curvature.along(summed(self.curves.cpu(), removals))
 
 
 def of_the_query(rows: Tensor) -> Tensor:

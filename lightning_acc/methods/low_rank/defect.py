@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_acc.core.optimizers import RULES, Hyperparameters, State, clipped
 from lightning_acc.core.products import Pulled
+from lightning_acc.core.queries.curvature import along
 from lightning_acc.core.removals import Removal, Removals, summed
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Point, Step
@@ -81,7 +82,8 @@ def defect(
     with scratch(replay, vectors_kept(replay, ends)) as rows:
         adjoints = AdjointDefect(len(replay), ends, rows)
         found = sweeps.reverse(replay, adjoints, question, lambda done: progress(0.2 * done), curves).cpu()
-        first, *curved = summed(found, removals).reshape(1 + curves, -1)
+        found = summed(found, removals).reshape(1 + curves, -1)
+        first = found[0]
         chosen = first.abs().argsort(descending=True, stable=True)[:followed]
         scores, done = first.clone(), 0
         for part in chosen.split(at_once):
@@ -92,9 +94,7 @@ def defect(
             shifts.finish()
             scores[part] = shifts.scores.cpu()
             done += len(part)
-    for one in curved:
-        scores += one**2 / (2 * curves)
-    return Defect(scores, first, chosen)
+    return Defect(scores + along(found[1:]), first, chosen)
 
 
 def has_a_defect(run: Record) -> bool:

@@ -58,8 +58,8 @@ class LowRank(Chosen):
         """Refuse what acc-low-rank does not describe.
 
         Raises:
-            RequestError: the run's update is affine, but not the same for all parameters, or nothing has a derivative; or other
-                random numbers would be drawn.
+            RequestError: the run's update is affine, but not the same for all parameters, or nothing has a derivative; or the
+                losses would be others than the training's.
         """
         refuse_other_losses(replay, self.name)
         if has_a_defect(replay.run):
