@@ -251,5 +251,5 @@ class AdjointTracIn(AdjointSgdIe):
     """TracIn for one query and all samples: the same with ``lambda_t = grad query`` throughout."""
 
     def slopes(self, point: Point, adjoint: State) -> Tensor:
-        """The same; the adjoint stays where it is."""
+        """``g_(t,i)^T grad query``, the slopes (B,) of one step for the ``adjoint`` (p,), which stays where it is."""
         return point.slopes(adjoint)
