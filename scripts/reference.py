@@ -25,7 +25,7 @@ PARTS = {
     "methods": "lightning_acc.methods.rules",
     "low-rank": "lightning_acc.methods.low_rank.tracked",
     "screened": "lightning_acc.methods.low_rank.screened",
-    "defect": "lightning_acc.methods.low_rank.defect",
+    "defect": "lightning_acc.methods.low_rank.defect.scores",
     "verdict": "lightning_acc.scoring.trust.verdict",
     "exports": "lightning_acc.judge.exports",
     "headline": "lightning_acc.show.headline",

@@ -15,7 +15,10 @@ from torch import Tensor
 import lightning_acc as la
 from lightning_acc.core.optimizers import clipped
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.low_rank import budget, defect, prices
+from lightning_acc.methods.low_rank import budget, prices
+from lightning_acc.methods.low_rank.defect import scores as defects
+from lightning_acc.methods.low_rank.defect import touched, windows
+from lightning_acc.methods.low_rank.defect.windows import Windows
 from lightning_acc.methods.low_rank.entry import LowRank
 from lightning_acc.scoring.trust.figures import kendall
 
@@ -37,11 +40,16 @@ def scored(run: la.Run, method: str = "acc-low-rank", removals: Any = None, **op
 
 
 def by_defect(
-    run: la.Run, removals: Sequence[Any] = SOME, window: int | None = None, at_once: int = 99, at: Any = "end"
+    run: la.Run,
+    removals: Sequence[Any] = SOME,
+    window: int | None = None,
+    at_once: int = 99,
+    at: Any = "end",
+    stride: int = 1,
 ) -> Any:
     replay, n = Replay(run), len(removals)
-    window = defect.window_steps(replay) if window is None else window
-    return defect.defect(replay, removals, asked(run, at=at), n, at_once, window)
+    chosen = windows.usual(replay) if window is None else Windows(window, stride)
+    return defects.defect(replay, removals, asked(run, at=at), n, at_once, chosen)
 
 
 @pytest.mark.parametrize("at", ["end", "along"])
@@ -110,7 +118,9 @@ RULES: dict[str, tuple[Callable[..., State], int]] = {
 }  # fmt: skip
 
 
-def dense(run: la.Run, net: torch.nn.Module, name: str, removals: Sequence[tuple[int, ...]], window: int) -> list[float]:
+def dense(
+    run: la.Run, net: torch.nn.Module, name: str, removals: Sequence[tuple[int, ...]], window: int, stride: int = 1
+) -> list[float]:
     """The scores by their definition alone: every D~ in full, one removal after the other, and derivatives by autograd.
 
     Shares nothing with the package but the record.
@@ -158,7 +168,8 @@ def dense(run: la.Run, net: torch.nn.Module, name: str, removals: Sequence[tuple
     scores = []
     for removal in removals:
         visits = [t for t in range(total) if set(removal) & set(run.steps[t].sample_ids.tolist())]
-        inside = {t for visit in visits for t in range(visit, min(visit + window + 1, total))}
+        ends = [-(-(visit + window + 1) // stride) * stride for visit in visits]
+        inside = {t for visit, end in zip(visits, ends, strict=True) for t in range(visit, min(end, total))}
         score, shift = 0.0, [torch.zeros_like(part) for part in states[0]]
         for t in sorted(inside):
             if t - 1 not in inside:
@@ -179,13 +190,13 @@ def test_it_is_what_its_definition_says(tmp_path: Path, name: str) -> None:
     optimizer, options = CASES[name]
     module = make(hidden=3, optimizer=optimizer)
     run = record(tmp_path / "run", module, max_epochs=4, **options)
-    usual = defect.window_steps(Replay(run))
+    usual = windows.usual(Replay(run)).length
     assert usual == 2 * 4
     some = [(0,), (7,), (13,), (), (2, 3, 11)]
     different = []
-    for window in (0, 1, 3, usual):
-        expected = dense(run, module.net, name, some, window)
-        np.testing.assert_allclose(by_defect(run, some, window).scores.numpy(), expected, rtol=1e-8, atol=1e-12)
+    for window, stride in ((0, 1), (1, 1), (3, 1), (1, 3), (usual, 1)):
+        expected = dense(run, module.net, name, some, window, stride)
+        np.testing.assert_allclose(by_defect(run, some, window, stride=stride).scores.numpy(), expected, rtol=1e-8, atol=1e-12)
         different.append(expected)
     assert not np.allclose(different[0], different[2], rtol=1e-4) or name == "clipped"
     np.testing.assert_allclose(scored(run, removals=some, followed=N).values, different[-1], rtol=1e-8, atol=1e-12)
@@ -198,7 +209,7 @@ def test_it_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = record(tmp_path / "run", make(hidden=4, optimizer=optimizer), **options)
     whole = by_defect(run, window=2).scores
     for cached in (5 * run.n_parameters, 4):  # some removals together, or each by itself
-        monkeypatch.setitem(defect.CACHED, "cpu", cached)
+        monkeypatch.setitem(touched.CACHED, "cpu", cached)
         for at_once in (1, 10):
             torch.testing.assert_close(by_defect(run, window=2, at_once=at_once).scores, whole, rtol=1e-9, atol=1e-13)
     each, at_a_step = prices.bytes_by_the_update(Replay(run))
@@ -223,7 +234,7 @@ def test_several_steps_are_the_mean_of_each(tmp_path: Path, name: str) -> None:
         alone = []
         for t in (3, 6, 12):
             replay = Replay(run, until=t)
-            alone.append(defect.defect(replay, SOME, asked(run, at=t), len(SOME), 99, window).scores)
+            alone.append(defects.defect(replay, SOME, asked(run, at=t), len(SOME), 99, Windows(window)).scores)
         together = by_defect(run, window=window, at=[3, 6, 12]).scores
         torch.testing.assert_close(together, sum(alone) / 3, rtol=0, atol=ROUND_OFF)
     each = [scored(run, at=t).values for t in (2, 9)]
@@ -236,7 +247,7 @@ def test_a_sample_that_a_step_sees_twice_and_one_that_none_sees(tmp_path: Path) 
     module = make(hidden=4, optimizer=ADAMW)
     run = record(tmp_path / "run", module, loader)
     removals = [(i,) for i in range(9)] + [(0, 3, 8)]
-    expected = dense(run, module.net, "AdamW", removals, defect.window_steps(Replay(run)))
+    expected = dense(run, module.net, "AdamW", removals, windows.usual(Replay(run)).length)
     found = scored(run, removals=removals, followed=N).values
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-12)
     assert found[8] == 0.0
@@ -256,10 +267,13 @@ def test_it_is_nearer_to_the_truth_than_sgd_ie(tmp_path: Path, name: str) -> Non
 def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = record(tmp_path / "run", make(hidden=4, optimizer=ADAMW))
     # 39 parameters in 4 tensors; 12 steps of 6 samples, of which each is seen by 3.
+    usual = windows.usual(Replay(run))
     left, training = 25 - prices.SWEEP, 12 * (200_000 + 39 * 6 / 25 + 4 * 30_000 + 3 * 39)
-    assert budget.most_by_the_update(Replay(run), 25) == int(left * training / (12 * 3039 + 3 * 2 * 39 + 3 * 39 / 25))
+    assert budget.most_by_the_update(Replay(run), 25, windows.usual(Replay(run))) == int(
+        left * training / (12 * 3039 + 3 * 2 * 39 + 3 * 39 / 25)
+    )
     dropping = record(tmp_path / "dropping", make(hidden=4, optimizer=ADAMW, dropout=0.5))
-    assert budget.most_by_the_update(Replay(dropping), 25) == int(
+    assert budget.most_by_the_update(Replay(dropping), 25, usual) == int(
         left * training / (12 * 3039 + 3 * 2 * 39 + 2 * 3 * 6 * 39 / 25)
     )
     everyone, first = scored(run), scored(run, "sgd-ie").values

@@ -104,6 +104,13 @@ class Removals:
         part.ids, part.owners, part.count = self.ids[mine], self.owners[mine] - first, last - first
         return part
 
+    def only(self, which: Tensor) -> Removals:
+        """Those of the numbers ``which``, (m,), in ascending order."""
+        part, numbers = copy.copy(self), which.numpy()
+        mine = np.isin(self.owners, numbers)
+        part.ids, part.owners, part.count = self.ids[mine], np.searchsorted(numbers, self.owners[mine]), len(numbers)
+        return part
+
     def occurrences(self, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs (removal, position in the batch) of all occurrences to be removed, sorted by removal; two (pairs,) tensors."""
         wanted = sample_ids.numpy()

@@ -12,8 +12,9 @@ from lightning_acc.core import tape
 from lightning_acc.core.removals import Removals
 from lightning_acc.methods import memory
 from lightning_acc.methods.low_rank import basis as bases
-from lightning_acc.methods.low_rank import budget, defect, prices, screened, tracked
+from lightning_acc.methods.low_rank import budget, prices, screened, tracked
 from lightning_acc.methods.low_rank.choice import DEFECT, RETRAINED, SCREENED, Chosen
+from lightning_acc.methods.low_rank.defect import alone
 from lightning_acc.methods.low_rank.entry import LowRank
 from lightning_acc.methods.method import Method
 from lightning_acc.methods.rules import AdjointSgdIe
@@ -205,7 +206,11 @@ class DefectPass(Forecast):
 
     def __init__(self, calibration: Calibration, method: Chosen) -> None:
         super().__init__(calibration)
-        self.method = method
+        self.method, self.windows = method, method.windows(self.replay)
+
+    def _inside(self, removals: int) -> int:
+        """How many of them are in a window together, in the mean."""
+        return max(1, round(removals * self.windows.share(self.replay)))
 
     def cost(self) -> Cost:
         """Seconds, measured."""
@@ -219,23 +224,22 @@ class DefectPass(Forecast):
         back = c.over_the_run(lambda t: c.seconds(lambda: rule.advance(replay.step(t).at(start), carry)))
         shared += (1 + tape.taken_again(replay, memory.of_the_tape(replay, c.memory))) * ahead + back
         at_once = budget.removals_at_once(prices.bytes_by_the_update(replay), c.memory)
-        piece = budget.piece_by_the_update(replay, c.memory)
+        piece = budget.piece_by_the_update(replay, c.memory, self.windows)
         followed = n if self.method.most is None else min(n, self.method.most)
-        passes = -(-followed // at_once)
-        each = -(-followed // passes)
-        a, slope, m = c.line(partial(self._step, c.largest_step), each, passes * len(replay))
+        passes = -(-self._inside(followed) // at_once)
+        a, slope, m = c.line(partial(self._step, c.largest_step), -(-followed // passes), passes * len(replay))
         scale = c.over_the_run(lambda t: self._step(t, m)) / max(a + slope * m, 1e-9)
         if self.method.is_relative:
             return Cost(c.load, shared + scale * (passes * a + followed * slope), 0.0, None)
-        own = scale * a * -(-min(n, piece) // at_once)
+        own = scale * a * -(-self._inside(min(n, piece)) // at_once)
         return Cost(c.load, shared + own, c.share_visited * scale * slope, piece if n > piece else None)
 
     def _step(self, t: int, m: int) -> float:
-        """Seconds of step t with m removals, all of them in a window."""
+        """Seconds of step t with m removals, as many of them in a window as usual."""
         total, start = len(self.replay), self.replay.initial
-        adjoints = defect.AdjointDefect(total, [], start[0].expand(2 * total, -1))
-        shifts = defect.UpdateAlone(self.replay, self.c.sample(t, m), adjoints, total)
-        shifts.begin(t, torch.arange(m))
+        adjoints = alone.AdjointDefect(total, [], start[0].expand(2 * total, -1))
+        shifts = alone.UpdateAlone(self.replay, self.c.sample(t, m), adjoints, self.windows)
+        shifts.begin(t, self._inside(m))
         return self.c.seconds(lambda: shifts.advance(t, self.replay.step(t)))
 
     def bytes(self, removals: int) -> int:
@@ -243,7 +247,7 @@ class DefectPass(Forecast):
         replay, allowed = self.replay, self.c.memory
         each, at_a_step = needed = prices.bytes_by_the_update(replay)
         followed = removals if self.method.most is None else min(removals, self.method.most)
-        together = min(followed, budget.removals_at_once(needed, allowed))
+        together = min(self._inside(followed), budget.removals_at_once(needed, allowed))
         states = tape.held(replay, memory.of_the_tape(replay, allowed)) * sum(part.nbytes for part in replay.initial)
         return at_a_step + max(states, each * together)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from lightning_acc.core.queries import Query
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
+from lightning_acc.methods.low_rank.defect.windows import Windows, usual
 from lightning_acc.methods.low_rank.prices import SWEEP, Prices, bytes_by_the_update
 from lightning_acc.methods.memory import example_bytes
 
@@ -20,6 +21,9 @@ SHARE = 0.25
 """Of the budget: the most that each of these may take: reading tracked shifts exactly, modelling, the query's curvature."""
 MOST_CURVES, FEWEST_CURVES = 12, 4
 """With so many directions of the query's curvature it is told to 40 %, which with fewer tells little."""
+SHORTEST = 8
+"""Steps that removals follow the update for after a visit, at least: what an optimizer makes of a removal that no derivative
+tells is nearly all there then."""
 SWEEPS = 2
 """Removals that follow the update are worked on in pieces that cost so many sweeps back: every piece makes one of its own."""
 
@@ -68,14 +72,26 @@ def read_exactly(replay: Replay, n: int, query: Query, times: int, trainings: fl
     return min(n, max(FEWEST_FOLLOWED, affordable))
 
 
-def most_by_the_update(replay: Replay, trainings: float) -> int:
-    """How many removals follow the update where its defect is, unless asked for."""
-    return max(FEWEST_FOLLOWED, int((trainings - SWEEP) / Prices(replay).by_the_update()))
+def windows(replay: Replay, trainings: float, followed: int | None = None) -> Windows:
+    """In which windows removals follow the update: the longest, up to the usual ones, in which following all is affordable, or
+    the shortest. So many as are ``followed`` at any price are in the usual ones."""
+    chosen = usual(replay)
+    while chosen.length > SHORTEST and followed is None:
+        if most_by_the_update(replay, trainings, chosen) >= replay.run.n_samples:
+            break
+        length = max(SHORTEST, chosen.length // 2)
+        chosen = Windows(length, length // 2)
+    return chosen
 
 
-def piece_by_the_update(replay: Replay, memory: int) -> int:
-    """How many removals that follow the update are one piece of the work."""
-    least = int(SWEEPS * SWEEP / Prices(replay).by_the_update())
+def most_by_the_update(replay: Replay, trainings: float, chosen: Windows) -> int:
+    """How many removals follow the update in these windows where its defect is, unless asked for."""
+    return max(FEWEST_FOLLOWED, int((trainings - SWEEP) / Prices(replay).by_the_update(chosen)))
+
+
+def piece_by_the_update(replay: Replay, memory: int, chosen: Windows) -> int:
+    """How many removals that follow the update in these windows are one piece of the work."""
+    least = int(SWEEPS * SWEEP / Prices(replay).by_the_update(chosen))
     return max(removals_at_once(bytes_by_the_update(replay), memory), least)
 
 

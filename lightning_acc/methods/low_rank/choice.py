@@ -8,7 +8,8 @@ from lightning_acc import arguments
 from lightning_acc.core.replay import Replay
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import budget
-from lightning_acc.methods.low_rank.defect import has_a_defect
+from lightning_acc.methods.low_rank.defect.scores import has_a_defect
+from lightning_acc.methods.low_rank.defect.windows import Windows, usual
 from lightning_acc.methods.low_rank.prices import Prices
 from lightning_acc.methods.method import Method
 
@@ -99,11 +100,15 @@ class Chosen(Method):
             )
         n, most = replay.run.n_samples, self.followed
         if most is None:
-            all_affordable = budget.most_by_the_update(replay, min(self.price, budget.TRAININGS)) >= n
-            if not all_affordable and Prices(replay).retrained(n) <= self.price:
+            fully = budget.most_by_the_update(replay, min(self.price, budget.TRAININGS), usual(replay)) >= n
+            if not fully and Prices(replay).retrained(n) <= self.price:
                 return type(self)(trainings=self.trainings, form=RETRAINED)
-            most = budget.most_by_the_update(replay, self.price)
+            most = budget.most_by_the_update(replay, self.price, self.windows(replay))
         return type(self)(None, self.followed, self.trainings, DEFECT, most=None if most >= n else most)
+
+    def windows(self, replay: Replay) -> Windows:
+        """Those in which removals follow the update."""
+        return budget.windows(replay, self.price, self.followed)
 
     @property
     def options(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from lightning_acc.methods.low_rank import budget
 from lightning_acc.methods.low_rank.back import Back, scratch_bytes, sweep_back
 from lightning_acc.methods.low_rank.basis import Basis
 from lightning_acc.methods.low_rank.choice import DEFECT, RETRAINED, SCREENED, Chosen
-from lightning_acc.methods.low_rank.defect import defect, has_a_defect, vectors_kept, window_steps
+from lightning_acc.methods.low_rank.defect.scores import defect, has_a_defect, vectors_kept
 from lightning_acc.methods.low_rank.prices import Prices, bytes_by_the_update, bytes_needed
 from lightning_acc.methods.low_rank.screened import ENOUGH, screened
 from lightning_acc.methods.low_rank.tracked import LEFT_TO_CONTRACT, LEFT_TOO_MUCH, duration, tracked
@@ -87,7 +87,7 @@ class LowRank(Chosen):
         if self.is_relative:
             return even_pieces(removals, max(1, len(removals)))
         if self.form == DEFECT:
-            return even_pieces(removals, budget.piece_by_the_update(replay, question.memory))
+            return even_pieces(removals, budget.piece_by_the_update(replay, question.memory, self.windows(replay)))
         return even_pieces(removals, budget.removals_at_once(bytes_needed(replay), question.memory))
 
     def blocks(
@@ -114,7 +114,8 @@ class LowRank(Chosen):
         """Of the sweep back."""
         if self.form == RETRAINED:
             return 0
-        return scratch_bytes(replay, vectors_kept(replay) if self.form == DEFECT else None) + filed_bytes(replay, memory)
+        vectors = vectors_kept(replay, self.windows(replay).ends_at_most(replay)) if self.form == DEFECT else None
+        return scratch_bytes(replay, vectors) + filed_bytes(replay, memory)
 
     def answer(
         self, replay: Replay, removals: Sequence[Removal], question: Question, progress: Callable[[float], None]
@@ -236,13 +237,13 @@ class LowRank(Chosen):
         """What the update itself changed bounds, in practice, what all that is left out would."""
         most = len(removals) if self.most is None else self.most
         at_once = budget.removals_at_once(bytes_by_the_update(replay), question.memory)
-        window = window_steps(replay)
+        windows = self.windows(replay)
         curves = budget.curves(replay, question.memory, self.price) if question.readout == "exact" else 0
-        passed = defect(replay, removals, question, most, at_once, window, lambda done: progress(0.99 * done), curves)
+        passed = defect(replay, removals, question, most, at_once, windows, lambda done: progress(0.99 * done), curves)
         changed, sizes = (passed.scores - passed.first).abs(), passed.first.abs()
         uncertainty = sizes * (changed.sum() / sizes[passed.followed].sum())  # of those that keep SGD-IE's score
         uncertainty[passed.followed] = changed[passed.followed]
-        details = {"followed_by_the_update": len(passed.followed), "window": window}
+        details = {"followed_by_the_update": len(passed.followed), "window": windows.length}
         return Answer(passed.scores, details=details, more={"uncertainty": uncertainty})
 
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:

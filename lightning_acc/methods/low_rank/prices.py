@@ -15,6 +15,8 @@ from lightning_acc.core.devices import ON_CPU
 from lightning_acc.core.optimizers import RULES
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.low_rank import basis as bases
+from lightning_acc.methods.low_rank.defect.touched import kept_share, numbers_in_time
+from lightning_acc.methods.low_rank.defect.windows import Windows
 from lightning_acc.methods.low_rank.screened import DIRECTIONS, MOST_MODELLED, PLACES
 
 STEP_NUMBERS, MULTIPLICATIONS, TOGETHER = 200_000, 25, 75
@@ -88,13 +90,13 @@ class Prices:
         """Of the query, read on so many examples at one removal's parameters."""
         return examples * training_work(self._replay) / self._seen / TOGETHER / (self._steps * self._step)
 
-    def by_the_update(self) -> float:
-        """Of each that follows the update.
+    def by_the_update(self, windows: Windows) -> float:
+        """Of each that follows the update in such windows.
 
-        It takes the numbers of its own update, beside those of the run, which all that fit the memory of a CPU's default share;
-        and where a step sees it, twice as many for its gradient and what is left without that, and the multiplications of its
-        own sample; of six where random numbers (dropout) are taken apart, as two by themselves take; or twice those of the
-        whole batch where that cannot be.
+        It takes the numbers that it touches through its own update while it is in a window, beside those of the run, which all
+        take that fit the memory of a CPU's default share; and where a step sees it, twice as many as there are for its gradient
+        and what is left without that, and the multiplications of its own sample; of six where random numbers (dropout) are
+        taken apart, as two by themselves take; or twice those of the whole batch where that cannot be.
         """
         step = self._replay.step(0)
         apart = step.single_samples(torch.zeros(1, 1, dtype=torch.long)) is not None
@@ -105,9 +107,11 @@ class Prices:
         rule = RULES.get(self._run.manifest["optimizer"]["name"])
         passes = 1 if rule and rule.one_pass else PASSES
         each, at_a_step = bytes_by_the_update(self._replay)
-        together = max(1, (ON_CPU - at_a_step) // each)
+        inside = windows.share(self._replay)
+        together = max(1, (ON_CPU - at_a_step) // each) / inside
+        followed = (ROW_NUMBERS + numbers_in_time(self._replay)) * inside + (ROW_NUMBERS + self._p) / together
         own = OWN_TENSOR * len(self._replay.layout.sizes) + OWN_PASSES * self._p
-        return (passes * (ROW_NUMBERS + self._p) * (1 + 1 / together) + visits) / (self._step + own)
+        return (passes * followed + visits) / (self._step + own)
 
 
 def bytes_needed(replay: Replay) -> tuple[int, int]:
@@ -120,15 +124,15 @@ def bytes_needed(replay: Replay) -> tuple[int, int]:
 
 
 def bytes_by_the_update(replay: Replay) -> tuple[int, int]:
-    """Bytes for each of the removals that follow the update together, and for a step on top of them all.
+    """Bytes for each of the removals that are in a window together, and for a step on top of them all.
 
-    That is the state, and the gradient without the removal; and at a step the run's own state, what the sweep back has kept of
-    it, and vectors and activations of as many samples as single gradients are taken of together.
+    That is what of the state it touches, and the gradient without the removal; and at a step the run's own state, what the
+    sweep back has kept of it, and vectors and activations of as many samples as single gradients are taken of together.
     """
     vector, parts, largest = replay.initial[0].nbytes, len(replay.initial), _largest_step(replay)
     together = min(largest, replay.states_at_once)
     at_a_step = (parts + 3 + 4 * together) * vector + 6 * replay.activation_bytes * together // max(1, largest)
-    return (parts + 1) * vector, at_a_step
+    return round((parts * kept_share(replay) + 1) * vector), at_a_step
 
 
 def training_work(replay: Replay) -> float:

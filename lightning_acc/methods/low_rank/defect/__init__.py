@@ -1,0 +1,1 @@
+"""The update's defect: acc-low-rank of optimizers whose update is no affine function."""
