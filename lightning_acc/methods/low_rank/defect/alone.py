@@ -108,10 +108,10 @@ class UpdateAlone:
         self._last[who] = t
         given = update.given(step.groups)
         for part in self._parts:
-            own, h = tuple(part.units.of(one) for one in self._own), given[part.units.parameter]
+            own, h = part.units.each_of(self._own), given[part.units.parameter]
             seen = Seen(who, part.units.of(without), part.units.of(gradient).contiguous())
             part.begin(seen, own)
-            part.advance(update, seen, own[0].contiguous(), part.units.of(curvature).contiguous(), h, self.scores)
+            part.advance(update, seen, own[0], part.units.of(curvature).contiguous(), h, self.scores)
             here = part.units.columns
             update.in_one_pass(tuple(one[here] for one in self._own), gradient[here], h)
 
@@ -129,7 +129,7 @@ class UpdateAlone:
         """Windows of so many removals begin with step t, in as many units as usual: to see what the next step takes."""
         self._last[:count] = t
         for part in self._parts:
-            part.begin_as_usual(count, tuple(part.units.of(one) for one in self._own))
+            part.begin_as_usual(count, part.units.each_of(self._own))
 
     def finish(self) -> None:
         """The last windows end after the last step."""
@@ -140,8 +140,7 @@ class UpdateAlone:
         if who.any():
             adjoint = tuple(part.to(self._replay.device) for part in self._adjoints.at(e))
             for part in self._parts:
-                by = tuple(part.units.of(one) for one in adjoint)
-                part.end(who, tuple(part.units.of(one) for one in self._own), by, self.scores)
+                part.end(who, part.units.each_of(self._own), part.units.each_of(adjoint), self.scores)
             self._last[who] = -1
 
 
@@ -182,8 +181,15 @@ class Block:
         return Block(torch.cat([self.owners, other.owners]), torch.cat([self.units, other.units]), tuple(map(torch.cat, parts)))
 
     def only(self, rows: Tensor) -> Block:
-        """Of these rows alone."""
-        return Block(self.owners[rows], self.units[rows], tuple(part[rows] for part in self.parts))
+        """Of these rows alone, by their numbers."""
+        return Block(self.owners[rows], self.units[rows], tuple(part.index_select(0, rows) for part in self.parts))
+
+    def divided(self, mine: Tensor) -> tuple[Block, Block]:
+        """The rows that are ``mine``, (m,), and the others."""
+        count, none = int(mine.sum()), mine.new_empty(0, dtype=torch.long)
+        if count in (0, len(mine)):
+            return (self, self.only(none)) if count else (self.only(none), self)
+        return self.only(mine.nonzero()[:, 0]), self.only((~mine).nonzero()[:, 0])
 
 
 class Followed:
@@ -218,7 +224,7 @@ class Followed:
         self._inside[who] |= touched
         most = self._most(own[0])
         for some, at in zip(rows.split(most), places.split(most), strict=True):
-            self._blocks.append(Block(who[some], at, tuple(part[at] for part in own)))
+            self._blocks.append(Block(who[some], at, tuple(part.index_select(0, at) for part in own)))
         self._pack(most)
 
     def advance(self, update: Update, seen: Seen, own: Tensor, curvature: Tensor, h: Hyperparameters, scores: Tensor) -> None:
@@ -254,14 +260,14 @@ class Followed:
         """
         who = who.to(self._inside.device)
         self._inside[who] = False
-        for i, block in enumerate(self._blocks):
-            ends = who[block.owners]
-            if not ends.any():
-                continue
-            ended = block.only(ends)
+        left: list[Block] = []
+        for block in self._blocks:
+            ended, stays = block.divided(who[block.owners])
             for part, start, by in zip(ended.parts, own, adjoint, strict=True):
-                scores.index_add_(0, ended.owners, _along(part - start[ended.units], by, ended.units))
-            self._blocks[i] = block.only(~ends)
+                moved = part - _rows(start, ended.units)
+                scores.index_add_(0, ended.owners, _along(moved, by, ended.units))
+            left.append(stays)
+        self._blocks = left
         self._pack(self._most(own[0]))
 
     def _most(self, of_one: Tensor) -> int:

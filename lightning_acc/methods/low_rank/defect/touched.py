@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lightning_acc.core.optimizers import State
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
 
@@ -59,6 +60,10 @@ class Units:
         shape = (-1, self.count) if self.turned else (self.count, -1)
         matrix: Tensor = part.unflatten(-1, shape)
         return matrix.mT if self.turned else matrix
+
+    def each_of(self, state: State) -> State:
+        """The range of each part of a state (p,), by units, (U, width)."""
+        return tuple(self.of(part).contiguous() for part in state)
 
 
 _KNOWN: WeakKeyDictionary[Replay, list[Units]] = WeakKeyDictionary()
