@@ -15,6 +15,7 @@ import pytest
 from problems import data, make, record
 
 import lightning_acc as la
+from lightning_acc.scoring.cluster import connection
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -117,3 +118,17 @@ def test_ctrl_c_while_scoring_leaves_what_was_there(tmp_path: Path, no_ray: None
     assert time.monotonic() - stopped < 15
     assert (tmp_path / "run/scores/loo.parquet").read_bytes() == before
     assert {file.suffix for file in (tmp_path / "run/scores").rglob("*") if file.is_file()} == {".parquet"}  # whole files only
+
+
+def test_one_call_starts_ray_once(run: la.Run, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the estimates, and for the retrainings that check them; where nothing is left to do, not at all."""
+    import ray
+
+    starts: list[str] = []
+    start = connection._initialise
+    monkeypatch.setattr(connection, "_initialise", lambda ray, address: (starts.append(address), start(ray, address)))
+    scores = la.score(run, "acc-sgd-ie", ray_address="local", check=66)
+    assert (scores.verdict.n, starts) == (44, ["local"])
+    assert not ray.is_initialized()
+    la.score(run, "acc-sgd-ie", ray_address="local", check=66)
+    assert starts == ["local"]

@@ -67,6 +67,7 @@ class _Job:
         return f"cleaning-{digest(json.dumps(same).encode())[:16]}"
 
 
+@cluster.kept()
 @explained
 def clean(
     run: Record | str | os.PathLike[str] | list[Any] | tuple[Any, ...],
@@ -199,7 +200,7 @@ def _test_query(run: Record, test: str | Query | None) -> Query:
             warnings.warn(
                 "Cleaning is tested on val, which the rankings have seen: add other data with run.add_query('test', loader).",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
     return queries.find(run, test)
 

@@ -29,7 +29,7 @@ from lightning_acc.core.removals import Removal
 from lightning_acc.errors import RequestError
 from lightning_acc.methods import registry
 from lightning_acc.record.record import Record, opened
-from lightning_acc.scoring import pieces, shards
+from lightning_acc.scoring import cluster, pieces, shards
 from lightning_acc.scoring.scores import Scores, threads
 from lightning_acc.scoring.trust.verdict import FAITHFUL, Verdict, judge, unchecked
 from lightning_acc.scoring.work import table_name
@@ -40,16 +40,20 @@ Counterparts = dict[int, int]
 
 
 def averaging(verb: Verb) -> Verb:
-    """``verb``, which scores a ``run``, that also takes a list of runs: then it scores each, and gives their mean."""
+    """``verb``, which scores a ``run``, that also takes a list of runs: then it scores each, and gives their mean.
+
+    Ray starts once for all of them, and for the retrainings that check them.
+    """
     signature = inspect.signature(verb)
 
     @wraps(verb)
     def of_any(*given: Any, **options: Any) -> Scores:
-        if not isinstance((*given, options.get("run"))[0], (list, tuple)):
-            return verb(*given, **options)
-        bound = signature.bind(*given, **options)
-        bound.apply_defaults()
-        return mean_of_runs(verb, **bound.arguments)
+        with cluster.kept():
+            if not isinstance((*given, options.get("run"))[0], (list, tuple)):
+                return verb(*given, **options)
+            bound = signature.bind(*given, **options)
+            bound.apply_defaults()
+            return mean_of_runs(verb, **bound.arguments)
 
     return cast(Verb, of_any)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,7 +212,7 @@ def run(args: list[str]) -> None:
 
 
 def _score_and_evaluate(recorded: Run, options: Any) -> list[dict[str, Any]] | None:
-    with nullcontext() if options.ray_address is None else cluster.connect(options.ray_address):
+    with cluster.kept():
         _score_all(recorded, options)
     if registry.TRUTH not in options.methods:
         return None

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.errors import RequestError
 from lightning_acc.scoring.cluster import farm
-from lightning_acc.scoring.cluster.connection import connect, cpus_for, refuse_too_many
+from lightning_acc.scoring.cluster.connection import connect, cpus_for, kept, refuse_too_many
 from lightning_acc.scoring.cluster.farm import Failure, Farm, Split, Work, out_of_memory
 
 if TYPE_CHECKING:
     from lightning_acc.progress import Progress
 
-__all__ = ["Failure", "connect", "cpus_for", "each"]
+__all__ = ["Failure", "connect", "cpus_for", "each", "kept"]
 
 
 def each(

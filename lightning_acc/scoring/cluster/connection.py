@@ -7,7 +7,8 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from lightning_acc import arguments
@@ -16,6 +17,8 @@ from lightning_acc.extras import extra
 
 TRIES = 4
 """How often a client is asked for where its server did not start."""
+_ends: ContextVar[ExitStack | None] = ContextVar("_ends", default=None)
+"""Where Ray is kept: what ends it there."""
 
 
 def cpus_for(ray: Any, pieces: int, most: int) -> int:
@@ -52,8 +55,25 @@ def refuse_too_many(ray: Any, address: str, processes: int, gpu: float) -> None:
 
 
 @contextmanager
+def kept() -> Iterator[None]:
+    """In here Ray, once ``connect`` has started it, stays until the end; what needs none starts none.
+
+    Its start and its workers' imports, which take as long as many a piece of work, are then paid once.
+    """
+    if _ends.get() is not None:
+        yield
+        return
+    with ExitStack() as ends:
+        token = _ends.set(ends)
+        try:
+            yield
+        finally:
+            _ends.reset(token)
+
+
+@contextmanager
 def connect(address: str) -> Iterator[Any]:
-    """Ray at ``address``; a local one is started here and stopped at the end, also by Ctrl-C.
+    """Ray at ``address``; a local one is started here and stopped at the end, also by Ctrl-C, or at that of ``kept``.
 
     Where Ray is connected already, that connection is used and left open: hold one around several calls to start it once.
     """
@@ -65,16 +85,13 @@ def connect(address: str) -> Iterator[Any]:
     with extra("compute in this process, with ray_address=None (--ray-address null)"):
         import ray
     arguments.ray_address(address)
-    ours = not ray.is_initialized()
-    if ours:
-        _initialise(ray, address)
-    try:
+    with ExitStack() as ends:
+        if not ray.is_initialized():
+            _initialise(ray, address)
+            (_ends.get() or ends).callback(ray.shutdown)
         if ray.cluster_resources().get("CPU", 0) < 1:
             raise RequestError(f"The Ray cluster at {address!r} has no CPU to work on: add a node, or use another cluster.")
         yield ray
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def _initialise(ray: Any, address: str) -> None:
