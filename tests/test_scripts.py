@@ -52,15 +52,19 @@ def test_bench_methods_measures_memory(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_bench_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     script = load("bench_defect")
-    script.CELLS = {"digits": script.Cell(script.data.DigitsDataModule, 40, (4,), 20, 2, 1e-2)}
+    few = {"digits": script.Cell(script.data.DigitsDataModule, 40, (4,), 20, 2, 1e-2)}
+    script.CELLS = {**few, "some": few["digits"]._replace(checked=9)}
     monkeypatch.setattr(sys, "argv", ["bench_defect.py"])
     script.main()
-    rows = re.findall(
-        r"^\| digits \| ([^|]+) \| (\d*) \| (-?[\d.]+) \| [\d.]+ \| \d+ \|$", capsys.readouterr().out, re.MULTILINE
-    )
-    assert [name for name, *_ in rows] == list(script.METHODS)
-    assert {name: followed for name, followed, _ in rows if followed} == dict.fromkeys(list(script.METHODS)[1:5], "40")
-    assert float(rows[-1][2]) == 1.0
+    row = r"^\| (\w+) \| ([^|]+) \| (\d*) \| (\d*) \| (-?[\d.]+) \| [\d.]+ \| \d+ \|$"
+    rows = re.findall(row, capsys.readouterr().out, re.MULTILINE)
+    methods = list(script.METHODS)
+    assert [(name, method) for name, method, *_ in rows] == [
+        *(("digits", method) for method in methods),
+        *(("some", method) for method in (*script.FOR_ALL, "loo")),
+    ]
+    assert {tuple(told) for name, method, *told, _ in rows if method in methods[1:5]} == {("40", "4")}
+    assert float(rows[-1][-1]) == float(rows[len(methods) - 1][-1]) == 1.0
 
 
 def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
