@@ -221,7 +221,9 @@ def test_it_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(chosen.pieces(replay, EVERYONE, question)) == 1  # what two sweeps cost is many more
     monkeypatch.setattr(budget, "SWEEPS", 0)
     assert len(chosen.pieces(replay, EVERYONE, question)) == 3
-    np.testing.assert_allclose(scored(run, followed=N, memory_gb=little).values, everyone.values, rtol=1e-9, atol=1e-13)
+    in_pieces = scored(run, followed=N, memory_gb=little)
+    np.testing.assert_allclose(in_pieces.values, everyone.values, rtol=1e-9, atol=1e-13)
+    assert in_pieces.conditions["followed_by_the_update"] == N
     np.testing.assert_allclose(scored(run, removals=[5, 3], followed=N).values, everyone.values[[5, 3]], rtol=1e-9, atol=1e-13)
 
 

@@ -161,3 +161,16 @@ def test_windows_are_as_long_as_is_affordable(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(prices.Prices, "retrained", lambda self, n: 26.0)
     told = la.score(run, "acc-low-rank", trainings=25, ray_address=None, save=False, check=0).conditions
     assert (told["window"], told["followed_by_the_update"]) == (12, everyone)
+
+
+@pytest.mark.parametrize(("trainings", "expected"), [(None, 10), (1000, 10), (25, 334), (19.5, 500), (15, 1000), (5, 1000)])
+def test_pieces_have_a_sweep_back_each_that_is_paid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainings: float | None, expected: int
+) -> None:
+    run = trained(tmp_path / "run", "counts", max_epochs=1)
+    monkeypatch.setattr(prices.Prices, "by_the_update", lambda self, chosen: 0.01)
+    monkeypatch.setattr(budget, "bytes_by_the_update", lambda replay: (1, 0))
+    monkeypatch.setattr(budget, "SWEEPS", 0)
+    assert budget.piece_by_the_update(Replay(run), 1000, 10, Windows(8, 4), trainings) == expected
+    monkeypatch.setattr(budget, "SWEEPS", 2)
+    assert budget.piece_by_the_update(Replay(run), 1000, 10, Windows(8, 4), trainings) == max(900, expected)

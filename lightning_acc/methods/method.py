@@ -163,6 +163,10 @@ class Method(ABC):
         """Of the temporary files of a piece, which has so much ``memory`` in bytes."""
         return 0
 
+    def told(self, details: dict[str, Any], n: int) -> dict[str, Any]:
+        """What the conditions of n scores say of the details of one piece of them."""
+        return details
+
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """What a reader of the scores must know, given the details of all pieces."""
         return []

@@ -224,7 +224,7 @@ class DefectPass(Forecast):
         back = c.over_the_run(lambda t: c.seconds(lambda: rule.advance(replay.step(t).at(start), carry)))
         shared += (1 + tape.taken_again(replay, memory.of_the_tape(replay, c.memory))) * ahead + back
         at_once = budget.removals_at_once(prices.bytes_by_the_update(replay), c.memory)
-        piece = budget.piece_by_the_update(replay, c.memory, self.windows)
+        piece = self.method.piece_by_the_update(replay, n, c.memory)
         followed = n if self.method.most is None else min(n, self.method.most)
         passes = -(-self._inside(followed) // at_once)
         a, slope, m = c.line(partial(self._step, c.largest_step), -(-followed // passes), passes * len(replay))

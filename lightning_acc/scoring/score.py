@@ -205,7 +205,8 @@ def score(
         conditions["processes"] = str(processes)
     told: list[dict[str, Any]] = [result.details for _, result in finished]
     earlier = {} if stored is None else stored.conditions
-    conditions.update(told[0] if told else {key: earlier[key] for key in chosen.details if key in earlier})
+    of_a_piece = told[0] if told else {key: earlier[key] for key in chosen.details if key in earlier}
+    conditions.update(chosen.told(of_a_piece, len(distinct)))
     scores = whole.picked(distinct, conditions).named(names)
     if not chosen.is_truth:
 

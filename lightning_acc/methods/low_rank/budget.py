@@ -22,8 +22,8 @@ SHARE = 0.25
 MOST_CURVES, FEWEST_CURVES = 12, 4
 """With so many directions of the query's curvature it is told to 40 %, which with fewer tells little."""
 SHORTEST = 8
-"""Steps that removals follow the update for after a visit, at least: what an optimizer makes of a removal that no derivative
-tells is nearly all there then."""
+"""Steps that removals follow the update for after a visit, at least: most of what an optimizer makes of a removal that no
+derivative tells is there then."""
 SWEEPS = 2
 """Removals that follow the update are worked on in pieces that cost so many sweeps back: every piece makes one of its own."""
 
@@ -89,9 +89,16 @@ def most_by_the_update(replay: Replay, trainings: float, chosen: Windows) -> int
     return max(FEWEST_FOLLOWED, int((trainings - SWEEP) / Prices(replay).by_the_update(chosen)))
 
 
-def piece_by_the_update(replay: Replay, memory: int, chosen: Windows) -> int:
-    """How many removals that follow the update in these windows are one piece of the work."""
-    least = int(SWEEPS * SWEEP / Prices(replay).by_the_update(chosen))
+def piece_by_the_update(replay: Replay, n: int, memory: int, chosen: Windows, trainings: float | None) -> int:
+    """How many of n removals that follow the update in these windows are one piece of the work.
+
+    As many as share one sweep back at least, and no fewer than leave all within so many ``trainings``, if that is asked for.
+    """
+    each = Prices(replay).by_the_update(chosen)
+    least = int(SWEEPS * SWEEP / each)
+    if trainings is not None:
+        sweeps = max(1, int((trainings - n * each) / SWEEP))
+        least = max(least, -(-n // sweeps))
     return max(removals_at_once(bytes_by_the_update(replay), memory), least)
 
 

@@ -110,6 +110,11 @@ class Chosen(Method):
         """Those in which removals follow the update."""
         return budget.windows(replay, self.price, self.followed)
 
+    def piece_by_the_update(self, replay: Replay, n: int, memory: int) -> int:
+        """How many of n removals that follow the update are one piece of the work."""
+        price = self.price if self.followed is None else None
+        return budget.piece_by_the_update(replay, n, memory, self.windows(replay), price)
+
     @property
     def options(self) -> dict[str, str]:
         """The form, and how many directions, how many followed and how many trainings were asked for."""

@@ -87,7 +87,7 @@ class LowRank(Chosen):
         if self.is_relative:
             return even_pieces(removals, max(1, len(removals)))
         if self.form == DEFECT:
-            return even_pieces(removals, budget.piece_by_the_update(replay, question.memory, self.windows(replay)))
+            return even_pieces(removals, self.piece_by_the_update(replay, len(removals), question.memory))
         return even_pieces(removals, budget.removals_at_once(bytes_needed(replay), question.memory))
 
     def blocks(
@@ -245,6 +245,10 @@ class LowRank(Chosen):
         uncertainty[passed.followed] = changed[passed.followed]
         details = {"followed_by_the_update": len(passed.followed), "window": windows.length}
         return Answer(passed.scores, details=details, more={"uncertainty": uncertainty})
+
+    def told(self, details: dict[str, Any], n: int) -> dict[str, Any]:
+        """That all follow the update, piece by piece, where not the most influential alone do."""
+        return details if self.is_relative or self.form != DEFECT else {**details, "followed_by_the_update": n}
 
     def warnings(self, details: Sequence[dict[str, Any]]) -> list[str]:
         """That shifts were too rough, and what the scores are instead."""

@@ -7,8 +7,9 @@ update alone, exactly, and without any Hessian,
     D~' = U(s_t + D~, G_t - sum_{i in R and batch t} w_i g_i) - U(s_t, G_t),
 
 from a visit until L steps after the last one. Windows that touch are one. L is two epochs, or as many steps as all samples can
-be followed for at the price that is asked for: with 8 it is nearly as true, and costs the same of a million samples as of a
-thousand. Then
+be followed for at the price that is asked for, which hardly grows with their number. With 8 steps it is nearly as true of
+images (Kendall's tau 0.962 instead of 0.964; SGD-IE 0.875), and less so of rare words, whose moments one text may fill alone
+for as long as these last (0.924 instead of 0.963; SGD-IE 0.767). Then
 
     score(R) = sum over the steps t of its windows  <c_t, D~_t>  +  sum over the ends e of its windows  <lambda_e, D~_e>.
 
