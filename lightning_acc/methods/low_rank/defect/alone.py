@@ -119,11 +119,11 @@ class UpdateAlone:
         """The k removals that the step has seen samples of, (k,), and what clipping leaves of the gradient (p,) without each,
         (k, p)."""
         who = self._removals.occurrences(step.sample_ids)[0].unique()
-        found = [gradient.new_empty(0, len(gradient))]
-        for some in who.split(step.states_at_once):  # of those alone that it has seen
-            removed = step.removed(self._own[0], self._removals.only(some))
-            found += clipped([gradient - removed.gradients], step.groups)
-        return who, torch.cat(found)
+        found = gradient.new_empty(len(who), len(gradient))
+        for some, rows in zip(who.split(step.states_at_once), found.split(step.states_at_once), strict=True):
+            removed = step.removed(self._own[0], self._removals.only(some))  # of those alone that it has seen
+            torch.sub(gradient, removed.gradients, out=rows)
+        return who, clipped([found], step.groups)[0]
 
     def begin(self, t: int, count: int) -> None:
         """Windows of so many removals begin with step t, in as many units as usual: to see what the next step takes."""
@@ -208,7 +208,9 @@ class Followed:
 
     def begin(self, seen: Seen, own: State) -> None:
         """Follow what the samples of a step touch, from the run's state (U, width) before it."""
-        if len(seen.who):
+        if len(seen.who) and self.units.count == 1:
+            self._begin(seen.who, torch.ones_like(self._inside[: len(seen.who)]), own)
+        elif len(seen.who):
             self._begin(seen.who, (seen.without != seen.gradient).any(-1), own)
 
     def begin_as_usual(self, n: int, own: State) -> None:
