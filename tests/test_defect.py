@@ -272,11 +272,11 @@ def test_no_more_are_followed_than_are_affordable(tmp_path: Path, monkeypatch: p
     usual = windows.usual(Replay(run))
     left, training = 25 - prices.SWEEP, 12 * (200_000 + 39 * 6 / 25 + 4 * 30_000 + 3 * 39)
     assert budget.most_by_the_update(Replay(run), 25, windows.usual(Replay(run))) == int(
-        left * training / (12 * 3039 + 3 * 2 * 39 + 3 * 39 / 25)
+        left * training / (12 * 3039 + 3 * 5 * 39 + 3 * 39 / 25)
     )
     dropping = record(tmp_path / "dropping", make(hidden=4, optimizer=ADAMW, dropout=0.5))
     assert budget.most_by_the_update(Replay(dropping), 25, usual) == int(
-        left * training / (12 * 3039 + 3 * 2 * 39 + 2 * 3 * 6 * 39 / 25)
+        left * training / (12 * 3039 + 3 * 5 * 39 + 2 * 3 * 6 * 39 / 25)
     )
     everyone, first = scored(run), scored(run, "sgd-ie").values
     assert everyone.conditions["followed_by_the_update"] == N

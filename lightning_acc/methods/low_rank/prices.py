@@ -21,8 +21,9 @@ from lightning_acc.methods.low_rank.screened import DIRECTIONS, MOST_MODELLED, P
 
 STEP_NUMBERS, MULTIPLICATIONS, TOGETHER = 200_000, 25, 75
 """Of a step; the multiplications that take as long as a number; and those that are done in one large product."""
-ROW_NUMBERS, PASSES = 3000, 5
-"""What a removal that follows the update takes beside its own numbers; and how many times as long as one pass many take."""
+ROW_NUMBERS, PASSES, SEEN = 3000, 5, 5
+"""What a removal that follows the update takes beside its own numbers; how many times as long as one pass many take; and as how
+many passes a step that sees it."""
 OWN_TENSOR, OWN_PASSES = 30_000, 3
 """What an update that is not affine takes in a training, more than SGD: for each tensor, and passes over all numbers."""
 SWEEP, CALL = 4.5, 2.5
@@ -94,16 +95,17 @@ class Prices:
         """Of each that follows the update in such windows.
 
         It takes the numbers that it touches through its own update while it is in a window, beside those of the run, which all
-        take that fit the memory of a CPU's default share; and where a step sees it, twice as many as there are for its gradient
-        and what is left without that, and the multiplications of its own sample; of six where random numbers (dropout) are
-        taken apart, as two by themselves take; or twice those of the whole batch where that cannot be.
+        take that fit the memory of a CPU's default share; and where a step sees it, five times as many as there are for its
+        gradient, what is left without that, and a window's beginning and end; and the multiplications of its own sample; of six
+        where random numbers (dropout) are taken apart, as two by themselves take; or twice those of the whole batch where that
+        cannot be.
         """
         step = self._replay.step(0)
         apart = step.single_samples(torch.zeros(1, 1, dtype=torch.long)) is not None
         visits = (
             self._work / self._run.n_samples * (1 if apart else min(6, 2 * self._batch) if step.apart() else 2 * self._batch)
         )
-        visits += 2 * self._p * self._batch / self._run.n_samples
+        visits += SEEN * self._p * self._batch / self._run.n_samples
         rule = RULES.get(self._run.manifest["optimizer"]["name"])
         passes = 1 if rule and rule.one_pass else PASSES
         each, at_a_step = bytes_by_the_update(self._replay)

@@ -21,7 +21,7 @@ from lightning_acc.core.optimizers import State
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
 
-CACHED = defaultdict(lambda: 2**24, cpu=2**17)
+CACHED = defaultdict(lambda: 2**24, cpu=2**18)
 """Numbers of a part of the states that are taken through an update together, by kind of device: what stays in a core's caches,
 where more is slower; what keeps a card busy."""
 GATHERED, NARROWEST = 1.7, 8
