@@ -18,7 +18,7 @@ from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
 from lightning_acc.errors import RunError
-from lightning_acc.methods.memory import TRAINING, chunk_size
+from lightning_acc.methods.memory import TRAINING, chunk_size, even_pieces
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
@@ -58,9 +58,7 @@ class Retraining:
 
     def pieces(self, size: int) -> list[Retraining]:
         """The trainings in pieces of at most ``size``, as even as can be."""
-        n, count = len(self.dropped), -(-len(self.dropped) // size)
-        parts = [self.dropped[n * i // count : n * (i + 1) // count] for i in range(count)]
-        return [replace(self, dropped=part) for part in parts]
+        return [replace(self, dropped=part) for part in even_pieces(self.dropped, size)]
 
 
 def retrain(

@@ -102,8 +102,13 @@ def even_pieces(removals: Sequence[T], size: int, for_two: bool = False) -> list
     count = -(-n // size)
     if for_two:
         count += count % 2
+    return [list(removals[part.start : part.stop]) for part in evenly(n, count)]
+
+
+def evenly(n: int, count: int) -> list[range]:
+    """0 to n - 1 in so many parts, as even as can be."""
     edges = [n * i // count for i in range(count + 1)] if count else []
-    return [list(removals[a:b]) for a, b in itertools.pairwise(edges)]
+    return list(itertools.starmap(range, itertools.pairwise(edges)))
 
 
 def adjoints_at_once(replay: Replay, name: str, memory: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
+from lightning_acc.methods.memory import evenly
 
 CACHED = defaultdict(lambda: 2**24, cpu=2**18)
 """Numbers of a part of the states that are taken through an update together, by kind of device: what stays in a core's caches,
@@ -111,9 +112,8 @@ def _units(replay: Replay) -> Iterator[Units]:
 def _blocks(columns: slice, size: int) -> Iterator[slice]:
     """Columns in blocks of so many, or a few less."""
     total = columns.stop - columns.start
-    number = -(-total // size)
-    for i in range(number):
-        yield slice(columns.start + total * i // number, columns.start + total * (i + 1) // number)
+    for part in evenly(total, -(-total // size)):
+        yield slice(columns.start + part.start, columns.start + part.stop)
 
 
 def _apart(replay: Replay) -> dict[int, Units]:

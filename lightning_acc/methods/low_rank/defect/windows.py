@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
+from lightning_acc.methods.memory import evenly
 
 EPOCHS = 2
 """Of a window that is as long as anybody needs: each reaches to the next visit."""
@@ -57,7 +58,7 @@ class Windows:
         n, parts = len(removals), list[range]()
         inside = self.most_inside(replay, Removals(removals))
         for number in range(max(1, -(-inside // at_once)), n + 1):
-            parts = [range(n * i // number, n * (i + 1) // number) for i in range(number)]
+            parts = evenly(n, number)
             if all(self._fit(replay, removals[part.start : part.stop], at_once) for part in parts):
                 break
         return parts
