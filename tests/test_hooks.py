@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from problems import N, Net, Weighted, data, fit, flat, record, trainer
-from pytorch_lightning.callbacks import BackboneFinetuning, BatchSizeFinder, LambdaCallback, LearningRateFinder, ModelPruning
+from pytorch_lightning.callbacks import BatchSizeFinder, LambdaCallback, LearningRateFinder, ModelPruning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -259,10 +259,9 @@ def test_callbacks_that_try_before_the_training_or_look_on_are_recorded(tmp_path
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (BackboneFinetuning(), "the callback BaseFinetuning gives the optimizer more parameters on the way"),
         (ModelPruning("l1_unstructured", amount=0.5), "the callback ModelPruning sets parameters to 0 outside"),
     ],
-    ids=["finetuning", "pruning"],
+    ids=["pruning"],
 )
 def test_callbacks_that_are_known_to_alter_are_refused_before_the_training(tmp_path: Path, callback: Any, message: str) -> None:
     module = built(Net)
@@ -279,29 +278,3 @@ def test_a_lambda_that_alters_is_found(tmp_path: Path) -> None:
 
     with pytest.raises(RecordingRefused, match="Step 0 moved the parameters otherwise"):
         record(tmp_path / "run", built(Net), callbacks=(LambdaCallback(on_train_batch_end=shrink),))
-
-
-class Joining(Net):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.net[0].requires_grad_(False)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch == 1:
-            self.net[0].requires_grad_(True)
-            self.trainer.optimizers[0].add_param_group({"params": list(self.net[0].parameters()), "lr": 0.1})
-
-
-def test_parameters_that_join_later_end_the_record_and_not_the_training(tmp_path: Path) -> None:
-    plain, module = built(Joining), built(Joining)
-    fit(plain, None)
-    with pytest.warns(
-        UserWarning, match=r"has 2 parameter groups in step 4 and had 1 at first.*: give it all of them from the"
-    ):
-        run = record(tmp_path / "run", module)
-    assert torch.equal(flat(module), flat(plain))
-    assert run.n_steps == 4
-    assert run.audit()

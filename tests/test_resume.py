@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "one", "but .*one/run holds", ckpt_path=checkpoint(tmp_path / "two", 6))
     with pytest.raises(la.RunError, match="which is not in"):
         train(tmp_path / "three", module(), ckpt_path=checkpoint(tmp_path / "two", 6))
+
+
+def test_a_checkpoint_from_before_the_record_was_taken_up_elsewhere_is_refused(tmp_path: Path) -> None:
+    """Resumed within an epoch, a training sees other batches than it saw: its record is no beginning of the old one's rest."""
+    stopped(tmp_path, 14)
+    shutil.copy(checkpoint(tmp_path, 12), tmp_path / "old.ckpt")
+    train(tmp_path, module(), ckpt_path=checkpoint(tmp_path, 6))
+    refused(tmp_path, "taken up at step 6 after the checkpoint of step 12 was written", ckpt_path=tmp_path / "old.ckpt")
+    assert la.Run(tmp_path / "run").audit().ok
+    train(tmp_path, module(), ckpt_path=checkpoint(tmp_path, 3))
+    assert la.Run(tmp_path / "run").audit().ok
 
 
 def test_a_record_that_is_too_short_is_refused(tmp_path: Path) -> None:

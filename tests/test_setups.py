@@ -230,27 +230,6 @@ def test_an_optimizer_can_be_registered_and_a_wrong_rule_is_found_out(tmp_path: 
         optimizers.RULES.pop("Softsign", None)
 
 
-class UsedAtFirst(Net):
-    """A head that only the first epoch uses."""
-
-    def __init__(self) -> None:
-        super().__init__(optimizer={"class": "Adam", "lr": 0.01})
-        self.extra = torch.nn.Linear(5, 3)
-
-    def per_sample_loss(self, batch: Any) -> Tensor:
-        losses = super().per_sample_loss(batch)
-        if self.current_epoch == 0:
-            losses = losses + 0.1 * self.extra(batch[0]).square().mean(1)
-        return losses
-
-
-def test_a_parameter_without_a_gradient_now_and_then_is_refused_where_it_would_move(tmp_path: Path) -> None:
-    from lightning_acc.recorder import RecordingRefused
-
-    with pytest.raises(RecordingRefused, match=r"'extra.weight' gets no gradient in step 4.*requires_grad_\(False\)"):
-        record(tmp_path / "run", UsedAtFirst().double())
-
-
 def test_mixed_precision(tmp_path: Path) -> None:
     """The audit is bit-exact; the truth is retraining up to what bfloat16 rounds away of an effect."""
     samples = data(dtype=torch.float32).tensors

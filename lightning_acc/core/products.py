@@ -1,17 +1,22 @@
-"""Products with the derivatives of a step: what they are made of, and rows of vectors taken through one graph."""
+"""A step linearised at a state, and products with its derivatives: rows of vectors are taken through one graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_acc.core.losses.tracing import quiet
+from lightning_acc.core.losses.tracing import quiet, traceable
 from lightning_acc.core.optimizers import Hyperparameters, State, Update, clipped, through_clipping
 from lightning_acc.core.optimizers.update import BLOCK
 from lightning_acc.core.process import is_out_of_memory
+from lightning_acc.core.removals import Removals
+
+if TYPE_CHECKING:
+    from lightning_acc.core.step import Step
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,91 @@ class Removed:
         gradients: their sums ``sum_i w_i g_i``, (m, p).
     """
 
-    def __init__(self, removals: Tensor, thetas: Tensor, graph: Tensor) -> None:
+    def __init__(self, removals: Tensor, thetas: Tensor, graph: Tensor, of_moved: Callable[[Tensor], Tensor]) -> None:
         self.removals = removals
-        self.gradients = graph.detach()
-        self._thetas, self._graph = thetas, graph
+        self.gradients = of_moved(graph.detach())
+        self._thetas, self._graph, self._of_moved = thetas, graph, of_moved
 
     def hessian_product(self, shifts: Tensor) -> Tensor:
         """``sum_i w_i H_i D`` for the shift D of each of the m removals, (m, p)."""
         if not self._graph.requires_grad:
             return torch.zeros_like(shifts)
         (curved,) = torch.autograd.grad(self._graph, self._thetas, shifts, retain_graph=True, materialize_grads=True)
-        return curved
+        return self._of_moved(curved)
+
+
+class Point:
+    """A step at the state ``s_t``: the gradient there, and products with the derivatives of F."""
+
+    def __init__(self, step: Step, state: State) -> None:
+        self.step = step
+        self.state = state
+        self._leaf = state[0].detach().requires_grad_()
+        self._weights = step.weights.detach().requires_grad_()
+        with traceable():
+            loss = (step.with_shares(self._weights) * step.terms(self._leaf)).sum()
+        (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
+        self._gradient = step.of_moved(self._graph.detach()) if step.ranks.size == 1 else None
+
+    @property
+    def gradient(self) -> Tensor:
+        """G_t(theta, w), (p,)."""
+        if self._gradient is None:
+            self._gradient = self.step.of_moved(self._graph.detach()).clone()
+            self.step.ranks.add_up(self._gradient)
+        return self._gradient
+
+    def next(self) -> State:
+        """F_t(s_t, w)."""
+        after = tuple(part.clone() for part in self.state)
+        self.step.write(after, self.gradient)
+        return after
+
+    def hessian_product(self, shifts: Tensor) -> Tensor:
+        """dG/dtheta (theta, w) D for each row D of ``shifts`` (n, p), with the weights of the whole batch; returns (n, p).
+
+        Reverse over reverse at ONE parameter vector with ONE weight vector, which is what makes it cheap: the forward pass
+        is shared by all n.
+        """
+        if not len(shifts):
+            return shifts
+        parts = [products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
+        return self.step.of_moved(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def removed(self, removals: Removals, curved: bool = False) -> Removed:
+        """What the removed samples contribute to G_t; ``curved``: also to its derivative.
+
+        Args:
+            removals: n removals.
+            curved: whether Hessian-vector products are going to be asked for.
+        """
+        return self.step.removed(self._leaf.detach(), removals, curved)
+
+    def pullback(self, adjoint: State) -> Pulled:
+        """``adjoint``, of the state after the step, through F, written over it: through U, and from its gradient through G.
+
+        Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can. The slopes are of the rows
+        that are here.
+        """
+        gamma = self._through_the_update(adjoint)
+        curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], self.step.rows_at_once)
+        if self.step.ranks.size > 1:
+            curvature = curvature.clone()  # autograd may hand back gamma itself
+            self.step.ranks.add_up(curvature)
+        adjoint[0].add_(curvature)
+        return Pulled(adjoint, gamma, curvature, slopes)
+
+    def slopes(self, adjoint: State) -> Tensor:
+        """The slopes of the ``pullback`` alone, which need no product with the Hessian; ``adjoint`` is kept."""
+        gamma = self._through_the_update(tuple(part.clone() for part in adjoint))
+        return pulled_back([self._graph], [self._weights], [gamma], self.step.rows_at_once)[0]
+
+    def _through_the_update(self, adjoint: State) -> Tensor:
+        """``(dU/ds)^T adjoint``, written over it; returns ``gamma``."""
+        step = self.step
+        # An affine update has the same derivative at any gradient: that of the rows that are here will do.
+        gradient = self._graph.detach() if step.optimizer.is_affine(step.groups) else self.gradient
+        return through_the_update(step.optimizer, self.state, gradient, step.groups, adjoint, step.rows_at_once)
 
 
 def pulled_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], adjoints: Sequence[Tensor], at_once: int) -> list[Tensor]:

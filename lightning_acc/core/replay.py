@@ -106,7 +106,8 @@ class Replay:
         if self.objective.trainer is not None:  # what a query reads
             self.objective.trainer.place = lambda: place_in(run.steps[len(self) - 1].groups[0])
         optimizer = manifest["optimizer"]
-        self.update = Update(optimizer["name"], self.layout, optimizer["group_of"], optimizer["slots"])
+        about = (optimizer["group_of"], optimizer["slots"], optimizer.get("rests", False))
+        self.update = Update(optimizer["name"], self.layout, *about)
 
     def __len__(self) -> int:
         return self._until

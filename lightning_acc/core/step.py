@@ -19,8 +19,8 @@ from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
-from lightning_acc.core.optimizers import Hyperparameters, State, Update
-from lightning_acc.core.products import Pulled, Removed, products, pulled_back, through_the_update
+from lightning_acc.core.optimizers import Hyperparameters, State, Update, moves
+from lightning_acc.core.products import Point, Removed
 from lightning_acc.core.ranks import ALONE, Ranks
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.stand_in import place_in
@@ -71,6 +71,7 @@ class Step:
         self._own_rows, self.apart = own_rows, apart
         self.optimizer = update
         update.check(groups)
+        self._moves = moves(groups)
 
     def update(self, state: State, gradient: Tensor) -> State:
         """U_t: the state after the update; all tensors (..., p)."""
@@ -98,11 +99,15 @@ class Step:
                 self.write(tuple(part[first : first + size] for part in states), gradients)
 
     def _advance_one(self, state: State, weights: Tensor) -> None:
-        named = {name: piece.detach().requires_grad_() for name, piece in self.objective.layout.named(state[0]).items()}
-        gradients = torch.autograd.grad(self._loss(named, weights), list(named.values()), materialize_grads=True)
+        named = {name: piece.detach() for name, piece in self.objective.layout.named(state[0]).items()}
+        moved = [piece for i, piece in enumerate(named.values()) if self._moves is None or self._moves[i]]
+        for piece in moved:
+            piece.requires_grad_()
+        gradients = torch.autograd.grad(self._loss(named, weights), moved, materialize_grads=True)
         if self.scale != 1:
             gradients = tuple(gradient * (1 / self.scale) for gradient in gradients)
-        pieces = [gradient.reshape(-1) for gradient in gradients]
+        found = iter(gradients)
+        pieces = [(next(found) if piece.requires_grad else torch.zeros_like(piece)).reshape(-1) for piece in named.values()]
         if self.ranks.size > 1:
             whole = torch.cat(pieces)
             self.ranks.add_up(whole)
@@ -116,7 +121,7 @@ class Step:
     def gradient(self, theta: Tensor) -> Tensor:
         """G_t(theta, w) with the recorded weights; (p,) to (p,)."""
         theta = theta.detach().requires_grad_()
-        return torch.autograd.grad(self._loss(theta, self.weights), theta)[0] * (1 / self.scale)
+        return self.of_moved(torch.autograd.grad(self._loss(theta, self.weights), theta)[0]) * (1 / self.scale)
 
     def _loss(self, theta: Parameters, weights: Tensor) -> Tensor:
         """What is differentiated: the loss of the step at ``theta`` with loss weights (B,), scaled."""
@@ -130,7 +135,14 @@ class Step:
         """G_t at n parameter vectors (n, p), each with its own loss weights (n, B); returns (n, p)."""
         thetas = thetas.detach().requires_grad_()
         weights = self.scale * self.with_shares(weights)
-        return torch.autograd.grad((weights * self.terms_each(thetas)).sum(), thetas)[0] * (1 / self.scale)
+        return self.of_moved(torch.autograd.grad((weights * self.terms_each(thetas)).sum(), thetas)[0]) * (1 / self.scale)
+
+    def of_moved(self, gradient: Tensor) -> Tensor:
+        """A gradient (..., p), 0 of the parameters that rest."""
+        if self._moves is None:
+            return gradient
+        pieces = zip(gradient.split(self.objective.layout.sizes, -1), self._moves, strict=True)
+        return torch.cat([piece if moved else torch.zeros_like(piece) for piece, moved in pieces], -1)
 
     def losses(self, theta: Parameters) -> Tensor:
         """Per-sample losses (B,) at parameters ``theta``, (p,) or by name."""
@@ -194,11 +206,11 @@ class Step:
         touched, inverse, counts = torch.unique(removed, return_inverse=True, return_counts=True)
         thetas = theta.expand(len(touched), -1).clone().requires_grad_()
         if not len(touched):
-            return Removed(touched, thetas, torch.zeros_like(thetas))
+            return Removed(touched, thetas, torch.zeros_like(thetas), self.of_moved)
         few = len(touched) == 1 and 2 * len(position) <= len(self.sample_ids)
         if few and any(batch.rng for batch in self.accumulated) and self.apart():
             loss = self._of_rows(thetas[0], position)
-            return Removed(touched, thetas, torch.autograd.grad(loss, thetas, create_graph=curved)[0])
+            return Removed(touched, thetas, torch.autograd.grad(loss, thetas, create_graph=curved)[0], self.of_moved)
         slot = torch.arange(len(removed)) - (counts.cumsum(0) - counts)[inverse]
         # Each removal gets a batch of its own samples, padded with any sample at weight 0.
         columns = position.new_zeros(len(touched), int(counts.max()))
@@ -214,7 +226,7 @@ class Step:
             weights[inverse, position] = self.weights[position]
             losses = self.losses_each(thetas)
         (graph,) = torch.autograd.grad((weights * losses).sum(), thetas, create_graph=curved)
-        return Removed(touched, thetas, graph)
+        return Removed(touched, thetas, graph, self.of_moved)
 
     def _of_rows(self, theta: Tensor, positions: Tensor) -> Tensor:
         """The weighted loss at ``theta`` (p,) of the occurrences at ``positions``, taken by twos as drawn in their batches."""
@@ -234,77 +246,3 @@ class Step:
         weights = self.weights.repeat(len(removals), 1)
         weights[removed, position] = 0
         return weights
-
-
-class Point:
-    """A step at the state ``s_t``: the gradient there, and products with the derivatives of F."""
-
-    def __init__(self, step: Step, state: State) -> None:
-        self.step = step
-        self.state = state
-        self._leaf = state[0].detach().requires_grad_()
-        self._weights = step.weights.detach().requires_grad_()
-        with traceable():
-            loss = (step.with_shares(self._weights) * step.terms(self._leaf)).sum()
-        (self._graph,) = torch.autograd.grad(loss, self._leaf, create_graph=True)
-        self._gradient = self._graph.detach() if step.ranks.size == 1 else None
-
-    @property
-    def gradient(self) -> Tensor:
-        """G_t(theta, w), (p,)."""
-        if self._gradient is None:
-            self._gradient = self._graph.detach().clone()
-            self.step.ranks.add_up(self._gradient)
-        return self._gradient
-
-    def next(self) -> State:
-        """F_t(s_t, w)."""
-        after = tuple(part.clone() for part in self.state)
-        self.step.write(after, self.gradient)
-        return after
-
-    def hessian_product(self, shifts: Tensor) -> Tensor:
-        """dG/dtheta (theta, w) D for each row D of ``shifts`` (n, p), with the weights of the whole batch; returns (n, p).
-
-        Reverse over reverse at ONE parameter vector with ONE weight vector, which is what makes it cheap: the forward pass
-        is shared by all n.
-        """
-        if not len(shifts):
-            return shifts
-        parts = [products(self._graph, self._leaf, part) for part in shifts.split(self.step.rows_at_once)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def removed(self, removals: Removals, curved: bool = False) -> Removed:
-        """What the removed samples contribute to G_t; ``curved``: also to its derivative.
-
-        Args:
-            removals: n removals.
-            curved: whether Hessian-vector products are going to be asked for.
-        """
-        return self.step.removed(self._leaf.detach(), removals, curved)
-
-    def pullback(self, adjoint: State) -> Pulled:
-        """``adjoint``, of the state after the step, through F, written over it: through U, and from its gradient through G.
-
-        Can be asked once. Rows of adjoints (n, p) go through one graph, all together where vmap can. The slopes are of the rows
-        that are here.
-        """
-        gamma = self._through_the_update(adjoint)
-        curvature, slopes = pulled_back([self._graph], [self._leaf, self._weights], [gamma], self.step.rows_at_once)
-        if self.step.ranks.size > 1:
-            curvature = curvature.clone()  # autograd may hand back gamma itself
-            self.step.ranks.add_up(curvature)
-        adjoint[0].add_(curvature)
-        return Pulled(adjoint, gamma, curvature, slopes)
-
-    def slopes(self, adjoint: State) -> Tensor:
-        """The slopes of the ``pullback`` alone, which need no product with the Hessian; ``adjoint`` is kept."""
-        gamma = self._through_the_update(tuple(part.clone() for part in adjoint))
-        return pulled_back([self._graph], [self._weights], [gamma], self.step.rows_at_once)[0]
-
-    def _through_the_update(self, adjoint: State) -> Tensor:
-        """``(dU/ds)^T adjoint``, written over it; returns ``gamma``."""
-        step = self.step
-        # An affine update has the same derivative at any gradient: that of the rows that are here will do.
-        gradient = self._graph.detach() if step.optimizer.is_affine(step.groups) else self.gradient
-        return through_the_update(step.optimizer, self.state, gradient, step.groups, adjoint, step.rows_at_once)

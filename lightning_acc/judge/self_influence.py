@@ -56,9 +56,9 @@ def self_influence(run: Record, memory: int, device: torch.device = CPU) -> np.n
 
 
 def _rates(replay: Replay, groups: list[Hyperparameters]) -> Tensor:
-    """The learning rate of each parameter (p,), that of its group."""
+    """The learning rate of each parameter (p,), that of its group; 0 where the step leaves it as it is."""
     if any("lr" not in group for group in groups):
         raise NoLearningRate
     update = replay.update
-    of_each = torch.tensor([float(groups[group]["lr"]) for group in update.group_of], dtype=replay.dtype)
+    of_each = torch.tensor([float(h.get("lr", 0)) for h in update.given(groups)], dtype=replay.dtype)
     return replay.placed(of_each.repeat_interleave(torch.tensor(update.layout.sizes)))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightning_acc.core.losses.tracing import quiet
 from lightning_acc.core.optimizers import State
-from lightning_acc.core.products import Pulled
+from lightning_acc.core.products import Point, Pulled
 from lightning_acc.core.removals import Removals
-from lightning_acc.core.step import Point, Step
+from lightning_acc.core.step import Step
 
 Carry = TypeVar("Carry")
 """What a rule takes from step to step."""

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_acc.core.products import Pulled
-from lightning_acc.core.step import Point
+from lightning_acc.core.products import Point, Pulled
 from lightning_acc.methods.rules import AdjointSgdIe
 
 

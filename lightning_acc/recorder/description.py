@@ -49,8 +49,15 @@ def header(trainer: Any, module: Any, optimizer: TrainedOptimizer, dtype: torch.
         **({} if optimizer.device == CPU else {"device": optimizer.device.type, "tf32": _is_tf32(module)}),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": [[name, list(shape)] for name, shape in optimizer.layout.shapes],
-        "optimizer": {"name": optimizer.name, "group_of": optimizer.group_of, "slots": optimizer.update.slots},
+        "optimizer": of_optimizer(optimizer),
     }
+
+
+def of_optimizer(optimizer: TrainedOptimizer) -> dict[str, Any]:
+    """What the manifest says of the optimizer, as far as is known by now."""
+    update = optimizer.update
+    rests = {"rests": True} if update.rests else {}
+    return {"name": optimizer.name, "group_of": list(update.group_of), "slots": update.slots, **rests}
 
 
 def warn_if_not_rebuildable(module: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.steps import SeenStep, int64
 from lightning_acc.record.writer import NotFinite, check_finite
-from lightning_acc.recorder import ranks
+from lightning_acc.recorder import description, ranks
 from lightning_acc.recorder.beginning import Assembly, understand
 from lightning_acc.recorder.checkpoints import resume
 from lightning_acc.recorder.checkpoints.averages import Averages
@@ -24,13 +24,12 @@ from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.carried import Shared
 from lightning_acc.recorder.checks.identity import Identity
 from lightning_acc.recorder.checks.randomness import random_state_kept
-from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.refusals import TRAINED_LATER, RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.steps import Checks
-from lightning_acc.recorder.loader import SampleTap
-from lightning_acc.recorder.loss import LossTap
 from lightning_acc.recorder.optimizer import Clipping, TrainedOptimizer
 from lightning_acc.recorder.ranks import SeenBatch
 from lightning_acc.recorder.snapshots import Snapshots
+from lightning_acc.recorder.taps import LossTap, SampleTap
 from lightning_acc.recorder.writers import Final, Writers
 
 if TYPE_CHECKING:
@@ -63,13 +62,14 @@ class Following:
         place: Place | None,
     ) -> None:
         self.begun = self.ended = False
-        self.optimizer = TrainedOptimizer(trainer, module)
+        later = options.frozen == TRAINED_LATER or refusals.unfreezes(trainer)
+        self.optimizer = TrainedOptimizer(trainer, module, later)
         self._clipping = Clipping(trainer, bool(refusals.overridden(module, ["configure_gradient_clipping"])))
         self.averages = Averages(trainer, () if place is None else place.averages)
         self._kept: tuple[int, Tensor, dict[str, Any]] | None = None
         """After so many steps the parameters and the module's state; where an average may replace them."""
         if place is not None:
-            self.optimizer.with_gradient = place.with_gradient
+            self.optimizer.moved.parameter_steps = place.steps_of(self.optimizer.moved.parameter_steps)
         self.snapshots = Snapshots(
             options.parameters, self.optimizer.parameter_bytes, _expected_steps(trainer), options.budget_gb * 2**30
         )
@@ -181,6 +181,7 @@ class Following:
             self._look(number, groups)
         except RecordingRefused as refusal:
             raise refusals.with_suspects(refusal, self._module) from refusal
+        self._write.note_optimizer(description.of_optimizer(self.optimizer))
         self._step = {
             "sample_ids": int64(batch.ids for batch in self._seen),
             "contents": [batch.contents for batch in self._seen],
@@ -213,8 +214,8 @@ class Following:
     def place(self, run_id: str) -> Place:
         """Where in the record ``run_id`` the training is, after a whole step."""
         self.averages.see(self._write.own.n_steps)
-        state, seen = resume.fingerprint(self.optimizer.state()), self.optimizer.with_gradient
-        return Place(run_id, self._write.own.n_steps, state, seen, self.averages.updates)
+        state, moved = resume.fingerprint(self.optimizer.state()), self.optimizer.moved.parameter_steps
+        return Place(run_id, self._write.own.n_steps, state, moved, self.averages.updates, self._write.resumed_at)
 
     def final(self) -> Final:
         """What is known now, at the end of the training or where it is interrupted."""
@@ -259,7 +260,8 @@ class Following:
             self._checks = Checks(
                 self._module, self._write.processes, number, self.optimizer.state(), self.optimizer.rounded_to
             )
-        compare = self._due(number, sum(len(batch.ids) for batch in self._seen))
+        begins = self.optimizer.moved.begins and self._write.processes == 1
+        compare = self._due(number, sum(len(batch.ids) for batch in self._seen)) or begins
         taken = main is not None and number in main.snapshots  # by what this training resumes
         keep = not taken and (not self.begun or self.snapshots.due(number))
         if not (compare or keep or self._checks.followed is not None):

@@ -11,53 +11,56 @@ from torch import Tensor
 from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.objective import ParameterLayout
-from lightning_acc.core.optimizers import RULES, Numbers, State, Update
+from lightning_acc.core.optimizers import PARAMETER_STEPS, RULES, State, Update
 from lightning_acc.core.stand_in import place_in
 from lightning_acc.errors import RunError
 from lightning_acc.record.schema.keys import DTYPES
 from lightning_acc.record.writer import NotFinite
 from lightning_acc.recorder.checks.decomposition import GRADIENT_TOLERANCE
-from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if, sharded
+from lightning_acc.recorder.checks.refusals import refuse_if, sharded
+from lightning_acc.recorder.moved import Moved, groups_of
 
 
 class TrainedOptimizer:
     """Reads the one optimizer of ``trainer`` and the parameters of ``module`` it trains; changes neither.
 
+    Args:
+        trainer: the Lightning trainer.
+        module: the LightningModule.
+        later: whether parameters that are frozen, or not the optimizer's, may be trained later, and so are recorded.
+
     Attributes:
         layout: the trained parameters and their order in flat vectors.
-        group_of: the index of the parameter group of each.
         update: U of this optimizer.
+        moved: which of the parameters each step moves.
         rounded_to: the dtype by whose rounding the training's gradient may differ from F's.
 
     Raises:
         RecordingRefused: the parameters are not of one dtype.
     """
 
-    def __init__(self, trainer: Any, module: torch.nn.Module) -> None:
+    def __init__(self, trainer: Any, module: torch.nn.Module, later: bool = False) -> None:
         self._trainer = trainer
         self._optimizer = trainer.optimizers[0]
         self.name = type(self._optimizer).__name__
-        groups = self._optimizer.param_groups
-        group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-        trained = [(plain_name(name), p) for name, p in module.named_parameters() if p.requires_grad and id(p) in group_of]
+        group_of = groups_of(self._optimizer)
+        named = [(plain_name(name), p) for name, p in module.named_parameters()]
+        trained = [(name, p) for name, p in named if later or (p.requires_grad and id(p) in group_of)]
+        left_out = [(name, p) for name, p in named if not later and not (p.requires_grad and id(p) in group_of)]
         if any(hasattr(p, "full_tensor") for _, p in trained):  # a part of a DTensor, under a strategy of the user's own
             refuse_if(sharded(type(trainer.strategy).__name__))
         dtypes = {p.dtype for _, p in trained}
         if len(dtypes) != 1 or not dtypes <= GRADIENT_TOLERANCE.keys():
             usable = ", ".join(str(dtype).removeprefix("torch.") for dtype in GRADIENT_TOLERANCE)
             refuse_if(f"the trained parameters are of dtype {sorted(map(str, dtypes))}: use one of {usable} for all")
-        self._names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
         self.layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
-        self.group_of = [group_of[id(p)] for p in self._parameters]
         self._rule = RULES[self.name]
-        placed = zip(self.group_of, self._parameters, strict=True)
-        self._slots = [self._rule.slots({**groups[group], "shape": tuple(p.shape)}) for group, p in placed]
-        self._n_groups = len(groups)
-        self.update = Update(self.name, self.layout, self.group_of, max(map(len, self._slots)))
+        placed = [group_of.get(id(p)) for p in self._parameters]
+        self.update = Update(self.name, self.layout, placed, slots=0)
+        self.update.slots = max(len(self._slots(i)) for i in range(len(placed)))
         self.rounded_to = rounded_to(str(trainer.precision), self._parameters[0].dtype, is_compiled(module))
-        self.with_gradient: list[bool] | None = None
-        """Whether each parameter had a gradient in the newest step."""
+        self.moved = Moved(trainer, trained, left_out, self.update)
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +83,14 @@ class TrainedOptimizer:
         )
 
     def _slot(self, i: int, slot: int) -> Tensor:
-        parameter, names = self._parameters[i], self._slots[i]
+        parameter, names = self._parameters[i], self._slots(i)
         value = self._optimizer.state.get(parameter, {}).get(names[slot]) if slot < len(names) else None
         return torch.zeros_like(parameter).reshape(-1) if value is None else _dense(value).expand_as(parameter).reshape(-1)
+
+    def _slots(self, i: int) -> tuple[str, ...]:
+        """The names of what the optimizer keeps of a parameter; of one that is in no group as yet, as in the first one."""
+        group = self._optimizer.param_groups[self.update.group_of[i] or 0]
+        return self._rule.slots({**group, "shape": tuple(self._parameters[i].shape)})
 
     def gradient(self, step: int) -> Tensor:
         """The flat gradient (p,) of step number ``step``, before clipping.
@@ -90,7 +98,8 @@ class TrainedOptimizer:
         Raises:
             NotFinite: it is not finite.
         """
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        each = zip(self._parameters, self.update.group_of, strict=True)
+        parts = [torch.zeros_like(p) if p.grad is None or group is None else p.grad for p, group in each]
         gradient = torch.cat([_dense(part).reshape(-1) for part in parts])
         if getattr(self._optimizer, "_step_supports_amp_scaling", False):  # a fused one divides by the scale itself
             gradient = gradient / (self.loss_scale or 1.0)
@@ -121,15 +130,10 @@ class TrainedOptimizer:
         """What step number ``step`` will use, for each parameter group.
 
         Raises:
-            RecordingRefused: a parameter without a gradient would be treated otherwise than F does.
-            RunError: one is no finite number, from which no parameters come.
+            RecordingRefused: a parameter moves otherwise than F moves it.
+            RunError: one is no finite number, from which no parameters come; or a parameter moves that is not recorded.
         """
-        if len(self._optimizer.param_groups) != self._n_groups:
-            now = len(self._optimizer.param_groups)
-            raise RunError(
-                f"The optimizer has {now} parameter groups in step {step} and had {self._n_groups} at first, but a record is "
-                "of the same parameters throughout: give it all of them from the start."
-            )
+        self.moved.in_groups(step)
         algorithm = self._trainer.gradient_clip_algorithm
         for_all = {
             "step": step + 1,
@@ -140,47 +144,20 @@ class TrainedOptimizer:
         }
         used = [{key: group[key] for key in self._rule.hyperparameters} for group in self._optimizer.param_groups]
         groups = [{**{key: _plain(value) for key, value in h.items()}, **for_all} for h in used]
+        own = self.moved.steps_of_each(groups, step)
         dtypes = [{key: dtype for key, value in h.items() if (dtype := _dtype(value)) is not None} for h in used]
-        for h, own, group in zip(groups, dtypes, self._optimizer.param_groups, strict=True):
+        for i, (h, of_tensors) in enumerate(zip(groups, dtypes, strict=True)):
             if any(dtypes):  # arithmetic with a tensor rounds as its dtype does
-                h["dtypes"] = own
-            if self._rule.numbers is not None:
-                h.update(self._numbers(self._rule.numbers, group["params"], h))
-        self._refuse_missing_gradients(groups, step)
+                h["dtypes"] = of_tensors
+            if own is not None:
+                h[PARAMETER_STEPS] = own
+            h.update(self.moved.numbers(i, h, step))
         for key, value in ((key, value) for group in groups for key, value in group.items() if key not in for_all):
             if isinstance(value, float) and not math.isfinite(value):
                 raise RunError(
                     f"The optimizer's {key} is {value} in step {step}: give the scheduler, or the optimizer, a number."
                 )
         return groups
-
-    def _numbers(self, numbers: Numbers, parameters: list[Tensor], h: dict[str, Any]) -> dict[str, Any]:
-        # A parameter that never had a gradient is one the optimizer keeps nothing of; the others of a group are in step.
-        kept = next((p for p in parameters if self._optimizer.state.get(p)), None)
-        if kept is not None:
-            return numbers(kept, self._optimizer.state[kept], h)
-        return numbers(next(iter(parameters), self._parameters[0]), {}, h)
-
-    def _refuse_missing_gradients(self, groups: list[dict[str, Any]], step: int) -> None:
-        # torch.optim skips a parameter without a gradient; F gives it a zero gradient. The two agree unless the parameter
-        # would still move, by weight decay or by what its slots have gathered.
-        present = [p.grad is not None for p in self._parameters]
-        before = self.with_gradient or present
-        self.with_gradient = present
-        if all(present) and all(before):
-            return
-        if not all(present) and getattr(self._trainer.strategy.model, "find_unused_parameters", None) is False:
-            raise RecordingRefused(
-                f"The parameter {self._names[present.index(False)]!r} gets no gradient in step {step}, and without all of them "
-                "DistributedDataParallel does not average those of the processes: give the trainer "
-                "strategy='ddp_find_unused_parameters_true', or freeze the parameter with requires_grad_(False)."
-            )
-        for i, (name, group, now, then) in enumerate(zip(self._names, self.group_of, present, before, strict=True)):
-            if (not now and self.update.moves_unused(i, groups[group])) or (now != then and self._slots[i]):
-                raise RecordingRefused(
-                    f"The parameter {name!r} gets no gradient in step {step - (now and 1)}, but its optimizer has weight "
-                    "decay or a memory: freeze it with requires_grad_(False), or use it always."
-                )
 
 
 def _dense(value: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from lightning_acc.recorder.checkpoints.resume import Place
 from lightning_acc.recorder.checkpoints.written import Checkpoints
 from lightning_acc.recorder.checks import refusals, rows
 from lightning_acc.recorder.checks.names import BatchNames, SampleId
-from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
+from lightning_acc.recorder.checks.refusals import TRAINED_LATER, RecordingRefused, refuse_if
 from lightning_acc.recorder.description import warn_if_not_rebuildable
 from lightning_acc.recorder.ending import costs_no_training, in_words, warn_that_it_ended
 from lightning_acc.recorder.following import Following
-from lightning_acc.recorder.loader import SampleTap
 from lightning_acc.recorder.snapshots import POLICIES
+from lightning_acc.recorder.taps import SampleTap
 from lightning_acc.recorder.writers import Final, Writers
 
 
@@ -35,8 +35,9 @@ class TrajectoryRecorder(Callback):
     Supported: one process or several (``ddp``, ``ddp_fork``, ``ddp_spawn``), automatic optimisation, every optimizer of
     ``torch.optim`` but LBFGS and SparseAdam, and Lion, with parameter groups (others by ``register_optimizer``) under any
     learning-rate scheduler, gradient accumulation and clipping, map-style datasets under any sampler, streams whose
-    batches hold ids of their samples (``sample_id``), weighted means, penalties, dropout, every precision of torch's own (a
-    step that a loss scaler leaves out is none), ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``), weight
+    batches hold ids of their samples (``sample_id``), weighted means, penalties, dropout, parameters that are frozen for a
+    while or that not every step uses, every precision of torch's own (a step that a loss scaler leaves out is none),
+    ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``), weight
     averaging (the trained weights are recorded, ``at="ema"`` reads the averaged ones), callbacks that look for a learning
     rate or a batch size, and callbacks and module hooks that leave gradients and weights alone, which is checked.
 
@@ -63,6 +64,9 @@ class TrajectoryRecorder(Callback):
             of its samples. ``"as-they-are"``: a row counts as the sample whose index led to it, and removing that sample
             takes the whole row out of the loss.
         allow_untested: record under a strategy other than those named above; the first steps are still checked.
+        frozen: what to do about parameters that are frozen when training begins, or not yet given to the optimizer.
+            ``"trained-later"``: they are recorded with the others, as they are going to be trained; so they are, unasked, under
+            Lightning's ``BackboneFinetuning`` and other ``BaseFinetuning`` callbacks.
         on_error: what happens where the record cannot go on (the disk is full, the storage gone, a parameter not finite any
             more). ``"warn"``: it ends at its last whole step, and the training goes on. ``"stop"``: the training ends too,
             after what checkpoint it is writing.
@@ -84,15 +88,18 @@ class TrajectoryRecorder(Callback):
         mixed_rows: Literal["refuse", "as-they-are"] = "refuse",
         on_error: Literal["warn", "stop"] = "warn",
         sample_id: SampleId | None = None,
+        frozen: Literal["left-out", "trained-later"] = "left-out",
     ) -> None:
         arguments.option("parameters", parameters, POLICIES)
         arguments.option("batch_norm", batch_norm, ("refuse", "keep-batch-statistics"))
         arguments.option("mixed_rows", mixed_rows, ("refuse", rows.AS_THEY_ARE))
         arguments.option("on_error", on_error, ("warn", "stop"))
+        arguments.option("frozen", frozen, ("left-out", TRAINED_LATER))
         self.directory = arguments.path("directory", directory)
         self.overwrite, self.parameters, self.on_error = overwrite, parameters, on_error
         self.budget_gb = arguments.positive("budget_gb", budget_gb, "leaves no room for parameters")
         self.batch_norm, self.allow_untested, self.mixed_rows = batch_norm, allow_untested, mixed_rows
+        self.frozen = frozen
         self.batch_names = None if sample_id is None else BatchNames(sample_id)
         self._tap = SampleTap()
         self._checkpoints = Checkpoints(self._steps_taken, self._list_checkpoints)

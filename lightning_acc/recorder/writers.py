@@ -177,10 +177,21 @@ class Writers:
         if self.main is not None and self.main.header:
             self.main.header["skipped"] = self._skipped
 
+    def note_optimizer(self, now: dict[str, Any]) -> None:
+        """What the manifest says of the optimizer is more by now: parameters have joined it, or rest."""
+        if self.main is not None and self.main.header:
+            before = self.main.header["optimizer"]
+            self.main.header["optimizer"] = {**before, **now}
+
     def list_checkpoints(self, steps: dict[str, int]) -> None:
         """Have the manifest list these checkpoints from when it is written next."""
         if self.main is not None and self.main.header and (steps or "checkpoints" in self.main.header):
             self.main.header["checkpoints"] = steps
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """At which steps the record was taken up; known to the process that writes it."""
+        return list(self.main.header.get("resumed_at", [])) if self.main is not None else []
 
     def amend(self) -> None:
         """Write the list of checkpoints once more where the run is finished and the list has changed since."""

@@ -163,6 +163,21 @@ class BartByHand(TranslationByHand, Bart):
     pass
 
 
+class DroppedLayers(Bart):
+    """Layers that a step leaves out, by chance, have no gradient in it."""
+
+    def make(self) -> Any:
+        model = super().make()
+        config = model.config
+        config.encoder_layers = config.decoder_layers = 3
+        config.encoder_layerdrop = config.decoder_layerdrop = 0.4
+        return transformers.BartForConditionalGeneration(config)
+
+
+class DroppedLayersByHand(TranslationByHand, DroppedLayers):
+    pass
+
+
 class Pairs(Texts):
     """A text and the same text backwards."""
 
@@ -238,4 +253,11 @@ SETUPS: dict[str, Setup] = {
         "`DataCollatorForSeq2Seq`, relative positions, dropout", Translation, pairs, TranslationByHand, held_out_pairs
     ),
     "transformers: BART": Setup("encoder and decoder, a bias buffer on the logits", Bart, pairs, BartByHand, held_out_pairs),
+    "transformers: BART, LayerDrop": Setup(
+        "`encoder_layerdrop`, `decoder_layerdrop`: a step leaves layers out, by chance; AdamW with weight decay",
+        DroppedLayers,
+        pairs,
+        DroppedLayersByHand,
+        held_out_pairs,
+    ),
 }

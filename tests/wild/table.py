@@ -25,6 +25,7 @@ FILES = (
     "losses",
     "pairs_and_tables",
     "steps",
+    "unfreezing",
 )
 README = Path(__file__).parent / "README.md"
 HEAD = """# Trainings that people have

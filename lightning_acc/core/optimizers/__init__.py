@@ -7,11 +7,12 @@ replay is bit-exact.
 
 from lightning_acc.core.optimizers.clipping import clipped, through_clipping
 from lightning_acc.core.optimizers.known import NO_FUNCTION, RULES, register_optimizer
-from lightning_acc.core.optimizers.rule import Hyperparameters, Numbers, OptimizerRule, State
+from lightning_acc.core.optimizers.rule import PARAMETER_STEPS, Hyperparameters, Numbers, OptimizerRule, State, moves
 from lightning_acc.core.optimizers.update import Update
 
 __all__ = [
     "NO_FUNCTION",
+    "PARAMETER_STEPS",
     "RULES",
     "Hyperparameters",
     "Numbers",
@@ -19,6 +20,7 @@ __all__ = [
     "State",
     "Update",
     "clipped",
+    "moves",
     "register_optimizer",
     "through_clipping",
 ]

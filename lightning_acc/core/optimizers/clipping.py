@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_acc.core.optimizers.rule import Hyperparameters
+from lightning_acc.core.optimizers.rule import Hyperparameters, moves
 
 
 def clipped(gradient: list[Tensor], groups: list[Hyperparameters]) -> list[Tensor]:
@@ -17,7 +17,11 @@ def clipped(gradient: list[Tensor], groups: list[Hyperparameters]) -> list[Tenso
         return gradient
     if groups[0]["gradient_clip_algorithm"] == "value":
         return [piece.clamp(-value, value) for piece in gradient]
-    factor = _factor(_norm(gradient), value)
+    moved = moves(groups)
+    if moved is None or len(gradient) != len(moved):  # taken as one
+        moved = [True] * len(gradient)
+    # Of what rests the gradient is 0; a 0 among the summands might round the others otherwise.
+    factor = _factor(_norm([piece for piece, moves in zip(gradient, moved, strict=True) if moves]), value)
     return [piece * factor for piece in gradient]
 
 

@@ -11,6 +11,15 @@ from torch import Tensor
 State = tuple[Tensor, ...]
 Hyperparameters = dict[str, Any]
 Numbers = Callable[[Tensor, Mapping[str, Any], Hyperparameters], Hyperparameters]
+PARAMETER_STEPS = "parameter_steps"
+"""The hyper-parameter that tells of each parameter how many steps have moved it by then, with this one, and 0 where it rests:
+as it is frozen, or was not used, and so has no gradient. It is given where not all parameters are moved by every step."""
+
+
+def moves(groups: list[Hyperparameters]) -> list[bool] | None:
+    """Which of the parameters a step moves, by the hyper-parameters of its parameter groups; None: all."""
+    steps = groups[0].get(PARAMETER_STEPS)
+    return None if steps is None or all(steps) else [step > 0 for step in steps]
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from torch import Tensor
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers.clipping import clipped
 from lightning_acc.core.optimizers.known import RULES
-from lightning_acc.core.optimizers.rule import Hyperparameters, State
+from lightning_acc.core.optimizers.rule import PARAMETER_STEPS, Hyperparameters, State, moves
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.schema.keys import DTYPES
 
-COUNTS = ("step", "global_step", "current_epoch")
+COUNTS = ("step", PARAMETER_STEPS, "global_step", "current_epoch")
 """What is another number in every step, or epoch, whatever the optimizer."""
+RESTS = "rests"
+"""What a parameter is ``given`` that the step leaves as it is."""
 BLOCK = defaultdict(lambda: 2**22, cpu=2**16)
 """Numbers that are updated together in place, by kind of device: what is made on the way stays in a core's caches; a card is
 kept busy."""
@@ -47,17 +49,21 @@ class Update:
     Args:
         optimizer: name of the rule.
         layout: the trained parameters.
-        group_of: for each of them, the index of its parameter group.
+        group_of: for each of them, the index of its parameter group; None where it was in none.
         slots: number of slots of the state.
+        rests: whether some steps leave some of the parameters as they are (see ``PARAMETER_STEPS``).
     """
 
-    def __init__(self, optimizer: str, layout: ParameterLayout, group_of: list[int], slots: int) -> None:
+    def __init__(
+        self, optimizer: str, layout: ParameterLayout, group_of: list[int | None], slots: int, rests: bool = False
+    ) -> None:
         if optimizer not in RULES:
             raise RunError(f"The optimizer {optimizer} is unknown; known are {', '.join(sorted(RULES))}.")
         self.rule = RULES[optimizer]
         self.layout = layout
         self.group_of = group_of
         self.slots = slots
+        self.rests = rests
         self._usable: list[Hyperparameters] | None = None
 
     def initial(self, theta: Tensor) -> State:
@@ -112,16 +118,26 @@ class Update:
             yield given[parameter], gradient[..., place], tuple(part[..., place] for part in state)
 
     def given(self, groups: list[Hyperparameters]) -> list[Hyperparameters]:
-        """What the rule is told of each parameter: the hyper-parameters of its group, and its shape."""
+        """What the rule is told of each parameter: the hyper-parameters of its group, the number of the step by its own count,
+        and its shape; or that it rests."""
+        steps = groups[0].get(PARAMETER_STEPS)
         groups = [_typed(h) for h in groups]
-        return [{**groups[group], "shape": shape} for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)]
+        given: list[Hyperparameters] = []
+        for i, (group, (_, shape)) in enumerate(zip(self.group_of, self.layout.shapes, strict=True)):
+            if steps is None or steps[i]:
+                assert group is not None
+                own = {} if steps is None else {"step": steps[i]}
+                given.append({**groups[group], **own, "shape": shape})
+            else:
+                given.append({RESTS: True, "shape": shape})
+        return given
 
     def ranges(self) -> list[tuple[slice, int]]:
         """The flat parameters in ranges that can be updated by themselves, each with the index of a parameter in it: of one
-        group where the rule goes number by number, else of one parameter.
+        group where the rule goes number by number, else of one parameter; of one, too, where parameters rest.
         """
         ends = list(itertools.accumulate(self.layout.sizes, initial=0))
-        groups, apart = self.group_of, not self.rule.by_number
+        groups, apart = self.group_of, self.rests or not self.rule.by_number
         firsts = [i for i, group in enumerate(groups) if apart or i == 0 or groups[i - 1] != group]
         return [(slice(ends[i], ends[j]), i) for i, j in itertools.pairwise([*firsts, len(groups)])]
 
@@ -136,7 +152,7 @@ class Update:
             h: what is ``given`` of its parameter.
         """
         one_pass, dense = self.rule.one_pass, all(part.is_contiguous() for part in (gradient, *state))
-        if one_pass is not None and dense and "dtypes" not in h and gradient.device.type == "cpu":
+        if one_pass is not None and dense and "dtypes" not in h and RESTS not in h and gradient.device.type == "cpu":
             one_pass(state, gradient, h)
         else:
             self._write(state, gradient, h)
@@ -154,12 +170,14 @@ class Update:
         Raises:
             RunError: they are not, as where a record is not what a recorder writes.
         """
+        moving = moves(groups) or [True] * len(self.group_of)
         lasting = [{key: value for key, value in h.items() if key not in COUNTS} for h in groups]
+        lasting.append({RESTS: moving})
         if lasting == self._usable:
             return
         remedy = "restore the run, or record it again"
-        ranks = {(group, len(shape)) for group, (_, shape) in zip(self.group_of, self.layout.shapes, strict=True)}
-        for group, rank in sorted(ranks):
+        each = zip(self.group_of, self.layout.shapes, moving, strict=True)
+        for group, rank in sorted({(group, len(shape)) for group, (_, shape), moved in each if moved and group is not None}):
             h = groups[group]
             try:
                 given = _of_one_number(h, rank)
@@ -175,7 +193,9 @@ class Update:
         self._usable = lasting
 
     def one(self, state: State, gradient: Tensor, h: Hyperparameters) -> State:
-        """The state of one parameter after the update; slots that only others use stay as they are."""
+        """The state of one parameter after the update; slots that only others use stay as they are, and all of what rests."""
+        if RESTS in h:
+            return state
         used = 1 + len(self.rule.slots(h))
         return *self.rule.update(state[:used], gradient, h), *state[used:]
 
@@ -220,6 +240,8 @@ class Update:
             return "its optimizer is not affine in the gradient, as SGD is"
         if groups[0]["gradient_clip_val"]:
             return "its gradients are clipped"
+        if self.rests:
+            return "some of its steps leave some parameters as they are"
         if any(group != groups[0] for group in groups[1:]):
             return "its parameter groups have different hyper-parameters"
         return None

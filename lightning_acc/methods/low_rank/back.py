@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lightning_acc.core.audit import confirm
 from lightning_acc.core.optimizers import State
-from lightning_acc.core.products import Pulled
+from lightning_acc.core.products import Point, Pulled
 from lightning_acc.core.queries import curvature
 from lightning_acc.core.removals import Removal, summed
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.step import Point, Step
+from lightning_acc.core.step import Step
 from lightning_acc.core.tape import Tape
 from lightning_acc.errors import RequestError
 from lightning_acc.methods.low_rank import basis as bases

@@ -27,10 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_acc.core.products import Removed
+from lightning_acc.core.products import Point, Removed
 from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.step import Point
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank.back import Back
 from lightning_acc.methods.low_rank.tracked import updated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -61,8 +61,10 @@ GROUP_WHERE_GIVEN: dict[str, Kind] = {
     "loss_scale": POSITIVE,
     "global_step": whole(0, 10**12),
     "current_epoch": whole(0, 10**12),
+    "parameter_steps": several(whole(0, 10**12)),
 }
-"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by; what the trainer counted."""
+"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by; what the trainer counted; of each
+parameter the number of the step, and 0 where it rests."""
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -150,11 +152,12 @@ def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]
     if not (isinstance(groups, list) and len(groups) == count and all(isinstance(step, list) and step for step in groups)):
         yield f"its groups are no list of {count:,} lists"
         return
-    least = 1 + max(manifest.get("optimizer", {}).get("group_of", ()), default=0)
+    of_each = manifest.get("optimizer", {}).get("group_of", ())
     for step in groups:
+        least = _groups_needed(step[0], of_each)
         for group in step:
-            if not isinstance(group, dict) or group.keys() != step[0].keys() or len(step) < least:
-                yield f"its groups are {shown(step)} and not hyper-parameters of {least} parameter groups"
+            if not isinstance(group, dict) or group.keys() != step[0].keys() or least is None or len(step) < least:
+                yield f"its groups are {shown(step)} and not hyper-parameters of the {least or 1} groups of its parameters"
                 return
             fault = first_fault(group, GROUP) or first_fault(group, GROUP_WHERE_GIVEN, optional=True)
             if fault:
@@ -162,6 +165,19 @@ def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]
             for key, value in group.items():
                 if not PLAIN.holds(value):
                     yield f"of its groups its {key} is {shown(value)} and not {PLAIN.words}"
+
+
+def _groups_needed(first: Any, of_each: Sequence[int | None]) -> int | None:
+    """How many parameter groups those are that a step moves, by its ``first`` one; None where it is not known."""
+    moved = first.get("parameter_steps", [True] * len(of_each)) if isinstance(first, dict) else None
+    if not isinstance(moved, list) or (of_each and len(moved) != len(of_each)):
+        return None
+    least = 1
+    for group, steps in zip(of_each, moved, strict=False):
+        if steps and group is None:
+            return None
+        least = max(least, 1 + (group or 0)) if steps else least
+    return least
 
 
 def _parameters_faults(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,15 +40,17 @@ class Place:
         run_id: which record.
         n_steps: its optimizer steps by then.
         state: hash of the parameters and the optimizer's slots.
-        with_gradient: for each parameter, whether it had a gradient in the last step.
+        parameter_steps: how many steps have moved each parameter; None, as in checkpoints of old: all of them.
         averages: for each average that a callback keeps, the step after which each of its updates came.
+        resumed_at: where the record had been taken up before; None in checkpoints of old.
     """
 
     run_id: str
     n_steps: int
     state: str
-    with_gradient: list[bool] | None
+    parameter_steps: list[int] | None = None
     averages: list[list[int]] = field(default_factory=list)
+    resumed_at: list[int] | None = None
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Put the place into a checkpoint."""
@@ -56,7 +59,14 @@ class Place:
     @classmethod
     def load(cls, checkpoint: dict[str, Any]) -> Place | None:
         """The place in a checkpoint; None where it was written without a recorder."""
-        return cls(**checkpoint[KEY]) if KEY in checkpoint else None
+        if KEY not in checkpoint:
+            return None
+        known = {one.name for one in fields(cls)}
+        return cls(**{key: value for key, value in checkpoint[KEY].items() if key in known})
+
+    def steps_of(self, parameters: Sequence[Any]) -> list[int]:
+        """How many steps have moved each of the ``parameters``."""
+        return self.parameter_steps or [self.n_steps] * len(parameters)
 
     def refuse_another(self, state: State) -> None:
         """Refuse to go on from a state that is not the one of this place.
@@ -81,9 +91,19 @@ def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
     for key in SAME:
         if key == "n_samples" and "sample_id" in recorded:
             continue  # those that have been seen by now
+        if key == "optimizer":
+            recorded, now = {key: _as_yet(recorded[key], now[key])}, {key: _as_yet(now[key], now[key])}
         if recorded.get(key) != now.get(key):
             return f"its {key} is {now.get(key)!r}, but was {recorded.get(key)!r}"
     return None
+
+
+def _as_yet(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the optimizer, without what a training says only later: which parameters join it, and that some rest."""
+    here, there = recorded["group_of"], now["group_of"]
+    if len(here) == len(there):
+        here = [None if later is None else group for group, later in zip(here, there, strict=True)]
+    return {**{key: value for key, value in recorded.items() if key != "rests"}, "group_of": here}
 
 
 def take_up(store: Store, place: Place, main: RunWriter | None, own: RunWriter, processes: int) -> bool:
@@ -98,6 +118,13 @@ def take_up(store: Store, place: Place, main: RunWriter | None, own: RunWriter, 
     held = manifests.read(store, unfinished=True)
     if held["run_id"] != place.run_id:
         refuse_if(f"the checkpoint continues the record {place.run_id}, but {store} holds {held['run_id']}")
+    since = held.get("resumed_at", []) if place.resumed_at is not None else []
+    for step in since[len(place.resumed_at or ()) :]:
+        if step < place.n_steps:
+            refuse_if(
+                f"the record was taken up at step {step} after the checkpoint of step {place.n_steps} was written, and its "
+                "steps from there on are of that training: resume from a checkpoint that it wrote, or of an earlier step"
+            )
     if held["status"] == "complete" and processes > 1:
         refuse_if(f"the run in {store} was finished, and its processes' parts are merged: train on in a new one")
     for writer in _distinct(main, own):

@@ -37,8 +37,6 @@ def refuse_if(reason: str | None) -> None:
 
 
 ALTERING_CALLBACKS = {
-    "BaseFinetuning": "gives the optimizer more parameters on the way, while a record is of the same ones throughout: train "
-    "them from the start, with a smaller learning rate for their parameter group, or record the training without the callback",
     "ModelPruning": "sets parameters to 0 outside the optimizer's step: record the training before it or after it",
 }
 """Lightning callbacks that change what is trained, or how, unseen, and what to do; with those derived from them.
@@ -51,6 +49,7 @@ HOOKS = ("optimizer_step", "configure_gradient_clipping", "backward", "on_after_
 
 
 KEEP_BATCH_STATISTICS = "keep-batch-statistics"
+TRAINED_LATER = "trained-later"
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 """What is tested: one device; ``ddp``, ``ddp_fork``, ``ddp_spawn``."""
 SHARDING = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
@@ -76,9 +75,17 @@ def trainer_refusal(trainer: Any, module: Any, allow_untested: bool = False) -> 
             f"precision={trainer.precision!r} puts layers with number formats of their own in place of the module's, which no "
             f"replay can do without their library and its device: use one of {', '.join(PRECISIONS)}"
         )
-    names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
-    altering = sorted(names & ALTERING_CALLBACKS.keys())
+    altering = sorted(_kinds_of_callbacks(trainer) & ALTERING_CALLBACKS.keys())
     return f"the callback {altering[0]} {ALTERING_CALLBACKS[altering[0]]}" if altering else None
+
+
+def _kinds_of_callbacks(trainer: Any) -> set[str]:
+    return {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
+
+
+def unfreezes(trainer: Any) -> bool:
+    """Whether a callback of Lightning's is there to give the optimizer more parameters on the way."""
+    return "BaseFinetuning" in _kinds_of_callbacks(trainer)
 
 
 def overridden(module: Any, hooks: Sequence[str] = HOOKS) -> list[str]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.optimizers import Hyperparameters, State, Update, clipped
-from lightning_acc.core.products import Pulled
+from lightning_acc.core.products import Point, Pulled
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.step import Point, Step
+from lightning_acc.core.step import Step
 from lightning_acc.methods.low_rank.back import of_the_query
 from lightning_acc.methods.low_rank.defect.touched import CACHED, Units, units
 from lightning_acc.methods.low_rank.defect.windows import Windows

@@ -1,4 +1,4 @@
-"""Which samples each batch of a DataLoader holds, without changing what the loader yields.
+"""What is tapped of a training, and stays as it is: which samples each batch holds, and what they weigh in its loss.
 
 The loader's batch sampler is wrapped before Lightning calls ``iter`` on it, so that workers, prefetching and persistent
 workers are covered: indices wait in a queue until the batch they belong to is yielded.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_acc.core.losses.per_sample import weights_of
+from lightning_acc.core.losses.reductions import Reductions
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.rows import CheckedCollate, first_rows
@@ -218,3 +221,42 @@ def refuse_loader(loader: Any) -> None:
         )
     if not hasattr(loader.dataset, "__len__"):
         raise RecordingRefused("The training dataset has no length: define __len__, so that its samples can be counted.")
+
+
+class LossTap:
+    """Observes ``training_step`` where it is asked to; what it computes stays the same, bit for bit.
+
+    Args:
+        trainer: the Lightning trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._strategy = trainer.strategy
+        self._size: int | None = None
+        self._weights: Tensor | None = None
+        step = self._strategy.training_step
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            if self._size is None:
+                return step(*args, **kwargs)
+            with Reductions(self._size, weights_only=True) as reductions:
+                output = step(*args, **kwargs)
+            reduced = reductions.seen.of(output.get("loss") if isinstance(output, Mapping) else output)
+            if reduced is not None:
+                self._weights = weights_of(reduced, self._size, "weighted", torch.float64).detach().cpu().clone()
+            return output
+
+        self._strategy.training_step = observed
+
+    def observe(self, size: int | None) -> None:
+        """Observe the next step, on a batch of ``size`` samples; None: do not."""
+        self._size, self._weights = size, None
+
+    def take(self) -> Tensor | None:
+        """What the samples of the batch weigh, (B,), float64; None where it was not observed or not seen."""
+        weights, self._weights = self._weights, None
+        return weights
+
+    def remove(self) -> None:
+        """Give the trainer its own method back."""
+        vars(self._strategy).pop("training_step", None)
