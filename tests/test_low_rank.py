@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 import lightning_acc as la
 from lightning_acc.core.replay import Replay
-from lightning_acc.methods.low_rank import basis, prices
+from lightning_acc.methods.low_rank import back, basis, prices
 from lightning_acc.methods.low_rank.back import sweep_back
 from lightning_acc.methods.low_rank.tracked import tracked
 from lightning_acc.scoring import score as scoring
@@ -244,3 +246,20 @@ def test_uncertainty_follows_the_true_error(tmp_path: Path) -> None:
     assert np.mean(error <= uncertainty) > 0.8
     again = la.score(run, "acc-low-rank", [5, 3], ray_address=None, check=0)  # as stored
     assert again.table["uncertainty"].to_pylist() == uncertainty[[5, 3]].tolist()
+
+
+def test_what_is_kept_in_a_file_is_no_memory_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    monkeypatch.setattr(back, "HELD", 2**22)
+    like = torch.zeros(2**17, dtype=torch.float64)
+    with tempfile.TemporaryFile() as file:
+        rows = back.Scratch(file, 100, like)
+        before = resident()
+        for i in range(100):
+            rows[i] = torch.full_like(like, i)
+            rows[i].add_(0.5)
+        assert [float(rows[i].mean()) for i in range(100)] == [i + 0.5 for i in range(100)]
+        assert resident() - before < 3 * 2**24  # of 100 MiB
+    assert len(rows) == 100

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from lightning_acc.methods.method import Question
 from lightning_acc.methods.reading import Slopes
 from lightning_acc.methods.rules import AdjointSgdIe
 
+HELD = 2**28
+"""Bytes of a temporary file that are the process's memory at once."""
+
 
 @dataclass(frozen=True)
 class Back:
@@ -41,7 +45,7 @@ class Back:
         places: some steps, evenly spread over the run, and the states before them.
     """
 
-    gammas: Tensor
+    gammas: Scratch
     first: Tensor
     curves: Tensor
     final: Tensor
@@ -62,6 +66,38 @@ def of_the_query(rows: Tensor) -> Tensor:
     return rows if rows.ndim == 1 else rows[0]
 
 
+class Scratch:
+    """Vectors (p,) in a file that is mapped into memory.
+
+    What of it has been looked at counts as the process's memory until it is let go, which is done whenever that is ``HELD``.
+
+    Args:
+        file: where.
+        count: how many.
+        like: a vector (p,) of the size and dtype of each.
+    """
+
+    def __init__(self, file: IO[bytes], count: int, like: Tensor) -> None:
+        self._length, self._seen = count, 0
+        file.truncate(max(1, count * like.nbytes))
+        self._mapped = mmap.mmap(file.fileno(), 0)
+        numbers = torch.frombuffer(self._mapped, dtype=like.dtype, count=count * len(like)) if count * len(like) else like[:0]
+        self._vectors = numbers.reshape(count, len(like))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i: int) -> Tensor:
+        self._seen += self._vectors.element_size() * self._vectors.shape[1]
+        if self._seen > HELD and hasattr(self._mapped, "madvise"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)  # what has been written is the file's
+            self._seen = 0
+        return self._vectors[i]
+
+    def __setitem__(self, i: int, vector: Tensor) -> None:
+        self[i].copy_(vector)
+
+
 class AdjointGammas(AdjointSgdIe):
     """SGD-IE's reverse sweep, which also keeps ``gamma_t`` of every step.
 
@@ -69,7 +105,7 @@ class AdjointGammas(AdjointSgdIe):
         gammas: where to keep them: T rows (p,).
     """
 
-    def __init__(self, gammas: Tensor) -> None:
+    def __init__(self, gammas: Scratch) -> None:
         self.gammas = gammas
         self._t = len(gammas)
 
@@ -85,8 +121,8 @@ def scratch_bytes(replay: Replay, vectors: int | None = None) -> int:
 
 
 @contextmanager
-def scratch(replay: Replay, vectors: int | None = None) -> Iterator[Tensor]:
-    """Room for so many ``vectors`` (p,), (vectors, p), in a temporary file until the context is left.
+def scratch(replay: Replay, vectors: int | None = None) -> Iterator[Scratch]:
+    """Room for so many ``vectors`` (p,) in a temporary file until the context is left.
 
     Raises:
         RequestError: there is none.
@@ -99,8 +135,7 @@ def scratch(replay: Replay, vectors: int | None = None) -> Iterator[Tensor]:
             f"but {tempfile.gettempdir()} has {free / 2**30:.2f} GB free: name a folder with more in TMPDIR, or another method."
         )
     with tempfile.TemporaryFile(prefix="lightning_acc-") as file:
-        array = np.memmap(file, mode="w+", shape=(total, len(like)), dtype=str(like.dtype).removeprefix("torch."))
-        yield torch.from_numpy(array)
+        yield Scratch(file, total, like)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_acc.core.devices import CPU
 from lightning_acc.core.optimizers import Hyperparameters, State, Update, clipped
 from lightning_acc.core.products import Point, Pulled
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.core.step import Step
-from lightning_acc.methods.low_rank.back import of_the_query
+from lightning_acc.methods.low_rank.back import Scratch, of_the_query
 from lightning_acc.methods.low_rank.defect.touched import CACHED, Units, units
 from lightning_acc.methods.low_rank.defect.windows import Windows
 from lightning_acc.methods.rules import AdjointSgdIe
@@ -28,27 +29,35 @@ class AdjointDefect(AdjointSgdIe):
     Args:
         n_steps: T.
         ends: the steps before which windows end.
-        rows: where to keep them, (2 T + len(ends) * parts of the state, p).
+        rows: where to keep them: 2 T + len(ends) * parts of the state, (p,) each.
 
     Attributes:
-        curvatures: ``c_t``, (T, p).
-        gradients: ``G_t``, (T, p).
+        n_steps: T.
         final: ``lambda_T``.
     """
 
     final: State
 
-    def __init__(self, n_steps: int, ends: Sequence[int], rows: Tensor) -> None:
-        self.curvatures, self.gradients, self._rows = rows.tensor_split((n_steps, 2 * n_steps))
+    def __init__(self, n_steps: int, ends: Sequence[int], rows: Scratch | Tensor) -> None:
+        self.n_steps, self._rows = n_steps, rows
         self._place = {end: i for i, end in enumerate(ends)}
         self._t = n_steps
 
+    def curvature(self, t: int) -> Tensor:
+        """``c_t``, (p,)."""
+        return self._rows[t]
+
+    def gradient(self, t: int) -> Tensor:
+        """``G_t``, (p,)."""
+        return self._rows[self.n_steps + t]
+
     def at(self, end: int) -> State:
         """``lambda_e`` of a window's end, (p,) of each part of the state."""
-        if end == len(self.curvatures):
+        if end == self.n_steps:
             return self.final
-        i, parts = self._place[end], len(self.final)
-        return tuple(self._rows[i * parts : (i + 1) * parts])
+        parts = len(self.final)
+        first = 2 * self.n_steps + self._place[end] * parts
+        return tuple(self._rows[first + k] for k in range(parts))
 
     def init(self, query_gradient: Tensor, state: State, n_samples: int) -> tuple[State, Tensor]:
         """The adjoint after the last step, (p,), and the scores, (n_samples,), none yet."""
@@ -59,17 +68,18 @@ class AdjointDefect(AdjointSgdIe):
     def see(self, point: Point, pulled: Pulled) -> None:
         """One step back."""
         self._t -= 1
-        self.curvatures[self._t] = of_the_query(pulled.curvature)
-        self.gradients[self._t] = point.gradient
+        self.curvature(self._t).copy_(of_the_query(pulled.curvature))
+        self.gradient(self._t).copy_(point.gradient)
         if self._t in self._place:
             for row, part in zip(self.at(self._t), pulled.adjoint, strict=True):
                 row.copy_(of_the_query(part))
 
     def read_again(self, carry: tuple[State, Tensor], query_gradient: Tensor) -> tuple[State, Tensor]:
         """The query is read here, too: its gradient (p,) joins the adjoint (p,), and what is kept of the step."""
-        self.curvatures[self._t] += of_the_query(query_gradient)
+        gradient = of_the_query(query_gradient).to(CPU)
+        self.curvature(self._t).add_(gradient)
         if self._t in self._place:
-            self.at(self._t)[0].add_(of_the_query(query_gradient))
+            self.at(self._t)[0].add_(gradient)
         return super().read_again(carry, query_gradient)
 
 
@@ -99,7 +109,7 @@ class UpdateAlone:
     def advance(self, t: int, step: Step) -> None:
         """Take step t."""
         device, update = self._replay.device, self._replay.update
-        gradient, curvature = self._adjoints.gradients[t].to(device), self._adjoints.curvatures[t].to(device)
+        gradient, curvature = self._adjoints.gradient(t).to(device), self._adjoints.curvature(t).to(device)
         who, without = self._gradients_without(step, gradient)
         (gradient,) = clipped([gradient], step.groups)
         left = (self._last >= 0) & (self._windows.end(self._last) == t)
@@ -133,7 +143,7 @@ class UpdateAlone:
 
     def finish(self) -> None:
         """The last windows end after the last step."""
-        self._end(self._last >= 0, len(self._adjoints.curvatures))
+        self._end(self._last >= 0, self._adjoints.n_steps)
 
     def _end(self, who: Tensor, e: int) -> None:
         """The windows of these (n,) end after e steps."""
