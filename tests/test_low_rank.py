@@ -203,10 +203,12 @@ class Grouped(Net):
         return torch.optim.SGD([{"params": weights, "weight_decay": 0.1}, {"params": biases}], lr=0.1)
 
 
-def test_parameter_groups_of_different_settings_are_refused(tmp_path: Path) -> None:
+def test_parameter_groups_of_different_settings_are_not_tracked(tmp_path: Path) -> None:
     run = record(tmp_path / "run", Grouped().double())
-    with pytest.raises(la.RequestError, match="parameter groups have different hyper-parameters"):
-        whole(run)
+    for options in ({"directions": 3}, {"keep_shifts": True}):
+        (given,) = (f"{name}={value}" for name, value in options.items())
+        with pytest.raises(la.RequestError, match=f"{given} of .*parameter groups have different hyper-parameters. Leave it"):
+            la.score(run, "acc-low-rank", ray_address=None, save=False, check=0, **options)
 
 
 @pytest.mark.parametrize(

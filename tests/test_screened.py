@@ -56,6 +56,56 @@ def test_whoever_is_followed_scores_as_acc_sgd_ie_does(tmp_path: Path, optimizer
     assert np.abs(truth - first).max() > 1e-3 * np.abs(first).max()  # there is something to correct
 
 
+class Grouped(Net):
+    """Weights and biases, the last layer and the others have settings of their own."""
+
+    def configure_optimizers(self) -> Any:
+        first, last = (list(layer.parameters()) for layer in (self.net[0], self.net[3]))
+        groups = [
+            {"params": first[:1], "weight_decay": 0.1},
+            {"params": first[1:], "momentum": 0.0, "lr": 0.1},
+            {"params": last, "lr": 0.02, "nesterov": True},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+
+class InTurn(Grouped):
+    """The first layer rests in every other epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.current_epoch % 2 == 1)
+
+    def on_train_epoch_end(self) -> None:
+        self.requires_grad_(True)
+
+
+@pytest.mark.parametrize("readout", ["exact", "linear"])
+@pytest.mark.parametrize("kind", [Grouped, InTurn])
+def test_parameters_with_settings_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Net], readout: str
+) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", kind(hidden=4).double(), recorder={"frozen": "trained-later"}, max_epochs=4)
+    truth, first = exact(run, readout=readout).values, exact(run, "sgd-ie").values
+    everyone = found(run, N, readout=readout)
+    np.testing.assert_allclose(everyone.values, truth, rtol=0, atol=ROUND_OFF)
+    assert np.abs(truth - first).max() > 1e-3 * np.abs(first).max()
+
+    some = found(run, 10, readout=readout)
+    influential = np.argsort(-np.abs(first), kind="stable")[:10]
+    np.testing.assert_allclose(some.values[influential], truth[influential], rtol=0, atol=ROUND_OFF)
+    assert (some.conditions["followed_exactly"], some.conditions["modelled"]) == (10, 0)
+
+    options: dict[str, Any] = {"ray_address": None, "save": False, "check": 0, "readout": readout}
+    assert la.score(run, "acc-low-rank", **options).conditions["form"] == "retrained"
+    monkeypatch.setattr(Prices, "retrained", lambda self, n: 1e9)
+    chosen = la.score(run, "acc-low-rank", **options)
+    assert chosen.conditions["form"] == "screened"
+    assert int(chosen.conditions["followed_exactly"]) > 0
+    assert np.abs(chosen.values - truth).mean() < np.abs(first - truth).mean()
+
+
 @pytest.mark.parametrize("module", [lambda: Net(hidden=4, dropout=0.3), lambda: Net(hidden=4)], ids=["dropout", "plain"])
 def test_any_module_and_groups_are_followed(tmp_path: Path, module: Any) -> None:
     torch.manual_seed(0)

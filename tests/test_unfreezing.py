@@ -271,12 +271,6 @@ def test_a_group_with_a_momentum_that_the_first_has_not_ends_the_record(tmp_path
     assert run.audit()
 
 
-def test_the_low_rank_form_of_sgd_says_that_it_does_not_do_this(tmp_path: Path) -> None:
-    run = transferred(tmp_path / "run", {"lr": 0.1, "momentum": 0.9})
-    with pytest.raises(la.RequestError, match=r"some of its steps leave some parameters as they are. Use acc-sgd-ie"):
-        la.score(run, "acc-low-rank", trainings=1, ray_address=None, save=False, check=0)
-
-
 @pytest.mark.parametrize("start", [3, 9, 12])
 def test_resumed_before_and_after_parameters_join(tmp_path: Path, start: int) -> None:
     """Step 5 is the first of the epoch in which the backbone joins; the record goes on from any checkpoint."""

@@ -222,11 +222,21 @@ class Update:
         obstacle = self.not_uniform(groups)
         if obstacle is not None:
             raise RequestError(obstacle)
+        return self._response(_of_one_number(groups[0]))
+
+    def responses(self, groups: list[Hyperparameters]) -> list[tuple[slice, Tensor, Tensor]]:
+        """The ``response`` of an affine U in each of the ``ranges``, with the range; where all are the same, in one."""
+        if self.not_uniform(groups) is None:
+            return [(slice(None), *self.response(groups))]
+        given = self.given(groups)
+        return [(place, *self._response({**given[i], "shape": torch.Size([1])})) for place, i in self.ranges()]
+
+    def _response(self, h: Hyperparameters) -> tuple[Tensor, Tensor]:
         parts = 1 + self.slots
         # Row k: a change of the k-th part; the last but one: of the gradient; the last: none.
         changes = torch.cat([torch.eye(parts + 1, dtype=torch.float64), torch.zeros(1, parts + 1, dtype=torch.float64)])
         *state, gradient = changes.split(1, -1)
-        answers = torch.cat(self.rule.update(tuple(state), gradient, _of_one_number(groups[0])), -1)
+        answers = torch.cat(self.one(tuple(state), gradient, h), -1)
         answers = answers - answers[-1]
         return answers[:parts].T.contiguous(), answers[parts]
 

@@ -69,7 +69,7 @@ class Chosen(Method):
 
         Raises:
             RequestError: shifts are to be kept of removals that are screened, or directions or shifts are asked for where the
-                update is not affine.
+                update is not affine, or not the same for all parameters.
         """
         if has_a_defect(replay.run):
             return self._by_defect(replay, keep_shifts)
@@ -80,11 +80,19 @@ class Chosen(Method):
                 raise RequestError(f"followed={self.followed} has the shifts of a few removals alone: leave one out.")
         elif self.directions is not None or keep_shifts:
             form = TRACKED
+        if form == TRACKED and (why := not_uniform(replay)):
+            given = f"directions={self.directions}" if self.directions is not None else f"keep_shifts={keep_shifts}"
+            raise RequestError(
+                f"{given} of {self.name} is for SGD with one setting for all parameters, which this run is not: {why}. Leave "
+                "it out, or use acc-sgd-ie."
+            )
         asked = self.followed is not None or self.directions is not None
         return type(self)(self.directions, self.followed, self.trainings, form, unusual=form != usual and not asked)
 
     def _usual(self, replay: Replay) -> str:
         price, n = Prices(replay), replay.run.n_samples
+        if not_uniform(replay):
+            return RETRAINED if price.retrained(n) <= self.price else SCREENED
         if price.tracked(n, replay.run.n_parameters) <= min(self.price, budget.TRAININGS):
             return TRACKED
         if price.retrained(n) <= self.price:
@@ -129,3 +137,9 @@ class Chosen(Method):
             return f"{self.name}.{self.form}"
         given = (("followed", self.followed), ("directions", self.directions), ("trainings", self.trainings))
         return ".".join([self.name, *(f"{value}-{option}" for option, value in given if value is not None)])
+
+
+def not_uniform(replay: Replay) -> str | None:
+    """Why the update is not one affine function for all parameters, in its first step or its last; None where it is."""
+    reasons = (replay.update.not_uniform(replay.run.steps[t].groups) for t in (0, len(replay) - 1))
+    return next((reason for reason in reasons if reason), None)

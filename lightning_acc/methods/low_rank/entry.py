@@ -4,8 +4,9 @@ A ranking of all samples may cost 25 trainings of the run, or as many as are ask
 directions of the parameters, the removals are **tracked** in these, which is ACC-SGD-IE. Where not, and what is asked for pays
 for training again without each sample, all are **retrained** without, which is the truth. Otherwise they are tracked in the
 directions that training contracts most, if these are nearly all that it contracts in; or **screened**: the few most influential
-removals are followed exactly, some hundreds more are modelled on them. Where the update is not affine, as Adam's is not, its
-**defect** is followed.
+removals are followed exactly, some hundreds more are modelled on them. Where the update is affine but not the same for all
+parameters, as in groups with rates of their own, they are retrained without, or screened and nothing is modelled. Where it is
+not affine, as Adam's is not, its **defect** is followed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank import budget
 from lightning_acc.methods.low_rank.back import Back, scratch_bytes, sweep_back
 from lightning_acc.methods.low_rank.basis import Basis
-from lightning_acc.methods.low_rank.choice import DEFECT, RETRAINED, SCREENED, Chosen
+from lightning_acc.methods.low_rank.choice import DEFECT, RETRAINED, SCREENED, Chosen, not_uniform
 from lightning_acc.methods.low_rank.defect.scores import defect, has_a_defect, vectors_kept
 from lightning_acc.methods.low_rank.prices import Prices, bytes_by_the_update, bytes_needed
 from lightning_acc.methods.low_rank.screened import ENOUGH, screened
@@ -58,20 +59,11 @@ class LowRank(Chosen):
         """Refuse what acc-low-rank does not describe.
 
         Raises:
-            RequestError: the run's update is affine, but not the same for all parameters, or nothing has a derivative; or the
-                losses would be others than the training's.
+            RequestError: the update has no derivative, or the losses would be others than the training's.
         """
         refuse_other_losses(replay, self.name)
         if has_a_defect(replay.run):
             refuse_without_derivative(replay, self.name)
-            return
-        for t in (0, len(replay) - 1):
-            obstacle = replay.update.not_uniform(replay.run.steps[t].groups)
-            if obstacle is not None:
-                raise RequestError(
-                    f"{self.name} follows SGD with one setting for all parameters, which this run is not: {obstacle}. Use "
-                    "acc-sgd-ie, or sgd-ie for many samples."
-                )
 
     def pieces(self, replay: Replay, removals: Sequence[Removal], question: Question) -> list[list[Removal]]:
         """As many as can be tracked at once; screened, all.
@@ -193,7 +185,8 @@ class LowRank(Chosen):
     ) -> Answer:
         """The same, with the most influential removals followed exactly."""
         followed = self._followed(replay, question, trainings)
-        models = self.followed is not None or budget.models(replay, trainings)
+        affordable = self.followed is not None or budget.models(replay, trainings)
+        models = affordable and not_uniform(replay) is None
         passed = screened(replay, back, removals, question, followed, models, progress)
         details: dict[str, Any] = {"followed_exactly": passed.followed, "modelled": passed.modelled}
         errors = {"model_error": passed.model_error, "curve_error": passed.curve_error}

@@ -32,7 +32,7 @@ from lightning_acc.core.removals import Removal, Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods.low_rank import basis as bases
 from lightning_acc.methods.low_rank.back import Back
-from lightning_acc.methods.low_rank.tracked import updated
+from lightning_acc.methods.low_rank.tracked import updated, updated_by_range
 from lightning_acc.methods.memory import query_rows
 from lightning_acc.methods.method import Question
 from lightning_acc.methods.reading import Gathered
@@ -192,7 +192,8 @@ class Shifts:
 
     def advance(self, t: int, point: Point, gamma: Tensor) -> None:
         """Take step t, linearised at the recorded run's state; ``gamma`` is (p,)."""
-        drift, source = (tensor.to(gamma) for tensor in point.step.optimizer.response(point.step.groups))
+        step = point.step
+        responses = [(at, drift.to(gamma), source.to(gamma)) for at, drift, source in step.optimizer.responses(step.groups)]
         removed = point.removed(self._removals, curved=True)
         who, followed = removed.removals, len(self.second)
         near = who < followed
@@ -209,8 +210,9 @@ class Shifts:
             own = removed.hessian_product(shifts)[near]
             self.second[who[near]] -= own @ gamma
             change = without_the_removed(change, who[near], removed.gradients[near], own)
-        self.exact = updated(self.exact, change, drift, source)
+        self.exact = updated_by_range(self.exact, change, responses)
         if self.modelling:
+            ((_, drift, source),) = responses  # nothing is modelled where they differ
             self._model(t, removed, gamma, drift, source)
             self._put(fresh, updated([part[fresh] for part in self._rows], curved[len(started) :], drift, source))
             self._since[: t + 1] = drift @ self._since[: t + 1]

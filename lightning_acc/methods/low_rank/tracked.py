@@ -243,3 +243,13 @@ def updated(parts: Sequence[Tensor], change: Tensor, drift: Tensor, source: Tens
                 total.add_(part, alpha=by)
         after.append(total)
     return after
+
+
+def updated_by_range(
+    parts: Sequence[Tensor], change: Tensor, responses: Sequence[tuple[slice, Tensor, Tensor]]
+) -> list[Tensor]:
+    """The same of parts (n, p), range by range, each with its drift and source."""
+    if len(responses) == 1:
+        return updated(parts, change, *responses[0][1:])
+    ranges = [updated([part[:, at] for part in parts], change[:, at], drift, source) for at, drift, source in responses]
+    return [torch.cat(pieces, 1) for pieces in zip(*ranges, strict=True)]
