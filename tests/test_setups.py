@@ -169,6 +169,16 @@ def test_groups_keep_their_own_slots(tmp_path: Path, kind: str) -> None:
     assert record(tmp_path / "run", module).audit().max_abs_error == 0
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_groups_are_clipped_together_to_the_last_bit(tmp_path: Path, kind: str) -> None:
+    """The norm is summed up in the order of the groups, which is not that of the parameters."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        module = TwoKinds(hidden=9, activation="gelu").double()
+        module.kind = kind
+        assert record(tmp_path / str(seed), module, gradient_clip_val=0.2).audit().max_abs_error == 0
+
+
 def test_tangents_are_finite_where_adams_second_moment_is_zero(tmp_path: Path) -> None:
     tensors = data().tensors
     tensors[0][:, 0] = 0  # an input that is never there: its weights have no gradient, ever

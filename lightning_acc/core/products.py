@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_acc.core.losses.tracing import quiet, traceable
-from lightning_acc.core.optimizers import Hyperparameters, State, Update, clipped, through_clipping
+from lightning_acc.core.optimizers import Hyperparameters, State, Update, through_clipping
 from lightning_acc.core.optimizers.update import BLOCK
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.removals import Removals
@@ -172,7 +172,7 @@ def through_the_update(
         inputs.clear()
 
     pieces = gradient.split(update.layout.sizes)
-    for place, block, piece, h in update.blocks(state, clipped(list(pieces), groups), groups):
+    for place, block, piece, h in update.blocks(state, update.clipped(pieces, groups), groups):
         leaves = [part.detach().requires_grad_() for part in (*block, piece)]
         outputs += update.one(tuple(leaves[:-1]), leaves[-1], h)
         inputs += leaves

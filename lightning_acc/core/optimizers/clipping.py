@@ -7,21 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_acc.core.optimizers.rule import Hyperparameters, moves
+from lightning_acc.core.optimizers.rule import Hyperparameters
 
 
-def clipped(gradient: list[Tensor], groups: list[Hyperparameters]) -> list[Tensor]:
-    """The parameters' gradients (..., p_k), clipped as the hyper-parameters of the first group say."""
+def clipped(gradient: list[Tensor], groups: list[Hyperparameters], summands: Sequence[int] | None = None) -> list[Tensor]:
+    """The parameters' gradients (..., p_k), clipped as the hyper-parameters of the first group say.
+
+    ``summands`` are the indices of those that the norm is taken of, in the order in which the training adds them up.
+    """
     value = groups[0]["gradient_clip_val"]
     if not value:
         return gradient
     if groups[0]["gradient_clip_algorithm"] == "value":
         return [piece.clamp(-value, value) for piece in gradient]
-    moved = moves(groups)
-    if moved is None or len(gradient) != len(moved):  # taken as one
-        moved = [True] * len(gradient)
-    # Of what rests the gradient is 0; a 0 among the summands might round the others otherwise.
-    factor = _factor(_norm([piece for piece, moves in zip(gradient, moved, strict=True) if moves]), value)
+    factor = _factor(_norm(gradient if summands is None else [gradient[i] for i in summands]), value)
     return [piece * factor for piece in gradient]
 
 

@@ -72,14 +72,22 @@ class Update:
 
     def __call__(self, state: State, gradient: Tensor, groups: list[Hyperparameters]) -> State:
         """The state after the update; all tensors (..., p)."""
-        pieces = self._by_parameter(state, clipped(list(gradient.split(self.layout.sizes, -1)), groups), groups)
+        pieces = self._by_parameter(state, self.clipped(gradient.split(self.layout.sizes, -1), groups), groups)
         updated = [self.one(piece, g, h) for h, g, piece in pieces]
         return tuple(torch.cat(parts, -1) for parts in zip(*updated, strict=True))
 
     def in_place(self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]) -> None:
         """The same, to the last bit, written over ``state`` (..., p), by the parameters' gradients (..., p_k)."""
-        for _, block, gradient, h in self.blocks(state, clipped(list(gradients), groups), groups):
+        for _, block, gradient, h in self.blocks(state, self.clipped(gradients, groups), groups):
             self._write(block, gradient, h)
+
+    def clipped(self, gradients: Sequence[Tensor], groups: list[Hyperparameters]) -> list[Tensor]:
+        """The parameters' gradients (..., p_k), clipped by the norm of those that move, in the order of their groups."""
+        if not groups[0]["gradient_clip_val"]:
+            return list(gradients)
+        moving = moves(groups) or [True] * len(self.group_of)
+        members = sorted((group, i) for i, group in enumerate(self.group_of) if group is not None and moving[i])
+        return clipped(list(gradients), groups, [i for _, i in members])
 
     def blocks(
         self, state: State, gradients: Sequence[Tensor], groups: list[Hyperparameters]
