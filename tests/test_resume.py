@@ -15,6 +15,7 @@ import torch
 from problems import data, fit, flat, make
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import lightning_acc as la
 
@@ -178,6 +179,26 @@ def test_a_changed_module_is_refused(tmp_path: Path) -> None:
     stopped(tmp_path, 8)
     other = make(hidden=4, dropout=0.2, optimizer=OPTIMIZERS["adamw"], decay_lr=0.8)
     refused(tmp_path, "does not go on with the training it resumes: its module", other, ckpt_path=checkpoint(tmp_path, 6))
+
+
+def test_batches_that_are_built_otherwise_are_refused(tmp_path: Path) -> None:
+    stopped(tmp_path, 8)
+    named = [{"x": x, "y": y} for x, y in data()]
+    loader = DataLoader(named, 5, shuffle=True)
+    before = files(tmp_path / "run")
+    keep = ModelCheckpoint(tmp_path / "others", every_n_train_steps=3)
+    with pytest.raises(la.RunError, match="does not go on with the training it resumes: its batch_structure is"):
+        fit(
+            module(),
+            loader,
+            la.TrajectoryRecorder(tmp_path / "run"),
+            keep,
+            enable_checkpointing=True,
+            max_epochs=4,
+            gradient_clip_val=0.5,
+            ckpt_path=checkpoint(tmp_path, 6),
+        )
+    assert files(tmp_path / "run") == before
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -91,10 +91,11 @@ def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
     for key in SAME:
         if key == "n_samples" and "sample_id" in recorded:
             continue  # those that have been seen by now
+        was, there = recorded.get(key), now.get(key)
         if key == "optimizer":
-            recorded, now = {key: _as_yet(recorded[key], now[key])}, {key: _as_yet(now[key], now[key])}
-        if recorded.get(key) != now.get(key):
-            return f"its {key} is {now.get(key)!r}, but was {recorded.get(key)!r}"
+            was, there = (_as_yet(said, now[key]) for said in (recorded[key], now[key]))
+        if was != there:
+            return f"its {key} is {there!r}, but was {was!r}"
     return None
 
 
