@@ -107,6 +107,10 @@ def _empty_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> Tenso
     return Pretend(torch.empty_strided(size, stride, dtype=dtype))
 
 
+def _arange(*ends: Any, dtype: Any = None, **_: Any) -> Tensor:
+    return Pretend(torch.arange(*ends, dtype=dtype))
+
+
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     _held(target).copy_(_held(source))
     return target
@@ -144,6 +148,8 @@ def begin() -> torch.device:
     library.impl("empty.memory_format", _empty)
     library.impl("empty_strided", _empty_strided)
     library.impl("_efficientzerotensor", _zeros)
+    for name in ("arange", "arange.start", "arange.start_step"):
+        library.impl(name, _arange)
     library.impl("_copy_from", _copy_from)
     _libraries.append(library)
     return torch.device(NAME)
@@ -197,17 +203,36 @@ def texts() -> list[dict[str, Any]]:
     ]
 
 
+class InTurn(Net):
+    """The first layer rests in the second epoch; each layer has settings of its own."""
+
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.current_epoch == 0)
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.net[0].parameters(), "lr": 0.1}, {"params": self.net[3].parameters()}]
+        return self.optimizer_class(groups, **self.options)
+
+
+def in_turn(optimizer: dict[str, Any]) -> InTurn:
+    torch.manual_seed(0)
+    return InTurn(hidden=4, activation="gelu", optimizer=optimizer).double()
+
+
 RUNS: dict[str, Callable[[], Any]] = {
     "sgd": lambda: make(hidden=4, activation="gelu", optimizer={"momentum": 0.9}),
     "adamw": lambda: make(hidden=4, activation="gelu", optimizer=ADAMW),
     "reductions": lambda: StepOnly().double(),
     "texts": lambda: Texts().double(),
+    "sgd in turn": lambda: in_turn({"momentum": 0.9, "lr": 0.05}),
+    "adamw in turn": lambda: in_turn(ADAMW),
 }
 THERE: dict[str, float] = {"there": 0.0, "dropout there": 0.3}
 """Runs that are recorded on the pretend device, and their dropout."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2},
     "texts": {"train": texts(), "validation": False},
+    **{f"{name} in turn": {"recorder": {"frozen": "trained-later"}} for name in ("sgd", "adamw")},
 }
 
 
@@ -290,6 +315,16 @@ CASES: dict[str, tuple[str, Callable[[la.Run, str], Any]]] = {
         for run, methods in {"sgd": ["acc-low-rank"], "adamw": ["loo", "acc-sgd-ie", "sgd-ie", "tracin"]}.items()
         for method in methods
         for readout, at in (("exact", "end"), ("linear", "along:3"))
+    },
+    **{
+        f"{method}, {run}, at {at}": (run, partial(scored, method=method, at=at, **options))
+        for run, method, options in (
+            ("adamw", "acc-low-rank", {"followed": N}),
+            ("adamw in turn", "acc-low-rank", {"followed": N}),
+            ("sgd in turn", "acc-low-rank", {"followed": N}),
+            *(("adamw in turn", method, {}) for method in ("loo", "acc-sgd-ie", "sgd-ie")),
+        )
+        for at in ("end", "along:3")
     },
     "screened": ("sgd", partial(scored, method="acc-low-rank", removals=range(12), followed=8)),
     "few directions": ("sgd", partial(scored, method="acc-low-rank", directions=5)),
