@@ -173,6 +173,28 @@ def test_what_rests_has_no_share_in_a_sample_s_gradient(tmp_path: Path) -> None:
     assert bool((self_influence(run, 2**30) > 0).all())
 
 
+class Taught(Transfer):
+    """Learns from a frozen network in single precision, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(5, 3).requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        self.teacher.float()
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        taught = self.teacher(batch[0].to(self.teacher.weight.dtype)).to(batch[0].dtype).sum(1)
+        return super().per_sample_loss(batch) * (1 + 0.1 * taught.sigmoid())
+
+
+def test_a_frozen_part_of_another_dtype_is_no_backbone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", Taught().double(), callbacks=(BackboneFinetuning(1, lambda epoch: 1.5),))
+    assert [name.partition(".")[0] for name, _ in run.manifest["layout"]] == ["backbone", "backbone", "net", "net"]
+    assert run.audit().ok
+
+
 class NeverUnfrozen(Transfer):
     """Its backbone is frozen for good, and given to the optimizer without a thought."""
 

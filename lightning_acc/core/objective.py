@@ -18,7 +18,7 @@ from lightning_acc.core.losses.per_sample import Losses, Reduction, Source, loss
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.modules.checkpointing import kept_activations
 from lightning_acc.core.modules.compiled import eagerly
-from lightning_acc.core.modules.precision import PRECISIONS, default_dtype
+from lightning_acc.core.modules.precision import NARROW, PRECISIONS, default_dtype, of_other_dtypes, put
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.stand_in import Attributes, Place, silent_copy, trainer_of
 from lightning_acc.record import batches
@@ -71,6 +71,8 @@ class Objective:
         evaluation_modules: names of the submodules that are in evaluation mode during training.
         tensors: values of buffers and untrained parameters, by name.
         dtype: floating-point dtype of the computation.
+        trained_in: that of the trained parameters in training, where it is another. What the module has in further dtypes, as a
+            frozen part in bfloat16, stays as it was.
         device: where it is done.
         independent_rows: whether the loss of a sample alone equals its loss within a batch, so that single samples may
             be taken out of a batch to save time.
@@ -92,6 +94,7 @@ class Objective:
         evaluation_modules: list[str] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
+        trained_in: torch.dtype | None = None,
         device: torch.device = CPU,
         independent_rows: bool = False,
         penalised: bool = False,
@@ -107,8 +110,12 @@ class Objective:
         self.independent_rows = independent_rows
         self.penalised = penalised
         module = silent_copy(module, trainer)
+        others = of_other_dtypes(module, tensors, trained_in or dtype, {name for name, _ in layout.shapes})
         module.to(device, dtype).train()  # before the values: a narrower dtype would round them
         module.load_state_dict({**module.state_dict(), **(tensors or {})}, strict=False)
+        for name, value in others.items():
+            put(module, name, value.to(device))
+        self._narrow = any(value.dtype in NARROW for value in others.values())
         for name in evaluation_modules or []:
             module.get_submodule(name).training = False
         for part in module.modules():
@@ -148,7 +155,7 @@ class Objective:
     @property
     def full_precision(self) -> bool:
         """Whether everything is computed in ``dtype``."""
-        return self._autocast is None
+        return self._autocast is None and not self._narrow
 
     @property
     def undivided(self) -> str | None:

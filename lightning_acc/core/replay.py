@@ -75,8 +75,7 @@ class Replay:
         self._until = run.n_steps if until is None else min(until, run.n_steps)
         name = arguments.choice("dtype", run.scored_in if dtype is None else dtype, SCORED, " to replay in")
         self.dtype = DTYPES[run.dtype if as_trained else name]
-        manifest = run.manifest
-        precision = manifest.get("precision", "32-true")
+        manifest, precision = run.manifest, run.manifest.get("precision", "32-true")
         self.rounded_to = rounded_to(precision, self.dtype, manifest.get("compiled", False))
         self.layout = ParameterLayout(manifest["layout"])
         module = module_of(run)
@@ -92,6 +91,7 @@ class Replay:
                 evaluation_modules=manifest["evaluation_modules"],
                 tensors=frozen,
                 dtype=self.dtype,
+                trained_in=DTYPES[run.dtype],
                 device=device,
                 independent_rows=manifest["loss"]["independent_rows"],
                 penalised=manifest["loss"].get("penalised", False),

@@ -45,8 +45,10 @@ class TrainedOptimizer:
         self.name = type(self._optimizer).__name__
         group_of = groups_of(self._optimizer)
         named = [(plain_name(name), p) for name, p in module.named_parameters()]
-        trained = [(name, p) for name, p in named if later or (p.requires_grad and id(p) in group_of)]
-        left_out = [(name, p) for name, p in named if not later and not (p.requires_grad and id(p) in group_of)]
+        as_yet = {id(p): p.dtype for _, p in named if p.requires_grad and id(p) in group_of}
+        joining = set(as_yet.values()) if later else set()  # a frozen part in other numbers, as a teacher, is no backbone
+        trained = [(name, p) for name, p in named if id(p) in as_yet or p.dtype in joining]
+        left_out = [(name, p) for name, p in named if id(p) not in as_yet and p.dtype not in joining]
         if any(hasattr(p, "full_tensor") for _, p in trained):  # a part of a DTensor, under a strategy of the user's own
             refuse_if(sharded(type(trainer.strategy).__name__))
         dtypes = {p.dtype for _, p in trained}

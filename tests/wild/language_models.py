@@ -113,6 +113,22 @@ class LlamaByHand(NextTokenByHand, Llama):
     pass
 
 
+class NarrowBase(LanguageModel):
+    """PEFT leaves the adapters in single precision where the frozen weights are in bfloat16."""
+
+    def make(self) -> Any:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn"])
+        return peft.get_peft_model(super().make().to(torch.bfloat16), config)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
+
+
+class NarrowBaseByHand(NextTokenByHand, NarrowBase):
+    pass
+
+
 class Masked(LanguageModel):
     def make(self) -> Any:
         return transformers.BertForMaskedLM(transformers.BertConfig(**TINY))
@@ -246,6 +262,15 @@ SETUPS: dict[str, Setup] = {
         LanguageModelByHand,
         held_out,
         trainer={"precision": "bf16-true"},
+        double=False,
+        tolerance=0.1,
+    ),
+    "peft: LoRA on GPT-2 in bfloat16": Setup(
+        "frozen weights in bfloat16, adapters in float32, dropout; bfloat16 rounds activations to 3 digits",
+        NarrowBase,
+        texts,
+        NarrowBaseByHand,
+        held_out,
         double=False,
         tolerance=0.1,
     ),

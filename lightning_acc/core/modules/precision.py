@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
+NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,34 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def of_other_dtypes(
+    module: nn.Module, tensors: Mapping[str, Tensor] | None, trained_in: torch.dtype, trained: set[str]
+) -> dict[str, Tensor]:
+    """By name what a module holds beside the ``trained`` parameters in other floating-point dtypes than these are trained in,
+    as a frozen part in bfloat16.
+
+    ``tensors`` are as the training had them. Others, of a module that was built anew, are as they were built, if a training in
+    such a dtype casts nothing.
+    """
+    held: dict[str, Tensor] = dict(
+        itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    )
+    if tensors is not None:
+        held = {**(held if trained_in == torch.float32 else {}), **tensors}
+    return {
+        name: value.detach()
+        for name, value in held.items()
+        if name not in trained and value.is_floating_point() and value.dtype != trained_in
+    }
+
+
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a value in the place of a parameter or buffer, whatever its dtype."""
+    holder, _, leaf = name.rpartition(".")
+    part = module.get_submodule(holder)
+    if leaf in part._parameters:
+        part._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    elif leaf in part._buffers:
+        part._buffers[leaf] = value
