@@ -115,17 +115,6 @@ class ByEpoch(Net):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
 
 
-class Freezing(Net):
-    """Stops training its first layer after an epoch."""
-
-    def __init__(self) -> None:
-        super().__init__(hidden=4)
-
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch == 1:
-            self.net[0].requires_grad_(False)
-
-
 class Shrinking(pl.Callback):
     """Shrinks the parameters at the end of an epoch."""
 
@@ -140,7 +129,6 @@ LATE: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         (),
         r"has become another .* step 4 their gradients differ by 50 %.*let per_sample_loss.*change",
     ),
-    "layer frozen on the way": (Freezing, (), r"in step 4 their gradients differ .*what is trained"),
     "callback at the end of an epoch": (Net, (Shrinking(),), r"Step 3 moved the parameters otherwise"),
 }
 

@@ -382,5 +382,19 @@ def test_records_that_say_it_otherwise_are_refused(tmp_path: Path, steps: Any) -
         la.score(la.Run(run.path), "loo", [0], ray_address=None, save=False, check=0)
 
 
+class FrozenLater(Transfer):
+    """Stops training its backbone after an epoch, which needs no word."""
+
+    def on_train_epoch_start(self) -> None:
+        self.backbone.requires_grad_(self.current_epoch == 0)
+
+
+def test_a_layer_that_is_frozen_on_the_way(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = record(tmp_path / "run", FrozenLater().double(), gradient_clip_val=0.5)
+    assert [step.groups[0].get(PARAMETER_STEPS) for step in run.steps[3:5]] == [None, [0, 0, 5, 5]]
+    assert run.audit().max_abs_error == 0
+
+
 def test_where_every_step_moves_all_nothing_is_said(tmp_path: Path) -> None:
     assert PARAMETER_STEPS not in record(tmp_path / "run", make(optimizer=ADAMW)).steps[0].groups[0]

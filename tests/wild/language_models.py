@@ -118,7 +118,9 @@ class NarrowBase(LanguageModel):
 
     def make(self) -> Any:
         peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn"])
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn"], fan_in_fan_out=True
+        )
         return peft.get_peft_model(super().make().to(torch.bfloat16), config)
 
     def configure_optimizers(self) -> Any:
