@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_acc as la
 from lightning_acc.core.queries import moments
+from lightning_acc.core.replay import Replay
 from lightning_acc.methods.method import Question
 
 N, FEATURES, CLASSES = 24, 5, 3
@@ -234,6 +235,16 @@ def replay_by_hand(run: la.Run, module: Net, weight_of: dict[int, float]) -> Ten
         (step.weights * scale * losses).sum().backward()
         optimizer.step()
     return flat(module)
+
+
+def weighing(replay: Replay, sample: int, weight: float) -> Tensor:
+    """The final parameters (p,) of the recorded run with the loss of one sample times ``weight``."""
+    state = replay.initial
+    for t in range(len(replay)):
+        step = replay.step(t)
+        step.weights = torch.where(step.sample_ids == sample, weight * step.weights, step.weights)
+        state = step(state)
+    return state[0]
 
 
 def asked(run: la.Run, query: str = "val", at: Any = "end", memory: int = 2**30, **options: Any) -> Question:

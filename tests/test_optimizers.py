@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import N, Net, Weighted, data, fit
+from problems import N, Net, Weighted, data, fit, weighing
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -256,18 +256,10 @@ def test_sgd_ie_is_the_derivative_in_the_weight_and_forward_equals_reverse(
     monkeypatch.setattr(by_matrix, "ROUNDED_TO", torch.float64)  # a rounded number has no difference quotient
     replay = Replay(run)
 
-    def final(sample: int, weight: float) -> Tensor:
-        state = replay.initial
-        for t in range(len(replay)):
-            step = replay.step(t)
-            step.weights = torch.where(step.sample_ids == sample, weight * step.weights, step.weights)
-            state = step(state)
-        return state[0]
-
     carry = shifts_by_hand(replay)
     for sample, shift in zip((4, 9), carry, strict=True):
         eps = 1e-5
-        difference = (final(sample, 1 - eps) - final(sample, 1 + eps)) / (2 * eps)
+        difference = (weighing(replay, sample, 1 - eps) - weighing(replay, sample, 1 + eps)) / (2 * eps)
         assert float((shift - difference).norm() / difference.norm()) < 2e-6
 
 

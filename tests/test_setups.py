@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import N, Net, Weighted, data, fit, make, record
+from problems import N, Net, Weighted, data, fit, make, record, weighing
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -124,24 +124,15 @@ def test_sgd_ie_is_the_derivative_in_the_weight_and_forward_equals_reverse(
     tmp_path: Path, optimizer: str, clipping: str
 ) -> None:
     from lightning_acc.core.replay import Replay
-    from lightning_acc.core.step import Step
 
     module = make(hidden=5, activation="gelu", dropout=0.3, optimizer=OPTIMIZERS[optimizer])
     run = record(tmp_path / "run", module, accumulate_grad_batches=2, **CLIPPING[clipping])
     replay = Replay(run)
 
-    def final(sample: int, weight: float) -> Tensor:
-        state = replay.initial
-        for t in range(len(replay)):
-            step: Step = replay.step(t)
-            step.weights = torch.where(step.sample_ids == sample, weight * step.weights, step.weights)
-            state = step(state)
-        return state[0]
-
     found = shifts(run, "sgd-ie", [4, 9])
     for sample, shift in zip((4, 9), found, strict=True):
         eps = 1e-5
-        difference = (final(sample, 1 - eps) - final(sample, 1 + eps)) / (2 * eps)
+        difference = (weighing(replay, sample, 1 - eps) - weighing(replay, sample, 1 + eps)) / (2 * eps)
         assert float((shift - difference).norm() / difference.norm()) < 1e-6
     forward = la.score(run, "sgd-ie", readout="linear", keep_shifts=True, ray_address=None, save=False, check=0).values
     reverse = la.score(run, "sgd-ie", ray_address=None, save=False, check=0).values

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import N, Net, Weighted, data, fit, flat, make, record, trainer
+from problems import N, Net, Weighted, data, fit, flat, make, record, trainer, weighing
 from pytorch_lightning.callbacks import BackboneFinetuning
 from safetensors.torch import save
 from test_ddp import DDP
@@ -24,7 +24,6 @@ import lightning_acc as la
 from lightning_acc.core.optimizers import PARAMETER_STEPS
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
-from lightning_acc.core.step import Step
 from lightning_acc.judge.self_influence import self_influence
 from lightning_acc.record.schema.files import unpacked
 from lightning_acc.recorder import RecordingRefused
@@ -101,18 +100,10 @@ def test_sgd_ie_is_the_derivative_and_forward_equals_reverse(tmp_path: Path, nam
     run = la.Run(tmp_path / "run")
     replay = Replay(run)
 
-    def final(sample: int, weight: float) -> Tensor:
-        state = replay.initial
-        for t in range(len(replay)):
-            step: Step = replay.step(t)
-            step.weights = torch.where(step.sample_ids == sample, weight * step.weights, step.weights)
-            state = step(state)
-        return state[0]
-
     eps = 1e-5
     found = shifts(run, "sgd-ie", [4, 9])
     for sample, shift in zip((4, 9), found, strict=True):
-        difference = (final(sample, 1 - eps) - final(sample, 1 + eps)) / (2 * eps)
+        difference = (weighing(replay, sample, 1 - eps) - weighing(replay, sample, 1 + eps)) / (2 * eps)
         assert float((shift - difference).norm() / difference.norm()) < 1e-5
     options: dict[str, Any] = {"ray_address": None, "save": False, "check": 0}
     forward = la.score(run, "sgd-ie", None, held_out(), readout="linear", keep_shifts=True, **options).values
