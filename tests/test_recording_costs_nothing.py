@@ -342,6 +342,7 @@ def test_a_killed_training_loses_seconds(tmp_path: Path, kill: int, monkeypatch:
     process.start()
     last = random.Random(kill).randint(80, 160)  # however long these take
     while told.value < last:
+        assert process.is_alive(), process.exitcode
         time.sleep(0.02)
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()

@@ -262,7 +262,7 @@ class Following:
             )
         begins = self.optimizer.moved.begins and self._write.processes == 1
         compare = self._due(number, sum(len(batch.ids) for batch in self._seen)) or begins
-        taken = main is not None and number in main.snapshots  # by what this training resumes
+        taken = main is not None and number in main.snapshots[-1:]  # by what this training resumes
         keep = not taken and (not self.begun or self.snapshots.due(number))
         if not (compare or keep or self._checks.followed is not None):
             return

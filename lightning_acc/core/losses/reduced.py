@@ -95,6 +95,11 @@ class Seen:
         self._apart = set(map(id, self._kept))
         self._follows = bool(self._apart)
 
+    @property
+    def nothing_yet(self) -> bool:
+        """Whether no tensor is known of yet."""
+        return not self._kept
+
     def of(self, thing: object) -> Reduced | None:
         """How a tensor was reduced over the samples; None where it was not, or is no tensor."""
         return self._reduced.get(id(thing)) if isinstance(thing, Tensor) else None

@@ -4,6 +4,7 @@ reduced, what each sample contributes to its result.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -32,6 +33,8 @@ class Reductions(TorchFunctionMode):
         self.seen = Seen(size, weights_only, own)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.seen.nothing_yet and RULES.get(function) not in BEGINNINGS:
+            return function(*args, **(kwargs or {}))  # a training is observed in every step: its layers are none the slower
         call = Call(function, args, kwargs or {})
         try:
             result = RULES.get(function, others)(self.seen, call)
@@ -44,13 +47,15 @@ class Reductions(TorchFunctionMode):
             return self.seen.lose(call.result, Lost(f"it calls {call.name} in a way that is not understood"))
 
 
+signature = functools.cache(inspect.signature)
+
 # --- torch's losses: their values by reduction="none", then the mean or the sum of these
 
 
 def loss(seen: Seen, call: Call) -> Any:
     """A loss of ``torch.nn.functional``."""
     function = call.function
-    bound = inspect.signature(function).bind(*call.args, **call.kwargs)
+    bound = signature(function).bind(*call.args, **call.kwargs)
     bound.apply_defaults()
     given = bound.arguments
     reduction = given["reduction"]
@@ -167,3 +172,5 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(_named("stack"), linear.stacked),
 }
 """The rule of each function; what all others make is no sum over the samples."""
+BEGINNINGS = (loss, reduction, linear.multiplied)
+"""The rules that say something of what is made of tensors of which nothing is known."""
