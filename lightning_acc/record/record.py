@@ -6,6 +6,7 @@ What is done with it is in ``core`` and above; users open it as ``la.Run``, whic
 from __future__ import annotations
 
 import bisect
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -141,7 +142,7 @@ class Record:
         """Name of the dtype scores are computed in: as trained, or float32 where that is narrower (see ``keys.SCORED``)."""
         return self.dtype if self.dtype in keys.SCORED else "float32"
 
-    @property
+    @cached_property
     def steps(self) -> Steps:
         """The steps, ``run.steps[t]``."""
         return Steps(self)
@@ -249,15 +250,17 @@ class Record:
         return self._loaded[name]
 
     @cached_property
-    def _firsts(self) -> list[int]:
-        """First step in each of the files of steps."""
-        counts = [self._file(name)["count"] for name in self._names("steps")]
-        return [sum(counts[:i]) for i in range(len(counts))]
+    def _step_files(self) -> tuple[list[int], list[str]]:
+        """The first step in each of the files of steps, and their names."""
+        names = self._names("steps")
+        counts = [self._file(name)["count"] for name in names]
+        return [0, *itertools.accumulate(counts[:-1])], names
 
     def _locate(self, step: int) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
-        file = bisect.bisect_right(self._firsts, step) - 1
-        tensors, metadata = self._load(self._names("steps")[file])
-        return tensors, step - self._firsts[file], metadata
+        firsts, names = self._step_files
+        file = bisect.bisect_right(firsts, step) - 1
+        tensors, metadata = self._load(names[file])
+        return tensors, step - firsts[file], metadata
 
     @cached_property
     def _named(self) -> SampleNames | None:

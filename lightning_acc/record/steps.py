@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_acc.record.record import Record
 
 
+RECENT = 8
+"""Steps that are kept as they were read."""
 RANDOM = {"cpu": "", "cuda": "_cuda"}
 """Ends of the names of what is stored of random number generators, by the kind of their device."""
 
@@ -77,6 +80,8 @@ class Steps(Sequence[StepRecord]):
 
     def __init__(self, record: Record) -> None:
         self._record = record
+        # A sweep asks several times for the step it is at.
+        self._recent = functools.lru_cache(RECENT)(self._read)
 
     def __len__(self) -> int:
         return self._record.n_steps
@@ -88,14 +93,20 @@ class Steps(Sequence[StepRecord]):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(f"step {index} of a run with {len(self)} steps")
+        return self._recent(int(index))
+
+    def _read(self, index: int) -> StepRecord:
         tensors, i, metadata = self._record._locate(index)
         first, last = tensors["offsets"][i : i + 2].tolist()
         start, end = tensors["batch_offsets"][i : i + 2].tolist()
         rng: list[dict[str, Tensor]] = [{} for _ in range(start, end)]
         for kind, end_of_name in RANDOM.items():
-            for row, batch in enumerate(tensors.get(f"rng_batches{end_of_name}", ())):
-                if start <= batch < end:  # a copy: set_state crashes on memory that is not aligned, as inside a file
-                    rng[int(batch) - start][kind] = tensors[f"rng{end_of_name}"][row].clone()
+            drawn = tensors.get(f"rng_batches{end_of_name}")
+            if drawn is None:
+                continue
+            for row in ((drawn >= start) & (drawn < end)).nonzero()[:, 0].tolist():
+                # A copy: set_state crashes on memory that is not aligned, as inside a file.
+                rng[int(drawn[row]) - start][kind] = tensors[f"rng{end_of_name}"][row].clone()
         return StepRecord(
             sample_ids=self._record._numbers(tensors["sample_ids"][first:last]),
             weights=tensors["weights"][first:last],

@@ -35,15 +35,13 @@ class Staging:
         self._failed: BaseException | None = None
 
     def add(self, leaves: Leaves, sample_ids: list[int] | None) -> Tensor:
-        """Number the rows of a batch as it is now; the numbers (B,), int64, are there after ``take``.
+        """Number the rows of a batch in the CPU's memory as it is now; the numbers (B,), int64, are there after ``take``.
 
         Raises:
             BaseException: what stopped the numbering of a batch before.
         """
         own = {  # a copy, as a training step may write to its batch
-            name: leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, leaf in leaves.items()
-            if batches.has_rows(name)
+            name: leaf.clone(memory_format=torch.contiguous_format) for name, leaf in leaves.items() if batches.has_rows(name)
         }
         numbers = torch.empty(batches.batch_size(own), dtype=torch.int64)
         self._waiting.append((own, sample_ids, numbers))
