@@ -7,10 +7,12 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from problems import N, data, make, record
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_acc as la
 from lightning_acc.record import manifest as manifests
@@ -230,3 +232,33 @@ def test_queries_of_ones_own(path: Path) -> None:
         run.add_query("../escape", held_out)
     with pytest.raises(la.RequestError, match="no data"):
         la.Query("empty", [])
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch computes in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_reading_a_step_takes_as_much_in_a_long_run(tmp_path: Path) -> None:
+    """Its random states are found, and not looked for among those of all steps in their file."""
+    counts = []
+    for epochs in (1, 12):
+        run = record(tmp_path / f"{epochs}", make(hidden=4, dropout=0.2), max_epochs=epochs)
+        assert run.n_steps == 4 * epochs
+        assert run.steps[0].rng[0].keys() == {"cpu"}  # and the file is read
+        with Calls() as calls:
+            step = run.steps[2]
+        counts.append(calls.number)
+        assert step.rng[0].keys() == {"cpu"}
+        assert not torch.equal(step.rng[0]["cpu"], run.steps[0].rng[0]["cpu"])
+        with Calls() as calls:
+            assert run.steps[2] is step
+        assert not calls.number
+    assert counts[0] == counts[1] > 0
