@@ -140,10 +140,20 @@ def test_a_third_extremes_two_thirds_at_random_stand_with_their_truths(
 
 
 def test_how_many_are_checked_is_as_asked(recorded: la.Run) -> None:
-    for asked, counts in ((6, (4, 2)), (60, (40, 20)), (10_000, (MANY, 0))):
+    for asked, counts in ((12, (12, 0)), (15, (12, 3)), (18, (12, 6)), (60, (40, 20)), (10_000, (MANY, 0))):
         verdict = score(recorded, save=False, check=asked).verdict
-        assert (len(verdict.random) or 0, len(verdict.extremes)) == (counts if asked >= 18 else (0, 0))
+        assert verdict.word != "unchecked"
+        assert (len(verdict.random), len(verdict.extremes), verdict.n_extreme) == (*counts, counts[1])
+        assert (verdict.top_confirmed is None) == (not counts[1])
+    assert score(recorded, save=False, check=11).verdict.reason.startswith("11 random removals with finite scores are too few")
     assert score(recorded, save=False, removals=[1, 2, 3]).verdict.reason.startswith("3 removals are too few")
+    assert score(recorded, save=False, removals=[1, 2, 3], check=2).verdict.reason.startswith("3 removals are too few")
+    all_of_them = score(recorded, save=False, removals=[1, 2, 3], check=18)
+    assert (all_of_them.verdict.word, all_of_them.verdict.reason) == (
+        "faithful",
+        "all 3 removals were retrained without: these are true scores",
+    )
+    assert all_of_them.table["source"].to_pylist() == ["loo"] * 3
     for bad in (-1, 1.5, True, "all"):
         with pytest.raises(la.RequestError, match="check="):
             score(recorded, check=bad)

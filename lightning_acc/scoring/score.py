@@ -95,7 +95,8 @@ def score(
             less in (``"along:K"``: over K); a step, or a list of steps: their mean; a name in ``run.checkpoints``, such as
             ``"best"``; or one in ``run.averages`` (``"ema"``, ``"swa"``): the average of the parameters that a callback kept.
         check: how many removals to retrain without (``loo``), so that the scores can say how far they are to be trusted: two
-            thirds of them at random, for the verdict, one third the most extreme. Their true scores stand in the table.
+            thirds at random, for the verdict, which needs 12, and the rest the most extreme. Their true scores stand in the
+            table.
             ``"auto"`` is 48, or 18, as the time of the scoring itself or a minute allows; 0 leaves the scores unchecked.
             Groups too large for an estimate (2 % of the samples or more) are all retrained without, unless it is 0.
         confirm: so many of the most harmful removals are also retrained without. Estimates screen, the truth confirms.

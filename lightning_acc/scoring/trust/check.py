@@ -172,8 +172,8 @@ def check_scores(
     except RequestError as error:  # what was scored is not lost to a check that cannot be
         return scores.checked({}, unchecked(f"nothing can be retrained without here ({_first(error)})"))
     budget = max(LEAST_SECONDS, seconds)
-    few = check == "auto" and n < FEWEST
-    count = (0, 0) if few else _affordable(check, n, cost, budget)
+    few = n < FEWEST
+    count = (0, 0) if few and check == "auto" else _affordable(check, n, cost, budget)
     random, extremes = draw(scores, count)
     wanted = list(dict.fromkeys([*random, *extremes, *groups, *most_harmful]))
     left = int((budget - cost.seconds(len(wanted))) / max(cost.each, 1e-9))
@@ -245,9 +245,9 @@ def check_matrix(
 
 def _affordable(check: Check, n: int, cost: Price, budget: float) -> tuple[int, int]:
     """How many random and how many extreme removals are checked."""
-    if isinstance(check, int):
-        n_random = min(n, math.ceil(2 * check / 3))
-        return n_random, min(check - math.ceil(2 * check / 3), n - n_random)
+    if isinstance(check, int):  # as many at random as a verdict needs, before any extreme one
+        n_random = min(n, max(math.ceil(2 * check / 3), min(check, FEWEST)))
+        return n_random, min(check - n_random, n - n_random)
     for n_random, n_extreme in SIZES:
         count = min(n, n_random), min(n_extreme, max(0, n - n_random))
         if cost.seconds(sum(count)) <= budget:
