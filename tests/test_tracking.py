@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +33,7 @@ from lightning_acc.scoring.over_time import influence_over_time
 from lightning_acc.scoring.selection import select
 from lightning_acc.show import over_time, tracking
 from lightning_acc.show.headline import headline
-from lightning_acc.show.tracking import artifacts, connection, driver, panels
+from lightning_acc.show.tracking import artifacts, connection, driver, opening, panels
 from lightning_acc.studies.data.base import png
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
@@ -639,6 +641,18 @@ def test_dashboards_find_every_project_that_results_were_logged_to(
         assert (f"wandb sync {Path(path).relative_to(tmp_path)}" in text) == ("of others" not in name)
     assert "1 offline run of of others" in tracking.dashboards("of others", directory)
     assert tracking.dashboards(directory=str(tmp_path)).startswith("Nothing of lightning-acc was logged")
+
+
+def test_what_wandb_is_about_to_write_is_waited_for_and_what_it_never_wrote_is_not(tmp_path: Path) -> None:
+    file, header = tmp_path / "run-1.wandb", b":W&B\xe1\xbe\x00"
+    file.write_bytes(header)
+    later = threading.Timer(0.3, lambda: file.write_bytes(header + b"the run"))
+    later.start()
+    assert opening._head(file) == header + b"the run"
+    later.join()
+    file.write_bytes(header)
+    os.utime(file, (0, 0))
+    assert opening._head(file) == header
 
 
 def test_one_live_run_shows_progress_and_receives_the_results(

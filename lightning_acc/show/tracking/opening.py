@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import time
 from pathlib import Path
 
 from lightning_acc.errors import RequestError
@@ -16,6 +17,8 @@ SHOWN_RUNS = 20
 _IDENTITY = re.compile(rb"\x8a\x01[\x80-\xff]*[\x00-\x7f](?=\x0a)")
 """Of a run's file: where the record begins (kind 17 of W&B's protocol buffers) whose first fields are id, entity, project."""
 _PROJECT, _HEAD = 3, 2**20
+_EMPTY, _WRITTEN_IN = 7, 5.0
+"""Bytes of a file that holds no record as yet; and seconds in which it comes to one."""
 
 
 def dashboards(project: str | None = None, directory: str | None = None) -> str:
@@ -64,11 +67,20 @@ def _runs(directory: str | None) -> dict[Path, tuple[str, bool, bool]]:
     folders = [*files(directory).glob("offline-run-*"), *files(directory).glob("run-*")]
     for run in sorted(folders, key=lambda run: run.name.removeprefix("offline-"), reverse=True):
         for file in run.glob("*.wandb"):
-            with file.open("rb") as content:
-                head = content.read(_HEAD)
+            head = _head(file)
             is_waiting = run.name.startswith("offline-") and not list(run.glob("*.wandb.synced"))
             found[run] = _project(head), is_waiting, MARK.encode() in head
     return found
+
+
+def _head(file: Path) -> bytes:
+    """The beginning of a run's file. W&B may write it a moment after it says that the run is finished."""
+    while True:
+        with file.open("rb") as content:
+            head = content.read(_HEAD)
+        if len(head) > _EMPTY or time.time() - file.stat().st_mtime > _WRITTEN_IN:
+            return head
+        time.sleep(0.05)
 
 
 def _project(head: bytes) -> str:
