@@ -655,6 +655,14 @@ def test_what_wandb_is_about_to_write_is_waited_for_and_what_it_never_wrote_is_n
     assert opening._head(file) == header
 
 
+def test_a_file_of_the_future_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "_WRITTEN_IN", 0.2)
+    file = tmp_path / "run-1.wandb"
+    file.write_bytes(b":W&B")
+    os.utime(file, (2**33, 2**33))
+    assert opening._head(file) == b":W&B"
+
+
 def test_one_live_run_shows_progress_and_receives_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,7 +96,7 @@ class Seen:
         self._follows = bool(self._apart)
 
     @property
-    def nothing_yet(self) -> bool:
+    def empty(self) -> bool:
         """Whether no tensor is known of yet."""
         return not self._kept
 

@@ -33,7 +33,7 @@ class Reductions(TorchFunctionMode):
         self.seen = Seen(size, weights_only, own)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.seen.nothing_yet and RULES.get(function) not in BEGINNINGS:
+        if self.seen.empty and RULES.get(function) not in BEGINNINGS:
             return function(*args, **(kwargs or {}))  # a training is observed in every step: its layers are none the slower
         call = Call(function, args, kwargs or {})
         try:
@@ -47,7 +47,7 @@ class Reductions(TorchFunctionMode):
             return self.seen.lose(call.result, Lost(f"it calls {call.name} in a way that is not understood"))
 
 
-signature = functools.cache(inspect.signature)
+_signature = functools.cache(inspect.signature)
 
 # --- torch's losses: their values by reduction="none", then the mean or the sum of these
 
@@ -55,7 +55,7 @@ signature = functools.cache(inspect.signature)
 def loss(seen: Seen, call: Call) -> Any:
     """A loss of ``torch.nn.functional``."""
     function = call.function
-    bound = signature(function).bind(*call.args, **call.kwargs)
+    bound = _signature(function).bind(*call.args, **call.kwargs)
     bound.apply_defaults()
     given = bound.arguments
     reduction = given["reduction"]

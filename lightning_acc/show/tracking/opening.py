@@ -75,10 +75,12 @@ def _runs(directory: str | None) -> dict[Path, tuple[str, bool, bool]]:
 
 def _head(file: Path) -> bytes:
     """The beginning of a run's file. W&B may write it a moment after it says that the run is finished."""
+    age = max(0.0, time.time() - file.stat().st_mtime)  # by another machine's clock it may be of the future
+    until = time.monotonic() + _WRITTEN_IN - age
     while True:
         with file.open("rb") as content:
             head = content.read(_HEAD)
-        if len(head) > _EMPTY or time.time() - file.stat().st_mtime > _WRITTEN_IN:
+        if len(head) > _EMPTY or time.monotonic() > until:
             return head
         time.sleep(0.05)
 
