@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import data, fit, flat, make
+from problems import Net, data, fit, flat, make
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -239,3 +239,35 @@ def test_a_training_without_its_beginning_is_refused_even_with_overwrite(tmp_pat
     with pytest.raises(la.RunError, match="whose record is not here"):
         train(tmp_path, module(), again, recorded=False, ckpt_path=checkpoint(tmp_path / "other", 6))
     assert files(tmp_path / "run") == before
+
+
+class Annealed(Net):
+    """Its loss is weighed by a number that a hook sets, and the rate of its dropout changes."""
+
+    weight = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        self.weight = 1.0 / (1 + self.current_epoch)
+        self.net[2].p = 0.1 * self.current_epoch
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        return self.weight * super().per_sample_loss(batch)
+
+
+@pytest.mark.parametrize(("stop", "start"), [(8, 6), (17, 15)], ids=["within an epoch", "at its end"])
+def test_what_hooks_set_goes_on_in_a_resumed_training(tmp_path: Path, stop: int, start: int) -> None:
+    def made() -> Annealed:
+        torch.manual_seed(0)
+        return Annealed(hidden=4, dropout=0.3, optimizer=OPTIMIZERS["adamw"]).double()
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(tmp_path, made(), Stop(stop, "error"))
+    train(tmp_path, made(), ckpt_path=checkpoint(tmp_path, start))
+    run = la.Run(tmp_path / "run")
+    first = {"weight": 1.0, "net.2.p": 0.0}
+    assert run.manifest["settings"] == first
+    expected = [{"weight": 1 / (1 + epoch), "net.2.p": 0.1 * epoch} for epoch in range(4) for _ in range(5)]
+    end = 5 * -(-(start + 1) // 5)  # Lightning begins no epoch where it resumes one: the module is as it was made
+    expected[start:end] = [{"weight": 1.0, "net.2.p": 0.3}] * (end - start)
+    assert [first | step.groups[0].get("settings", {}) for step in run.steps] == expected
+    assert run.audit().max_abs_error == 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.core.stand_in import silent_copy
+from lightning_acc.core.stand_in import Watched, silent_copy
 from lightning_acc.recorder import RecordingRefused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The run's module .* cannot be imported here")
@@ -310,3 +310,78 @@ def test_a_copy_in_the_middle_of_a_step_has_no_trainer_and_no_graph() -> None:
     assert twin.outputs[0].grad_fn is None
     assert twin.named["never"][0][1]["again"] is twin.outputs[0]
     assert getattr(twin.trainer, "datamodule", None) is None
+
+
+def annealing(hook: str) -> type[Plain]:
+    """A loss whose weight, and a layer whose number, a hook changes; the loss's temperature comes down in every step."""
+
+    def change(module: Any, *_: Any) -> None:
+        module.weight = np.float64(0.5) * (1 + module.current_epoch)
+        module.net[1].negative_slope = 0.1 * module.current_epoch
+
+    def cool(module: Any, *_: Any) -> None:
+        module.temperature *= 0.9
+
+    def prepare(module: Any) -> None:
+        module.weight, module.temperature, module.unused = 1.0, 2.0, None
+        module.net[1] = nn.LeakyReLU(0.3)
+
+    made = kind(lambda module, batch, loss: loss * module.weight / module.temperature, prepare)
+    setattr(made, hook, change)
+    made.on_train_batch_end = cool
+    return made
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_start", "on_train_epoch_end"])
+def test_what_hooks_set_is_what_it_was_in_each_step(tmp_path: Path, hook: str) -> None:
+    make = annealing(hook)
+    train(make(), None, la.TrajectoryRecorder(tmp_path / "run"))
+    run = la.Run(tmp_path / "run", module=make())  # set as it was when the training began
+    assert run.audit().ok
+    names = {"weight", "temperature", "net.1.negative_slope"}
+    assert run.manifest["settings"].keys() == run.manifest["final_settings"].keys() == names
+    scores = la.score(run, "loo", SAMPLES, keep_shifts=True, ray_address=None, check=0)
+    trained, held_out = [], (*data(n=16, seed=9).tensors, torch.arange(16))
+    for removed in ([], *([sample] for sample in SAMPLES)):
+        module, kept = make(), torch.ones(N, dtype=torch.float64)
+        kept[removed] = 0
+        theta = train(module, kept)
+        module.kept = torch.ones(N, dtype=torch.float64)
+        with torch.no_grad():
+            trained.append((theta, float(module.training_step(held_out, 0))))
+    (base, loss), *others = trained
+    assert scores.shifts is not None
+    for shift, value, (theta, other) in zip(scores.shifts, scores.values, others, strict=True):
+        assert float((shift - (theta - base)).norm() / (theta - base).norm()) < 1e-9
+        assert value == pytest.approx(other - loss, rel=1e-8), "the query reads what the last hook left"
+
+
+def test_settings_that_stay_the_same_are_not_recorded(tmp_path: Path) -> None:
+    train(Plain(), None, la.TrajectoryRecorder(tmp_path / "run"))
+    assert "settings" not in la.Run(tmp_path / "run", module=Plain()).manifest
+
+
+def test_settings_that_are_no_numbers_and_texts_are_not_seen() -> None:
+    module = nn.Sequential(nn.Dropout(0.1))
+    module.best, module.values, module.kind, module.far = 1.0, [1], "a", 2.0
+    watched = Watched(module, {})
+    assert watched.now() == {}
+    module.best, module.values, module.kind, module.far = torch.ones(2), [2], "b", float("inf")
+    module[0].p, module.later = True, 3
+    assert watched.now() == {"kind": "b", "0.p": True}
+    assert watched.first == {"kind": "a", "0.p": 0.1}
+    module.kind, module[0].p = "a", np.float32(0.5)
+    assert watched.now() == {"kind": "a", "0.p": 0.5}
+    module.eval()
+    assert watched.now() == {"kind": "a", "0.p": 0.5}
+
+
+def test_a_module_without_a_layer_whose_settings_change_is_refused(tmp_path: Path) -> None:
+    make = annealing("on_train_epoch_start")
+    train(make(), None, la.TrajectoryRecorder(tmp_path / "run"))
+    module = make()
+    module.net = nn.ModuleDict({"0": module.net[0], "2": module.net[2]})
+    with pytest.raises(
+        la.RunError, match=r"no layer 'net.1', whose 'negative_slope' changes .*: give the one that was trained"
+    ):
+        la.Run(tmp_path / "run", module=module).audit()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import N, Net, Weighted, data, fit, flat, make, record, trainer, weighing
+from problems import CLASSES, FEATURES, N, Net, Weighted, data, fit, flat, make, record, trainer, weighing
 from pytorch_lightning.callbacks import BackboneFinetuning
 from safetensors.torch import save
 from test_ddp import DDP
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.core.optimizers import PARAMETER_STEPS
+from lightning_acc.core.optimizers import PARAMETER_STEPS, UNUSED
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.replay import Replay
 from lightning_acc.judge.self_influence import self_influence
@@ -389,3 +389,106 @@ def test_a_layer_that_is_frozen_on_the_way(tmp_path: Path) -> None:
 
 def test_where_every_step_moves_all_nothing_is_said(tmp_path: Path) -> None:
     assert PARAMETER_STEPS not in record(tmp_path / "run", make(optimizer=ADAMW)).steps[0].groups[0]
+
+
+class Experts(nn.Module):
+    """Each sample goes to the expert that the router chooses: a batch may leave some without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.last = nn.Linear(FEATURES, 4), nn.Linear(6, CLASSES)
+        self.experts = nn.ModuleList([nn.Linear(FEATURES, 6) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, chosen = self.router(x).softmax(1).max(1)
+        hidden = gates.new_zeros(len(gates), 6)
+        for number, expert in enumerate(self.experts):
+            mine = chosen == number
+            if mine.any():
+                hidden[mine] = gates[mine, None] * torch.tanh(expert(x[mine]))
+        out: Tensor = self.last(hidden)
+        return out
+
+
+class Routed(Weighted):
+    """Trains the experts that a step uses, and all of them where they are part of the loss ``everywhere``."""
+
+    everywhere = False
+
+    def __init__(self) -> None:
+        super().__init__(optimizer={**ADAMW, "lr": 0.2})
+        self.net = Experts()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + 0 * sum(p.sum() for p in self.parameters()) if self.everywhere else loss
+
+
+def routed(everywhere: bool, kept: Tensor, *callbacks: Any) -> Tensor:
+    torch.manual_seed(0)
+    module = Routed().double()
+    module.everywhere = everywhere
+    return fit(module, TensorDataset(*data().tensors, kept), *callbacks, batch_size=3, max_epochs=3, validation=False)
+
+
+def test_what_a_step_uses_by_its_data_is_no_truth_without_a_sample(tmp_path: Path) -> None:
+    routed(False, everything(), la.TrajectoryRecorder(tmp_path / "run"))
+    run = la.Run(tmp_path / "run")
+    unused = [step.groups[0].get(UNUSED) for step in run.steps]
+    assert any(unused)
+    assert run.audit()
+    message = r"Without what is removed, step \d+ uses the parameter 'net.experts.\d.\w+', which it did not use in training: .*"
+    with pytest.raises(la.RunError, match=message + r"by adding 0 \* sum"):
+        shifts(run, "loo")
+    scores = la.score(run, "sgd-ie", query=held_out(), ray_address=None, save=False, check=18)
+    assert scores.verdict is not None
+    assert scores.verdict.word == "unchecked"
+    assert "uses the parameter 'net.experts" in str(scores.verdict)
+
+
+def test_where_every_step_uses_all_loo_is_retraining(tmp_path: Path) -> None:
+    """What the refusal says to do, done."""
+    routed(True, everything(), la.TrajectoryRecorder(tmp_path / "run"))
+    run = la.Run(tmp_path / "run")
+    found = shifts(run, "loo", [2, 11, 20])
+    base = routed(True, everything())
+    for sample, shift in zip((2, 11, 20), found, strict=True):
+        kept = everything()
+        kept[sample] = 0
+        truth = routed(True, kept) - base
+        assert float((shift - truth).norm() / truth.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("places", [[9], "all", [-1]], ids=["beyond", "text", "less"])
+def test_a_record_of_unused_parameters_that_are_not_there_is_refused(tmp_path: Path, places: Any) -> None:
+    run = transferred(tmp_path / "run", max_epochs=1)
+    (name,) = (name for name in manifest_of(tmp_path / "run")["files"] if name.startswith("steps/"))
+    tensors, metadata = unpacked((tmp_path / "run" / name).read_bytes())
+    for group in metadata["groups"][1]:
+        group[UNUSED] = places
+    put(tmp_path / "run", name, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
+    with pytest.raises(la.RunError, match="groups"):
+        la.score(la.Run(run.path), "loo", [0], ray_address=None, save=False, check=0)
+
+
+class MeanTeacher(Weighted):
+    """Follows the mean of its own weights, which a hook keeps."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=4)
+        self.teacher = nn.Linear(FEATURES, CLASSES).requires_grad_(False)
+        self.student = nn.Linear(FEATURES, CLASSES)
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        apart = (self.student(batch[0]) - self.teacher(batch[0])).square().mean(1)
+        return super().per_sample_loss(batch) + apart
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for mine, own in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            mine.data.mul_(0.9).add_(own.data, alpha=0.1)
+
+
+def test_untrained_parameters_that_follow_others_are_refused(tmp_path: Path) -> None:
+    samples = TensorDataset(*data().tensors, everything())
+    with pytest.raises(RecordingRefused, match=r"'teacher\.weight' changes while training, and not by the optimizer: it"):
+        fit(MeanTeacher().double(), samples, la.TrajectoryRecorder(tmp_path / "run"), validation=False)

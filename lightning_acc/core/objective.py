@@ -20,7 +20,7 @@ from lightning_acc.core.modules.checkpointing import kept_activations
 from lightning_acc.core.modules.compiled import eagerly
 from lightning_acc.core.modules.precision import NARROW, PRECISIONS, default_dtype, of_other_dtypes, put
 from lightning_acc.core.process import is_out_of_memory
-from lightning_acc.core.stand_in import Attributes, Place, silent_copy, trainer_of
+from lightning_acc.core.stand_in import SETTINGS, Attributes, Place, Settings, put_into, set_to, silent_copy, trainer_of
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, Structure, TakenApart
 
@@ -40,10 +40,11 @@ class ParameterLayout:
         return torch.cat([tensors[name].detach().reshape(-1) for name, _ in self.shapes])
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
-        """Views of a vector (p,) by parameter name."""
+        """The parts of a vector (p,) by parameter name: views, but of pairs, as ``view_as_complex`` asks for whole ones."""
         # One split: its backward is one concatenation, where slices would each fill a vector of length p.
         pieces = theta.split(self.sizes)
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
+        named = {name: piece.view(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
+        return {name: piece.clone() if piece.shape[-1:] == (2,) else piece for name, piece in named.items()}
 
 
 class _Call(nn.Module):
@@ -81,6 +82,7 @@ class Objective:
         precision: Lightning's name for how training computes. What it casts to a narrower dtype (mixed precision) is cast
             from float32 alone: in float64 everything is computed in full, as are queries.
         trainer: what is known of the training's trainer; see ``stand_in``.
+        settings: of the module, those that change in training, as they were in its first step.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Objective:
         vectorised: bool = True,
         precision: str = "32-true",
         trainer: Mapping[str, Any] | None = None,
+        settings: Settings | None = None,
     ) -> None:
         self.layout = layout
         self.structure = structure
@@ -126,6 +129,8 @@ class Objective:
         self._call = _Call(module.requires_grad_(False))
         self.attributes = Attributes(module)
         self.trainer = trainer_of(module)
+        self._settings = settings or {}
+        set_to(module, self._settings)
         self.vectorised = vectorised
         self._default = PRECISIONS[precision].default
         self._autocast = PRECISIONS[precision].autocast
@@ -259,15 +264,23 @@ class Objective:
 
     @contextmanager
     def within(self, place: Place) -> Iterator[None]:
-        """In here the module reads that the training is at this step and epoch; else, as a query, where ``trainer`` says."""
+        """In here the module is as at this step of the training."""
         before = None if self.trainer is None else self.trainer.place
         if self.trainer is not None:
             self.trainer.place = lambda: place
         try:
-            yield
+            with put_into(self._call.module, {**self._settings, **place.get(SETTINGS, {})}):
+                yield
         finally:
             if self.trainer is not None and before is not None:
                 self.trainer.place = before
+
+    def settle(self, end: Callable[[], Place]) -> None:
+        """Let the module, but ``within`` a step, be as at the ``end`` of the training: so queries read it."""
+        if self.trainer is not None:
+            self.trainer.place = end
+        if self._settings:
+            set_to(self._call.module, end().get(SETTINGS, {}))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from lightning_acc.core.optimizers import State, Update
 from lightning_acc.core.process import as_recorded, as_scored, is_out_of_memory
 from lightning_acc.core.ranks import ALONE, Ranks
 from lightning_acc.core.rebuild import module_of, not_the_module, refuse_misfit
-from lightning_acc.core.stand_in import place_in
+from lightning_acc.core.stand_in import place_at_end
 from lightning_acc.core.step import Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
@@ -98,16 +98,15 @@ class Replay:
                 vectorised=manifest["loss"]["vectorised"],
                 precision=precision if as_trained else PRECISIONS[precision].scored_as or precision,
                 trainer=manifest.get("trainer"),
+                settings=manifest.get("settings"),
             )
         except (RuntimeError, AttributeError) as error:  # tensors of other shapes, submodules that are not there
             if is_out_of_memory(error):
                 raise
             raise RunError(not_the_module(run, " ".join(str(error).split())[:300])) from error
-        if self.objective.trainer is not None:  # what a query reads
-            self.objective.trainer.place = lambda: place_in(run.steps[len(self) - 1].groups[0])
-        optimizer = manifest["optimizer"]
-        about = (optimizer["group_of"], optimizer["slots"], optimizer.get("rests", False))
-        self.update = Update(optimizer["name"], self.layout, *about)
+        self.objective.settle(lambda: place_at_end(run, len(self)))
+        of = manifest["optimizer"]
+        self.update = Update(of["name"], self.layout, of["group_of"], of["slots"], of.get("rests", False))
 
     def __len__(self) -> int:
         return self._until
@@ -234,11 +233,11 @@ class Replay:
 
     @cached_property
     def draws(self) -> Draws:
-        """What is seen of the random numbers (dropout) of two of its steps, at trained parameters."""
+        """What is seen of the random numbers (dropout) of three of its steps, at trained parameters."""
         return Draws(self.objective, self._trained, self.rounded_to, self.ranks.size)
 
     def _trained(self) -> tuple[list[Batch], Tensor]:
-        some = [batch for t in {0, len(self) // 2} for batch in self._batches(t)]
+        some = [batch for t in {0, len(self) // 2, len(self) - 1} for batch in self._batches(t)]
         return some, self.placed(self.run.snapshot(self.checked_at))
 
 

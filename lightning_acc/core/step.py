@@ -9,7 +9,7 @@ every estimator use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,11 +19,12 @@ from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.per_sample import LossFunction
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective, Parameters
-from lightning_acc.core.optimizers import Hyperparameters, State, Update, moves
+from lightning_acc.core.optimizers import UNUSED, Hyperparameters, State, Update, moves
 from lightning_acc.core.products import Point, Removed
 from lightning_acc.core.ranks import ALONE, Ranks
 from lightning_acc.core.removals import Removals
 from lightning_acc.core.stand_in import place_in
+from lightning_acc.errors import RunError
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves, TakenApart
 
@@ -72,6 +73,7 @@ class Step:
         self.optimizer = update
         update.check(groups)
         self._moves = moves(groups)
+        self._unused: list[int] = groups[0].get(UNUSED, [])
 
     def update(self, state: State, gradient: Tensor) -> State:
         """U_t: the state after the update; all tensors (..., p)."""
@@ -100,7 +102,7 @@ class Step:
 
     def _advance_one(self, state: State, weights: Tensor) -> None:
         named = {name: piece.detach() for name, piece in self.objective.layout.named(state[0]).items()}
-        moved = [piece for i, piece in enumerate(named.values()) if self._moves is None or self._moves[i]]
+        moved = [piece for i, piece in enumerate(named.values()) if not self._moves or self._moves[i] or i in self._unused]
         for piece in moved:
             piece.requires_grad_()
         gradients = torch.autograd.grad(self._loss(named, weights), moved, materialize_grads=True)
@@ -108,6 +110,7 @@ class Step:
             gradients = tuple(gradient * (1 / self.scale) for gradient in gradients)
         found = iter(gradients)
         pieces = [(next(found) if piece.requires_grad else torch.zeros_like(piece)).reshape(-1) for piece in named.values()]
+        self._refuse_used(pieces)
         if self.ranks.size > 1:
             whole = torch.cat(pieces)
             self.ranks.add_up(whole)
@@ -135,7 +138,25 @@ class Step:
         """G_t at n parameter vectors (n, p), each with its own loss weights (n, B); returns (n, p)."""
         thetas = thetas.detach().requires_grad_()
         weights = self.scale * self.with_shares(weights)
-        return self.of_moved(torch.autograd.grad((weights * self.terms_each(thetas)).sum(), thetas)[0]) * (1 / self.scale)
+        (found,) = torch.autograd.grad((weights * self.terms_each(thetas)).sum(), thetas)
+        if self._unused:
+            self._refuse_used(found.split(self.objective.layout.sizes, -1))
+        return self.of_moved(found) * (1 / self.scale)
+
+    def _refuse_used(self, gradients: Sequence[Tensor]) -> None:
+        """Refuse gradients (..., p_k) of parameters that rested in training, as nothing was made of them there.
+
+        Raises:
+            RunError: there are some.
+        """
+        for i in self._unused:
+            if gradients[i].any():
+                raise RunError(
+                    f"Without what is removed, step {self.groups[0]['step'] - 1} uses the parameter "
+                    f"{self.objective.layout.shapes[i][0]!r}, which it did not use in training: what is used depends on the "
+                    "data (a router, a branch), and how the optimizer would move that parameter is not known. Let every step "
+                    "use all of them, as by adding 0 * sum(p.sum() for p in self.parameters()) to the loss, and record again."
+                )
 
     def of_moved(self, gradient: Tensor) -> Tensor:
         """A gradient (..., p), 0 of the parameters that rest."""

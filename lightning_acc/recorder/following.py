@@ -75,7 +75,7 @@ class Following:
         )
         self._trainer, self._module, self._options = trainer, module, options
         self._tap, self._write, self._place = tap, write, place
-        self.loss = LossTap(trainer)
+        self.loss = LossTap(trainer, {} if write.main is None else write.main.header.get("settings", {}))
         self._named = options.batch_names  # which tell samples from each other, whatever loader they come from
         self._identity = Identity() if trainer.reload_dataloaders_every_n_epochs and self._named is None else None
         self._structure: batches.Structure = {}
@@ -175,13 +175,13 @@ class Following:
         # A batch whose training_step returned None has no part in the step.
         self._seen = [batch for batch in self._seen if batch.counts]
         number = self._write.own.n_steps
-        groups = self.optimizer.hyperparameters(number)
+        groups = self.optimizer.hyperparameters(number, self.loss.settings)
         self._clipping.begin(groups)
         try:
             self._look(number, groups)
         except RecordingRefused as refusal:
             raise refusals.with_suspects(refusal, self._module) from refusal
-        self._write.note_optimizer(description.of_optimizer(self.optimizer))
+        self._write.note(optimizer=description.of_optimizer(self.optimizer), settings=self.loss.settings_at_first)
         self._step = {
             "sample_ids": int64(batch.ids for batch in self._seen),
             "contents": [batch.contents for batch in self._seen],
@@ -219,6 +219,7 @@ class Following:
 
     def final(self) -> Final:
         """What is known now, at the end of the training or where it is interrupted."""
+        self._write.note(final_settings=self.loss.settings_now())
         number, going_on = self._write.own.n_steps, self.begun and not self.ended
         # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
         known = going_on and not self._within
@@ -257,9 +258,9 @@ class Following:
         """Keep and check what is due in step ``number``; the first one begins the record."""
         main = self._write.main
         if not self.begun:
-            self._checks = Checks(
-                self._module, self._write.processes, number, self.optimizer.state(), self.optimizer.rounded_to
-            )
+            trained = {name for name, _ in self.optimizer.layout.shapes}
+            about = (self._write.processes, number, self.optimizer.state(), self.optimizer.rounded_to)
+            self._checks = Checks(self._module, trained, *about)
         begins = self.optimizer.moved.begins and self._write.processes == 1
         compare = self._due(number, sum(len(batch.ids) for batch in self._seen)) or begins
         taken = main is not None and number in main.snapshots[-1:]  # by what this training resumes

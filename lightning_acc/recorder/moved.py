@@ -99,6 +99,11 @@ class Moved:
         self._update.rests = True
         return own
 
+    def unused(self) -> list[int]:
+        """Those that the optimizer would move now, had the loss been made of them."""
+        each = enumerate(zip(self._recorded, self._update.group_of, strict=True))
+        return [i for i, ((_, p), group) in each if group is not None and p.requires_grad and p.grad is None]
+
     def _is_alike(self, i: int, steps: int, groups: list[Hyperparameters]) -> bool:
         """Whether U moves a parameter as if every step had moved it."""
         group = self._update.group_of[i]

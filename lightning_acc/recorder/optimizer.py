@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.objective import ParameterLayout
-from lightning_acc.core.optimizers import PARAMETER_STEPS, RULES, State, Update
-from lightning_acc.core.stand_in import place_in
+from lightning_acc.core.optimizers import PARAMETER_STEPS, RULES, UNUSED, State, Update
+from lightning_acc.core.stand_in import SETTINGS, Settings, place_in
 from lightning_acc.errors import RunError
 from lightning_acc.record.schema.keys import DTYPES
 from lightning_acc.record.writer import NotFinite
@@ -128,8 +128,8 @@ class TrainedOptimizer:
         """Whether any parameter has one; else ``training_step`` returned None and the optimizer does nothing."""
         return any(p.grad is not None for p in self._parameters)
 
-    def hyperparameters(self, step: int) -> list[dict[str, Any]]:
-        """What step number ``step`` will use, for each parameter group.
+    def hyperparameters(self, step: int, settings: Settings) -> list[dict[str, Any]]:
+        """What step number ``step`` will use, for each parameter group; with the module's ``settings`` that have changed.
 
         Raises:
             RecordingRefused: a parameter moves otherwise than F moves it.
@@ -140,6 +140,7 @@ class TrainedOptimizer:
         for_all = {
             "step": step + 1,
             **place_in(self._trainer),
+            **({SETTINGS: settings} if settings else {}),
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),
@@ -153,6 +154,7 @@ class TrainedOptimizer:
                 h["dtypes"] = of_tensors
             if own is not None:
                 h[PARAMETER_STEPS] = own
+                h[UNUSED] = self.moved.unused()
             h.update(self.moved.numbers(i, h, step))
         for key, value in ((key, value) for group in groups for key, value in group.items() if key not in for_all):
             if isinstance(value, float) and not math.isfinite(value):

@@ -37,9 +37,10 @@ class TrajectoryRecorder(Callback):
     learning-rate scheduler, gradient accumulation and clipping, map-style datasets under any sampler, streams whose
     batches hold ids of their samples (``sample_id``), weighted means, penalties, dropout, parameters that are frozen for a
     while or that not every step uses, every precision of torch's own (a step that a loss scaler leaves out is none),
-    ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``), weight
-    averaging (the trained weights are recorded, ``at="ema"`` reads the averaged ones), callbacks that look for a learning
-    rate or a batch size, and callbacks and module hooks that leave gradients and weights alone, which is checked.
+    ``torch.compile``, resuming (``trainer.fit(..., ckpt_path=...)``), weight averaging (the trained weights are recorded,
+    ``at="ema"`` reads the averaged ones), callbacks that look for a learning rate or a batch size, and callbacks and module
+    hooks that leave gradients and weights alone, which is checked, and set numbers and texts in plain attributes of the
+    module and its layers (an annealed weight, a rate of dropout), which are recorded as learning rates are.
 
     Of a ``WandbLogger`` the W&B run that has no group gets one, which the results are logged in as well.
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_acc.core.losses.per_sample import weights_of
 from lightning_acc.core.losses.reductions import Reductions
+from lightning_acc.core.stand_in import Settings, Watched
 from lightning_acc.record.batches import Leaves, Structure
 from lightning_acc.recorder.checks.refusals import RecordingRefused, refuse_if
 from lightning_acc.recorder.checks.rows import CheckedCollate, first_rows
@@ -228,15 +229,23 @@ class LossTap:
 
     Args:
         trainer: the Lightning trainer.
+        known: settings of the module that have changed in an earlier part of the training, see ``Watched``.
+
+    Attributes:
+        settings: those that have changed since the first step, as they are in the newest forward pass.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, known: Settings) -> None:
+        self.settings: Settings = {}
+        self._watched: Watched | None = None
         self._strategy = trainer.strategy
         self._size: int | None = None
         self._weights: Tensor | None = None
         step = self._strategy.training_step
 
         def observed(*args: Any, **kwargs: Any) -> Any:
+            self._watched = self._watched or Watched(trainer.lightning_module, known)  # its hooks have begun the step by now
+            self.settings = self._watched.now()
             if self._size is None:
                 return step(*args, **kwargs)
             with Reductions(self._size, weights_only=True) as reductions:
@@ -247,6 +256,15 @@ class LossTap:
             return output
 
         self._strategy.training_step = observed
+
+    @property
+    def settings_at_first(self) -> Settings:
+        """The same as they were in the first step."""
+        return {} if self._watched is None else self._watched.first
+
+    def settings_now(self) -> Settings:
+        """Those that have changed by now, as they are."""
+        return {} if self._watched is None else self._watched.now()
 
     def observe(self, size: int | None) -> None:
         """Observe the next step, on a batch of ``size`` samples; None: do not."""

@@ -177,11 +177,12 @@ class Writers:
         if self.main is not None and self.main.header:
             self.main.header["skipped"] = self._skipped
 
-    def note_optimizer(self, now: dict[str, Any]) -> None:
-        """What the manifest says of the optimizer is more by now: parameters have joined it, or rest."""
+    def note(self, **more: dict[str, Any]) -> None:
+        """What the manifest says is more by now: parameters have joined the optimizer, or rest; the module is set otherwise."""
         if self.main is not None and self.main.header:
-            before = self.main.header["optimizer"]
-            self.main.header["optimizer"] = {**before, **now}
+            for key, now in more.items():
+                if now:
+                    self.main.header[key] = {**self.main.header.get(key, {}), **now}
 
     def list_checkpoints(self, steps: dict[str, int]) -> None:
         """Have the manifest list these checkpoints from when it is written next."""

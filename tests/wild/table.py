@@ -26,6 +26,7 @@ FILES = (
     "pairs_and_tables",
     "steps",
     "unfreezing",
+    "schedules",
 )
 README = Path(__file__).parent / "README.md"
 HEAD = """# Trainings that people have

@@ -21,6 +21,7 @@ pytestmark = [
         "enable_nested_tensor is True",
         "Trying to infer the `batch_size`",
         "Converting a tensor with requires_grad=True to a scalar",
+        ".*torch.jit.script. is deprecated",
         # Of what the set-ups are on purpose: rebuilt by hand, with a best checkpoint before the end.
         "The module .* rebuilt from its hyper-parameters",
         "The best checkpoint of",

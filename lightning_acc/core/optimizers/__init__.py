@@ -7,13 +7,14 @@ replay is bit-exact.
 
 from lightning_acc.core.optimizers.clipping import clipped, through_clipping
 from lightning_acc.core.optimizers.known import NO_FUNCTION, RULES, register_optimizer
-from lightning_acc.core.optimizers.rule import PARAMETER_STEPS, Hyperparameters, Numbers, OptimizerRule, State, moves
+from lightning_acc.core.optimizers.rule import PARAMETER_STEPS, UNUSED, Hyperparameters, Numbers, OptimizerRule, State, moves
 from lightning_acc.core.optimizers.update import Update
 
 __all__ = [
     "NO_FUNCTION",
     "PARAMETER_STEPS",
     "RULES",
+    "UNUSED",
     "Hyperparameters",
     "Numbers",
     "OptimizerRule",

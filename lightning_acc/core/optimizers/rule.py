@@ -15,6 +15,9 @@ PARAMETER_STEPS = "parameter_steps"
 """The hyper-parameter that tells of each parameter how many steps have moved it by then, with this one, and 0 where it rests:
 as it is frozen, or was not used, and so has no gradient. It is given where not all parameters are moved by every step."""
 
+UNUSED = "unused"
+"""The hyper-parameter that names, by their places, those that rest as the loss of the step was not made of them."""
+
 
 def moves(groups: list[Hyperparameters]) -> list[bool] | None:
     """Which of the parameters a step moves, by the hyper-parameters of its parameter groups; None: all."""

@@ -13,12 +13,12 @@ from torch import Tensor
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers.clipping import clipped
 from lightning_acc.core.optimizers.known import RULES
-from lightning_acc.core.optimizers.rule import PARAMETER_STEPS, Hyperparameters, State, moves
+from lightning_acc.core.optimizers.rule import PARAMETER_STEPS, UNUSED, Hyperparameters, State, moves
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.schema.keys import DTYPES
 
-COUNTS = ("step", PARAMETER_STEPS, "global_step", "current_epoch")
-"""What is another number in every step, or epoch, whatever the optimizer."""
+COUNTS = ("step", PARAMETER_STEPS, UNUSED, "global_step", "current_epoch", "settings")
+"""What is something else in every step, or epoch, whatever the optimizer."""
 RESTS = "rests"
 """What a parameter is ``given`` that the step leaves as it is."""
 BLOCK = defaultdict(lambda: 2**22, cpu=2**16)

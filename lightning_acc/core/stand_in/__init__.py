@@ -2,12 +2,28 @@
 
 What a step reads of these to log, to print or to decide whether to, does no harm. What never changes in a training (how many
 epochs, how many batches) is recorded and given. What a replay does not know is *no number*: where it finds its way into the
-loss, the loss is none either, and the comparison with the training's own gradient refuses it. The step and the epoch are those
-of the step that is taken again. And nothing that a step leaves behind on the copy is there for the next.
+loss, the loss is none either, and the comparison with the training's own gradient refuses it. The step, the epoch and what
+hooks have set the module to are those of the step that is taken again. And nothing that a step leaves behind on the copy is
+there for the next.
 """
 
 from lightning_acc.core.stand_in.attributes import Attributes
 from lightning_acc.core.stand_in.copying import silent_copy, trainer_of
-from lightning_acc.core.stand_in.trainer import NotInReplays, Place, facts, place_in
+from lightning_acc.core.stand_in.settings import Settings, Watched, put_into, set_to
+from lightning_acc.core.stand_in.trainer import SETTINGS, NotInReplays, Place, facts, place_at_end, place_in
 
-__all__ = ["Attributes", "NotInReplays", "Place", "facts", "place_in", "silent_copy", "trainer_of"]
+__all__ = [
+    "SETTINGS",
+    "Attributes",
+    "NotInReplays",
+    "Place",
+    "Settings",
+    "Watched",
+    "facts",
+    "place_at_end",
+    "place_in",
+    "put_into",
+    "set_to",
+    "silent_copy",
+    "trainer_of",
+]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_acc.errors import RunError
+from lightning_acc.record.record import Record
 
 RECORDED = (
     "max_epochs",
@@ -28,9 +29,10 @@ RECORDED = (
     "precision",
 )
 """What a trainer tells that stays the same from the first step to the last."""
-Place = dict[str, int]
-"""What a trainer tells of where it is in the training, and so of each step: see ``PLACES``."""
+Place = dict[str, Any]
+"""Where a training is, and so each step: ``PLACES``, as a trainer tells them; of its module the ``SETTINGS`` that change."""
 PLACES = ("global_step", "current_epoch")
+SETTINGS = "settings"
 OF_ONE_PROCESS: dict[str, Any] = {"global_rank": 0, "local_rank": 0, "node_rank": 0, "is_global_zero": True}
 OF_TRAINING: dict[str, Any] = {"sanity_checking": False, "testing": False, "predicting": False, "is_last_batch": False}
 
@@ -52,8 +54,15 @@ def facts(trainer: Any) -> dict[str, Any]:
 def place_in(told: Any) -> Place:
     """Where a step is, by what is ``told`` of it: a trainer, or its recorded hyper-parameters, which older records have not."""
     if isinstance(told, Mapping):
-        return {name: told.get(name, 0) for name in PLACES}
+        return {**{name: told.get(name, 0) for name in PLACES}, SETTINGS: told.get(SETTINGS, {})}
     return {name: int(getattr(told, name)) for name in PLACES}
+
+
+def place_at_end(run: Record, until: int) -> Place:
+    """Where ``run`` is after its first ``until`` steps, as a query reads it: after the last one, hooks may have set more."""
+    place = place_in(run.steps[until - 1].groups[0])
+    final = run.manifest.get("final_settings", {}) if until == run.n_steps else {}
+    return {**place, SETTINGS: {**place[SETTINGS], **final}}
 
 
 class Silent:

@@ -62,9 +62,12 @@ GROUP_WHERE_GIVEN: dict[str, Kind] = {
     "global_step": whole(0, 10**12),
     "current_epoch": whole(0, 10**12),
     "parameter_steps": several(whole(0, 10**12)),
+    "unused": several(whole(0, 10**6)),
+    "settings": named(PLAIN),
 }
 """Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by; what the trainer counted; of each
-parameter the number of the step, and 0 where it rests."""
+parameter the number of the step, and 0 where it rests; which of these rest as the loss was not made of them; what the module
+was set to, of what has changed since the first step."""
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -162,6 +165,8 @@ def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]
             fault = first_fault(group, GROUP) or first_fault(group, GROUP_WHERE_GIVEN, optional=True)
             if fault:
                 yield f"of its groups {fault}"
+            elif any(place >= len(of_each) for place in group.get("unused", ()) if of_each):
+                yield f"its groups say that of {len(of_each)} parameters those at {group['unused']} were not used"
             for key, value in group.items():
                 if not PLAIN.holds(value):
                     yield f"of its groups its {key} is {shown(value)} and not {PLAIN.words}"

@@ -64,6 +64,8 @@ WHERE_GIVEN: dict[str, Kind] = {
     "packages": MAPPING,
     "world_size": whole(1, 10**6),
     "trainer": named(PLAIN),
+    "settings": named(PLAIN),
+    "final_settings": named(PLAIN),
     "device": among("cpu", "cuda"),
     "tf32": FLAG,
     "precision": among(*PRECISIONS),

@@ -30,6 +30,8 @@ SAME = (
     "sample_id",
 )
 """What the header of a resumed run must share with that of its beginning."""
+SEEN = ("independent_rows", "vectorised")
+"""What of the loss was seen in one step, which may have drawn no random numbers yet: it holds where it was seen in all."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def difference(recorded: dict[str, Any], now: dict[str, Any]) -> str | None:
         was, there = recorded.get(key), now.get(key)
         if key == "optimizer":
             was, there = (_as_yet(said, now[key]) for said in (recorded[key], now[key]))
+        if key == "loss":
+            was, there = (_without(said, SEEN) for said in (recorded[key], now[key]))
         if was != there:
             return f"its {key} is {there!r}, but was {was!r}"
     return None
@@ -104,7 +108,11 @@ def _as_yet(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     here, there = recorded["group_of"], now["group_of"]
     if len(here) == len(there):
         here = [None if later is None else group for group, later in zip(here, there, strict=True)]
-    return {**{key: value for key, value in recorded.items() if key != "rests"}, "group_of": here}
+    return {**_without(recorded, ("rests",)), "group_of": here}
+
+
+def _without(said: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in said.items() if key not in keys}
 
 
 def take_up(store: Store, place: Place, main: RunWriter | None, own: RunWriter, processes: int) -> bool:
@@ -147,6 +155,8 @@ def go_on(main: RunWriter | None, own: RunWriter, header: dict[str, Any]) -> Non
     if main is not None:
         different = difference(main.header, header)
         refuse_if(different and f"it does not go on with the training it resumes: {different}")
+        seen = {key: main.header["loss"][key] and header["loss"][key] for key in SEEN}
+        main.header["loss"] = {**main.header["loss"], **seen}
         main.header["resumed_at"] = [*main.header.get("resumed_at", []), own.n_steps]
     for writer in _distinct(main, own):
         writer.drop_later()

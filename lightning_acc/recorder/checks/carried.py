@@ -36,6 +36,7 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
     """
     leaves = batches.cast(batch.leaves, objective.dtype, objective.device)
     other = batches.rows(leaves, torch.zeros(batches.batch_size(leaves), dtype=torch.int64))
+    versions = {name: leaf._version for name, leaf in leaves.items()}
     losses: list[float] = []
     tensors: list[dict[str, tuple[float, float]]] = []
     with objective.attributes.kept(), torch.no_grad():
@@ -59,6 +60,12 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
     if not math.isfinite(first):
         refuse_read(objective)
     if abs(again - first) > SAME[objective.dtype] * abs(first):
+        for name in (name for name, leaf in leaves.items() if leaf._version != versions[name]):
+            raise RecordingRefused(
+                f"training_step writes to its batch, to the tensor {name!r}, and gives another loss when it is given the batch "
+                f"again ({first:.6g} and {again:.6g}), as every replay does: compute out of place, as x = x - mean, or on a "
+                "clone of the tensor."
+            )
         what = ", ".join(changed) or "something outside of the module"
         raise RecordingRefused(
             f"training_step carries {what} from one step to the next: on the first batch it gives the loss {first:.6g}, and "

@@ -107,9 +107,10 @@ def compare_gradients(step: Step, theta: Tensor, gradient: Tensor, number: int, 
         )
     raise RecordingRefused(
         f"The training loss has become another than the weighted sum of per-sample losses it was at first: in step {number} "
-        f"{numbers}. A replay knows what the loss reads as self.current_epoch and self.global_step, but not what a hook or "
-        "callback changes: keep the layers' modes the same from the first step to the last, and let "
-        "per_sample_loss, where there is one, change as training_step does."
+        f"{numbers}. A replay knows the step, the epoch, and the numbers and texts that hooks and callbacks put into plain "
+        "attributes of the module, but no tensors, lists and other objects that they change: keep what the loss is made of in "
+        "such attributes and the layers' modes the same from the first step to the last, and let per_sample_loss, where there "
+        "is one, change as training_step does."
     )
 
 

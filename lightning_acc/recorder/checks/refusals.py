@@ -161,10 +161,16 @@ def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def module_refusal(module: nn.Module, batch_norm: str) -> str | None:
-    """Why the module's layers, in the modes they are in now, couple the samples of a batch; None where they do not.
+    """Why the module's layers cannot be replayed, or, in their modes, couple the samples of a batch; None where neither.
 
     ``batch_norm`` is the recorder's argument.
     """
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule) and next(part.parameters(), None) is not None:
+            return (
+                f"the layer {name!r} is TorchScript, which takes no parameters but its own: leave torch.jit out of the "
+                "training, or compile with torch.compile"
+            )
     for name, part in batch_norms(module).items():
         if isinstance(part, nn.SyncBatchNorm):
             return (

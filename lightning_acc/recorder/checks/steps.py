@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_acc.core.audit import RoundOff
+from lightning_acc.core.modules.compiled import plain_name
 from lightning_acc.core.optimizers import State
 from lightning_acc.core.step import Step
 from lightning_acc.recorder.checks import decomposition
@@ -34,15 +36,20 @@ class Checks:
     there, or by the audit, which replays every step.
 
     Args:
-        module: the LightningModule, whose buffers must stay as they are.
+        module: the LightningModule, whose buffers and untrained parameters must stay as they are.
+        trained: the names of the others.
         processes: number of processes that train together.
         start: the first step that is followed; not 0 where a training is resumed.
         state: the state before it.
         rounded_to: the dtype by whose rounding a gradient may differ from F's.
     """
 
-    def __init__(self, module: Any, processes: int, start: int, state: State, rounded_to: torch.dtype) -> None:
+    def __init__(
+        self, module: Any, trained: Collection[str], processes: int, start: int, state: State, rounded_to: torch.dtype
+    ) -> None:
         self._buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
+        self._trained = trained
+        self._untrained = self._sums(module)
         self._alone = processes == 1
         self._sizes: set[int] = set()
         self._start = start
@@ -95,6 +102,12 @@ class Checks:
                     f"The buffer {name!r} changes while training, and it is not known how: keep it fixed, or set the layer "
                     "it belongs to into evaluation mode."
                 )
+        for name, value in self._sums(module).items():
+            if not self._untrained.get(name, value) == value:
+                raise RecordingRefused(
+                    f"The parameter {name!r} changes while training, and not by the optimizer: it follows others, as a teacher "
+                    "that is their average, and would follow them elsewhere without a sample. Keep it as it is."
+                )
         step, gradient = self._pending
         before, self._replayed = self._replayed, step.update(self._replayed, gradient)
         self._since.append((step, before, gradient, theta))
@@ -103,6 +116,12 @@ class Checks:
             self._refuse_moved_otherwise(number, theta)
         self._replayed = (theta, *self._replayed[1:])
         self._since = self._since if self.early(number) else []
+
+    def _sums(self, module: Any) -> dict[str, float]:
+        """Of the untrained parameters, what changes where they do."""
+        named = ((plain_name(name), p.detach()) for name, p in module.named_parameters())
+        sums = {name: float(p.sum()) for name, p in named if name not in self._trained and p.is_floating_point()}
+        return {name: value for name, value in sums.items() if not math.isnan(value)}
 
     def _refuse_moved_otherwise(self, number: int, theta: Tensor) -> None:
         """Refuse parameters (p,) before step ``number`` that are not ``_replayed`` up to round-off, or beyond all numbers."""

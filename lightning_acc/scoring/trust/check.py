@@ -123,7 +123,7 @@ def refuse_too_dear(replay: Replay, memory: int, removals: Sequence[Removal]) ->
         return
     try:
         seconds = price(replay, memory, len(groups)).seconds(len(groups))
-    except RequestError:
+    except InfluenceError:
         return  # the check will say why there is no truth
     if seconds > PATIENCE:
         raise RequestError(
@@ -169,7 +169,7 @@ def check_scores(
     groups = large(removals, replay.run.n_samples)
     try:
         cost = price(replay, memory, n)
-    except RequestError as error:  # what was scored is not lost to a check that cannot be
+    except InfluenceError as error:  # what was scored is not lost to a check that cannot be
         return scores.checked({}, unchecked(f"nothing can be retrained without here ({_first(error)})"))
     budget = max(LEAST_SECONDS, seconds)
     few = n < FEWEST
