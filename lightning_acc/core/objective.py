@@ -19,6 +19,7 @@ from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.modules.checkpointing import kept_activations
 from lightning_acc.core.modules.compiled import eagerly
 from lightning_acc.core.modules.precision import NARROW, PRECISIONS, default_dtype, of_other_dtypes, put
+from lightning_acc.core.modules.weight_norm import normalise_differentiably
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.stand_in import SETTINGS, Attributes, Place, Settings, put_into, set_to, silent_copy, trainer_of
 from lightning_acc.record import batches
@@ -44,7 +45,8 @@ class ParameterLayout:
         # One split: its backward is one concatenation, where slices would each fill a vector of length p.
         pieces = theta.split(self.sizes)
         named = {name: piece.view(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
-        return {name: piece.clone() if piece.shape[-1:] == (2,) else piece for name, piece in named.items()}
+        # Multiplied, and not cloned, so that what comes back to it by its derivatives is whole too.
+        return {name: piece * 1 if piece.shape[-1:] == (2,) else piece for name, piece in named.items()}
 
 
 class _Call(nn.Module):
@@ -61,7 +63,8 @@ class _Call(nn.Module):
 class Objective:
     """Per-sample losses of ``module`` at given flat parameters.
 
-    The module is copied; loggers and metrics in the copy do nothing.
+    The module is copied; loggers and metrics in the copy do nothing. Nothing in it requires a gradient: parameters that do not
+    either need no ``torch.no_grad``, in which a loss made of gradients (a penalty on them, a differential equation) fails.
 
     Args:
         module: the LightningModule.
@@ -126,6 +129,7 @@ class Objective:
                 part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
                 part.sparse = False  # a sparse gradient is the same, but has no derivative
+        normalise_differentiably(module)
         self._call = _Call(module.requires_grad_(False))
         self.attributes = Attributes(module)
         self.trainer = trainer_of(module)
@@ -206,14 +210,12 @@ class Objective:
 
     def weights(self, theta: Parameters, leaves: Leaves) -> Tensor:
         """What each sample weighs in the loss of its batch, (B,)."""
-        with torch.no_grad():
-            found: Losses = self.call(theta, self.weighted_loss, TakenApart(leaves, self.structure))
-        return found.weights
+        found: Losses = self.call(theta, self.weighted_loss, TakenApart(leaves, self.structure))
+        return found.weights.detach()
 
     def weights_each(self, thetas: Tensor, leaves: Leaves) -> Tensor:
         """What each sample weighs in the loss of its batch, (n, B), of n batches (n, B, ...)."""
-        with torch.no_grad():
-            return self.each(lambda theta, own: self.weights(theta, own), thetas, leaves, own_rows=True)
+        return self.each(lambda theta, own: self.weights(theta, own), thetas, leaves, own_rows=True)
 
     def losses_each(self, thetas: Tensor, leaves: Leaves, own_rows: bool = False) -> Tensor:
         """Losses (n, B) at each of ``thetas`` (n, p); with ``own_rows`` the leaves are (n, B, ...), a batch for each."""

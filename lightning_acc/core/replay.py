@@ -10,19 +10,18 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_acc import arguments
 from lightning_acc.core.devices import CPU, generators_kept, recorded_on
 from lightning_acc.core.losses.batch import Batch, Draws
-from lightning_acc.core.losses.tracing import saved_bytes
+from lightning_acc.core.losses.tracing import Multiplications, saved_bytes
 from lightning_acc.core.modules.precision import PRECISIONS, rounded_to
 from lightning_acc.core.objective import Objective, ParameterLayout
 from lightning_acc.core.optimizers import State, Update
 from lightning_acc.core.process import as_recorded, as_scored, is_out_of_memory
 from lightning_acc.core.ranks import ALONE, Ranks
 from lightning_acc.core.rebuild import module_of, not_the_module, refuse_misfit
-from lightning_acc.core.stand_in import place_at_end
+from lightning_acc.core.stand_in import Place, place_at_end, place_in
 from lightning_acc.core.step import Step
 from lightning_acc.errors import InfluenceError, RunError
 from lightning_acc.record import batches
@@ -147,11 +146,10 @@ class Replay:
         at least one of each sample by each parameter, as some go uncounted.
         """
         leaves = self._largest
-        with generators_kept(self.device), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with generators_kept(self.device), Multiplications() as counted:
             for batch in leaves:
                 self.objective.losses(self.initial[0], batch)
-        each = sum(map(batches.batch_size, leaves)) * len(self.initial[0])
-        return float(max(counter.get_total_flops() / 2, each))
+        return float(max(counted.total, sum(map(batches.batch_size, leaves)) * len(self.initial[0])))
 
     @property
     def _largest(self) -> list[Leaves]:
@@ -236,8 +234,9 @@ class Replay:
         """What is seen of the random numbers (dropout) of three of its steps, at trained parameters."""
         return Draws(self.objective, self._trained, self.rounded_to, self.ranks.size)
 
-    def _trained(self) -> tuple[list[Batch], Tensor]:
-        some = [batch for t in {0, len(self) // 2, len(self) - 1} for batch in self._batches(t)]
+    def _trained(self) -> tuple[list[tuple[Batch, Place]], Tensor]:
+        places = {t: place_in(self.run.steps[t].groups[0]) for t in (0, len(self) // 2, len(self) - 1)}
+        some = [(batch, place) for t, place in places.items() for batch in self._batches(t)]
         return some, self.placed(self.run.snapshot(self.checked_at))
 
 

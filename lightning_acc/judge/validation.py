@@ -58,8 +58,8 @@ def validation_losses(run: Record, memory: int, device: torch.device = CPU) -> n
 def losses_at(objective: Objective, theta: torch.Tensor, pool: Pool) -> np.ndarray:
     """Losses (n,) of all samples of ``pool`` at parameters ``theta`` (p,), in evaluation mode."""
     leaves = batches.cast(pool.leaves, objective.dtype)
-    with torch.no_grad(), objective.evaluating():
-        parts = [objective.losses(theta, batches.rows(leaves, rows)) for rows in torch.arange(pool.size).split(1000)]
+    with objective.evaluating():
+        parts = [objective.losses(theta, batches.rows(leaves, rows)).detach() for rows in torch.arange(pool.size).split(1000)]
     losses: np.ndarray = torch.cat(parts).double().numpy()
     return losses
 

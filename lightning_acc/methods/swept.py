@@ -34,7 +34,7 @@ def refuse_without_derivative(replay: Replay, what: str) -> None:
 
 
 def refuse_other_losses(replay: Replay, what: str) -> None:
-    """Refuse ``what`` where it would draw other random numbers than the training did, or compute something else.
+    """Refuse ``what`` where it would draw other random numbers than the training did, or or compute something else.
 
     Raises:
         RequestError: it would.
@@ -46,6 +46,11 @@ def refuse_other_losses(replay: Replay, what: str) -> None:
             f"{what} takes operations that can be differentiated twice, and those of {replay.run.path} {does} on "
             f"{replay.device.type} than the fused ones of its training, as attention may: record it with "
             "attn_implementation='eager', or within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); or use loo."
+        )
+    if replay.draws.once_differentiable:
+        raise RequestError(
+            f"{what} differentiates the loss twice, and a function of this module is marked with once_differentiable: use "
+            "method='loo', or write the backward of that function of operations that torch differentiates."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from lightning_acc.record.schema.keys import SCORED
 from lightning_acc.record.store import digest
 
 READOUTS = ("exact", "linear")
+NO_SECOND = re.compile(r"derivative for '?(aten::)?\w+'? is not implemented")
+"""How torch says that it cannot differentiate twice."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,12 @@ def twice_differentiable(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except NotImplementedError as error:
+    except RuntimeError as error:  # or NotImplementedError, which is one
+        found = NO_SECOND.search(str(error))
+        if found is None and not isinstance(error, NotImplementedError):
+            raise
         raise RequestError(
-            f"{what} differentiates the loss twice, which an operation of this module does not allow ({error}): use "
-            "method='loo', or another operation (nn.Embedding and a mean for nn.EmbeddingBag)."
+            f"{what} differentiates the loss twice, which an operation of this module does not allow "
+            f"({found[0] if found else str(error).rstrip('.')}): use method='loo', or another operation (nn.Embedding and a "
+            "mean for nn.EmbeddingBag)."
         ) from error

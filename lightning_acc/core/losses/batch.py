@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lightning_acc.core.devices import States, drawing
 from lightning_acc.core.losses.drawing import AsInTheBatch, NotByRow
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective
+from lightning_acc.core.stand_in import Place
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 
@@ -65,13 +67,17 @@ class Draws:
 
     Args:
         objective: computes the losses.
-        some: gives the batches, and parameters (p,) to see them at; neither is kept.
+        some: gives the batches, each with where it is in the training, and parameters (p,) to see them at; neither is kept.
         rounded_to: losses that are the same agree to round-off in this dtype.
         parts: that batches are divided into.
     """
 
     def __init__(
-        self, objective: Objective, some: Callable[[], tuple[list[Batch], Tensor]], rounded_to: torch.dtype, parts: int = 1
+        self,
+        objective: Objective,
+        some: Callable[[], tuple[list[tuple[Batch, Place]], Tensor]],
+        rounded_to: torch.dtype,
+        parts: int = 1,
     ) -> None:
         self._objective, self._some, self._parts = objective, some, parts
         self._eps = torch.finfo(rounded_to).eps
@@ -84,8 +90,12 @@ class Draws:
         """
         some, theta = self._some()
         allowed = max(1e-3, 4 * self._eps)
-        both = ((self._losses(theta, one), self._losses(theta, one, nullcontext())) for one in some)
-        return all(_near(losses, of_training, allowed) for losses, of_training in both)
+        for batch, place in some:
+            with self._objective.within(place):
+                losses, of_training = self._losses(theta, batch), self._losses(theta, batch, nullcontext())
+            if not _near(losses, of_training, allowed):
+                return False
+        return True
 
     @cached_property
     def by_row(self) -> bool:
@@ -95,9 +105,25 @@ class Draws:
         not be of others, as where noise that they share has as many numbers.
         """
         some, theta = self._some()
-        return not self._objective.penalised and all(self._by_row(theta, one) for one in some)
+        return not self._objective.penalised and all(self._by_row(theta, *one) for one in some)
 
-    def _by_row(self, theta: Tensor, batch: Batch) -> bool:
+    @cached_property
+    def once_differentiable(self) -> bool:
+        """Whether a function of the user's own is marked so: autograd takes its second derivative for 0, without a word."""
+        ((batch, place), *_), theta = self._some()
+        some = batch.picked(torch.arange(min(2, batches.batch_size(batch.leaves))))
+        with self._objective.within(place), torch.enable_grad(), suppress(Exception):  # what fails is told by those who need it
+            leaf = theta.detach().requires_grad_()
+            loss = self._objective.losses(leaf, batches.cast(some.leaves, self._objective.dtype, self._objective.device)).sum()
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            return any(node.name().endswith("::Error") for node in _nodes(gradient))
+        return False
+
+    def _by_row(self, theta: Tensor, batch: Batch, place: Place) -> bool:
+        with self._objective.within(place):
+            return self._are_apart(theta, batch)
+
+    def _are_apart(self, theta: Tensor, batch: Batch) -> bool:
         size, parts = batches.batch_size(batch.leaves), self._parts
         if size == 1:
             return True
@@ -117,6 +143,17 @@ class Draws:
         leaves = batches.cast(batch.leaves, self._objective.dtype, self._objective.device)
         with batch.random_numbers(self._objective.device), traceable() if within is None else within:
             return self._objective.losses(leaf, leaves).detach()
+
+
+def _nodes(tensor: Tensor) -> Iterator[Any]:
+    """What autograd has noted of how a tensor was made."""
+    todo, seen = [tensor.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo += [before for before, _ in node.next_functions]
 
 
 def _near(losses: Tensor, others: Tensor, allowed: float) -> bool:

@@ -39,14 +39,14 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
     versions = {name: leaf._version for name, leaf in leaves.items()}
     losses: list[float] = []
     tensors: list[dict[str, tuple[float, float]]] = []
-    with objective.attributes.kept(), torch.no_grad():
+    with objective.attributes.kept():
         attributes = objective.attributes.values()
         try:
             for at, of in ((theta, leaves), (0.9 * theta, other), (theta, leaves)):
                 tensors.append(_tensors(objective))
                 with batch.random_numbers(objective.device):
                     taken = batches.TakenApart(of, objective.structure)
-                    losses.append(float(objective.call_once(at, whole_loss_of_training_step, taken)))
+                    losses.append(float(objective.call_once(at, whole_loss_of_training_step, taken).detach()))
         except Exception:  # what fails is told by those who need the loss
             return
         changed = objective.attributes.changed(attributes)

@@ -195,8 +195,7 @@ def score_matrix(
 def final_values(replay: Replay, query: Query) -> torch.Tensor:
     """The value of each example of a query at the run's last parameters, (examples,)."""
     theta = parameters_at(replay.run, replay.run.n_steps).to(replay.dtype)
-    with torch.no_grad():
-        return query.values(replay.objective, theta[None], each=True)[0]
+    return query.values(replay.objective, theta[None], each=True)[0].detach()
 
 
 def worst_examples(run: Record, query: str | Query, count: int) -> list[int]:
