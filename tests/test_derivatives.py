@@ -16,7 +16,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import lightning_acc as la
-from lightning_acc.core.losses.tracing import Multiplications
+from lightning_acc.core.losses.tracing import Multiplications, traceable
+from lightning_acc.core.modules.twice import make_twice_differentiable, weight_norm
 from lightning_acc.core.replay import Replay
 from lightning_acc.methods import registry
 
@@ -158,3 +159,35 @@ def test_multiplications_are_counted() -> None:
         torch.ones(3, 4) @ torch.ones(4, 5)
         functional.conv1d(torch.ones(2, 3, 8), torch.ones(4, 3, 3))
     assert counted.total == 3 * 4 * 5 + 2 * 4 * 6 * 3 * 3
+
+
+BAGS = [{"mode": mode, "padding_idx": padding} for mode in ("sum", "mean", "max") for padding in (None, 3)]
+
+
+@pytest.mark.parametrize("options", BAGS, ids=str)
+def test_a_bag_of_words_is_torchs_and_can_be_differentiated_twice(options: dict[str, Any]) -> None:
+    bag = nn.EmbeddingBag(10, 4, **options).double()
+    words = torch.randint(0, 10, (6, 5), generator=torch.Generator().manual_seed(0))
+    words[2] = 3
+    given = {"per_sample_weights": torch.rand(6, 5, dtype=torch.float64)} if options["mode"] == "sum" else {}
+    expected = bag(words, **given)
+    make_twice_differentiable(bag)
+    assert torch.equal(bag(words, **given), expected), "as in training"
+
+    def of(weight: Tensor) -> Tensor:
+        with traceable():
+            found: Tensor = torch.func.functional_call(bag, {"weight": weight}, (words,), given)
+            return found
+
+    weight = bag.weight.detach().clone().requires_grad_()
+    assert torch.allclose(of(weight), expected, rtol=1e-12)
+    assert torch.autograd.gradgradcheck(of, weight)
+
+
+def test_weight_normalisation_is_torchs_but_for_its_second_derivative() -> None:
+    """Where this fails one day, torch has mended its own, and ``twice`` needs none."""
+    v, g = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.rand(4, 1, dtype=torch.float64, requires_grad=True)
+    with traceable():
+        assert torch.allclose(weight_norm(v, g, 0), torch._weight_norm(v, g, 0), rtol=1e-14)
+        assert torch.autograd.gradgradcheck(lambda v, g: weight_norm(v, g, 0), (v, g))
+    assert not torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v, g), raise_exception=False)

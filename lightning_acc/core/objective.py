@@ -19,7 +19,7 @@ from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.modules.checkpointing import kept_activations
 from lightning_acc.core.modules.compiled import eagerly
 from lightning_acc.core.modules.precision import NARROW, PRECISIONS, default_dtype, of_other_dtypes, put
-from lightning_acc.core.modules.weight_norm import normalise_differentiably
+from lightning_acc.core.modules.twice import make_twice_differentiable
 from lightning_acc.core.process import is_out_of_memory
 from lightning_acc.core.stand_in import SETTINGS, Attributes, Place, Settings, put_into, set_to, silent_copy, trainer_of
 from lightning_acc.record import batches
@@ -129,7 +129,7 @@ class Objective:
                 part.track_running_stats = False  # in training it normalises with the batch; leave the running ones alone
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
                 part.sparse = False  # a sparse gradient is the same, but has no derivative
-        normalise_differentiably(module)
+        make_twice_differentiable(module)
         self._call = _Call(module.requires_grad_(False))
         self.attributes = Attributes(module)
         self.trainer = trainer_of(module)

@@ -52,6 +52,10 @@ the optimizer itself is no straight line, as Adam, or with clipping, it is that 
 (``lightning_acc.methods.low_rank.defect``). What bends along a shift that nobody has followed is the query: adjoints that
 start from a few random directions of its curvature (``lightning_acc.core.queries.curvature``) go back beside its own.
 
+``H_t`` is what autograd makes of ``G_t``. Where a loss stops gradients (``detach``), or passes on others than its function has
+(a straight-through estimator, a reversed gradient), that leaves out how what was stopped depends on the parameters: ``loo``
+sees it, and so does the verdict; the estimates do not.
+
 What no straight line sees, and what then becomes of the scores, is shown in ``scripts/guide/what-can-go-wrong.md``.
 
 Here is a small class for each method (``lightning_acc.methods.rules``), a registry that says how each runs, and the sweeps that

@@ -163,6 +163,5 @@ def twice_differentiable(what: str) -> Iterator[None]:
             raise
         raise RequestError(
             f"{what} differentiates the loss twice, which an operation of this module does not allow "
-            f"({found[0] if found else str(error).rstrip('.')}): use method='loo', or another operation (nn.Embedding and a "
-            "mean for nn.EmbeddingBag)."
+            f"({found[0] if found else str(error).rstrip('.')}): use method='loo', or another operation."
         ) from error

@@ -27,6 +27,7 @@ FILES = (
     "steps",
     "unfreezing",
     "schedules",
+    "derivatives",
 )
 README = Path(__file__).parent / "README.md"
 HEAD = """# Trainings that people have
