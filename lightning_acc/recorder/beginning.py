@@ -110,6 +110,7 @@ def understand(
     groups: list[dict[str, Any]],
     everyone: list[SeenBatch],
     number: int,
+    settings: stand_in.Settings,
     batch_norm: str,
 ) -> tuple[Assembly, dict[str, Any]]:
     """Decompose the loss of the first step, number ``number``, and check that against the training's own gradient.
@@ -123,6 +124,7 @@ def understand(
         groups: hyper-parameters of the parameter groups.
         everyone: the batches of all processes.
         number: the step.
+        settings: of the module, those that have changed by now, as they were before its forward pass.
         batch_norm: the recorder's argument.
 
     Returns:
@@ -145,6 +147,7 @@ def understand(
         device=theta.device,
         precision=str(trainer.precision),
         trainer=stand_in.facts(trainer),
+        settings=settings,
     )
     if objective.trainer is not None:
         objective.trainer.place = lambda: stand_in.place_in(groups[0])

@@ -219,7 +219,7 @@ class Following:
 
     def final(self) -> Final:
         """What is known now, at the end of the training or where it is interrupted."""
-        self._write.note(final_settings=self.loss.settings_now())
+        self._write.note(final_settings={} if self.ended else self.loss.settings_now())
         number, going_on = self._write.own.n_steps, self.begun and not self.ended
         # Interrupted within a step, the parameters may already be those after it: then they are left to be replayed.
         known = going_on and not self._within
@@ -290,7 +290,7 @@ class Following:
 
     def _begin(self, number: int, groups: list[dict[str, Any]], everyone: list[SeenBatch], theta: Tensor) -> None:
         options = self._options
-        seen = (self._structure, theta, groups, everyone, number, options.batch_norm)
+        seen = (self._structure, theta, groups, everyone, number, self.loss.settings_before(), options.batch_norm)
         self._assembly: Assembly
         self._assembly, header = understand(self._trainer, self._module, self.optimizer, *seen)
         header["n_samples"] = self._tap.n_samples if self._named is None else len(self._write.own.names)

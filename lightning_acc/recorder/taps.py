@@ -262,6 +262,11 @@ class LossTap:
         """The same as they were in the first step."""
         return {} if self._watched is None else self._watched.first
 
+    def settings_before(self) -> Settings:
+        """Those that have changed by now, as they were before the newest forward pass, which may have changed some itself."""
+        self.settings_now()
+        return {**self.settings_at_first, **self.settings}
+
     def settings_now(self) -> Settings:
         """Those that have changed by now, as they are."""
         return {} if self._watched is None else self._watched.now()

@@ -41,6 +41,38 @@ class AnnealedByHand(LeavesOut, Annealed):
         return self.mean(self.losses(batch))
 
 
+class Counting(Annealed):
+    """A step that counts itself, for a warm-up of its loss, and keeps its losses."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.steps, self.seen = 0, []
+
+    def losses(self, batch: Any) -> Tensor:
+        warm_up = min(1.0, (self.steps + 1) / 4)
+        losses = warm_up * super().losses(batch)
+        if self.training:
+            self.steps += 1
+            self.seen.append(losses.detach().mean())
+        return losses
+
+
+class CountingByHand(LeavesOut, Counting):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.mean(self.losses(batch))
+
+
+class Balancing(Annealed):
+    """Divides its loss by a running mean of it."""
+
+    running = 1.0
+
+    def losses(self, batch: Any) -> Tensor:
+        losses = super().losses(batch) / self.running
+        self.running = 0.9 * self.running + 0.1 * float(losses.detach().mean())
+        return losses
+
+
 class CrossEntropy(Network):
     def losses(self, batch: Any) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
@@ -97,6 +129,18 @@ SETUPS: dict[str, Setup] = {
         Annealed,
         classes,
         AnnealedByHand,
+    ),
+    "a step that counts": setup(
+        "`self.steps += 1` in `training_step`, for a warm-up of the loss; beside it what hooks anneal",
+        Counting,
+        classes,
+        CountingByHand,
+    ),
+    "a running mean of the loss": setup(
+        "the loss is divided by a mean of itself over the steps so far",
+        Balancing,
+        classes,
+        refused=r"training_step carries self\.running from one step to the next",
     ),
     "more and more dropout": setup(
         "a callback raises a dropout layer's `p` from epoch to epoch",

@@ -112,9 +112,11 @@ class Draws:
         """Whether a function of the user's own is marked so: autograd takes its second derivative for 0, without a word."""
         ((batch, place), *_), theta = self._some()
         some = batch.picked(torch.arange(min(2, batches.batch_size(batch.leaves))))
-        with self._objective.within(place), torch.enable_grad(), suppress(Exception):  # what fails is told by those who need it
-            leaf = theta.detach().requires_grad_()
-            loss = self._objective.losses(leaf, batches.cast(some.leaves, self._objective.dtype, self._objective.device)).sum()
+        leaves = batches.cast(some.leaves, self._objective.dtype, self._objective.device)
+        leaf = theta.detach().requires_grad_()
+        with self._objective.within(place), suppress(Exception):  # what fails is told by those who need it
+            with some.random_numbers(self._objective.device):
+                loss = self._objective.losses(leaf, leaves).sum()
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
             return any(node.name().endswith("::Error") for node in _nodes(gradient))
         return False

@@ -22,9 +22,9 @@ from lightning_acc.core.losses.tracing import is_traced
 def make_twice_differentiable(module: nn.Module) -> None:
     """Have the copy ``module`` of a module call its layers so."""
     for part in module.modules():
-        if isinstance(part, _WeightNorm):
+        if type(part) is _WeightNorm:
             part.__dict__["forward"] = partial(_of_parametrization, -1 if part.dim is None else part.dim)
-        if isinstance(part, nn.EmbeddingBag):
+        if isinstance(part, nn.EmbeddingBag) and type(part).forward is nn.EmbeddingBag.forward:
             part.__dict__["forward"] = partial(embedding_bag, part)
         for hook in part._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm):
@@ -52,7 +52,7 @@ def embedding_bag(
 ) -> Tensor:
     """The sum, mean or largest of the embeddings of each row of ``words`` (B, length), (B, dimension)."""
     if not is_traced() or words.ndim != 2 or bag.max_norm is not None:
-        return type(bag).forward(bag, words, offsets, per_sample_weights)
+        return nn.EmbeddingBag.forward(bag, words, offsets, per_sample_weights)
     rows = functional.embedding(words, bag.weight)
     counts = torch.ones_like(words, dtype=torch.bool) if bag.padding_idx is None else words != bag.padding_idx
     if bag.mode == "max":

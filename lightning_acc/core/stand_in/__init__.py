@@ -9,7 +9,7 @@ there for the next.
 
 from lightning_acc.core.stand_in.attributes import Attributes
 from lightning_acc.core.stand_in.copying import silent_copy, trainer_of
-from lightning_acc.core.stand_in.settings import Settings, Watched, put_into, set_to
+from lightning_acc.core.stand_in.settings import Settings, Watched, is_setting, put_into, set_to
 from lightning_acc.core.stand_in.trainer import SETTINGS, NotInReplays, Place, facts, place_at_end, place_in
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Settings",
     "Watched",
     "facts",
+    "is_setting",
     "place_at_end",
     "place_in",
     "put_into",

@@ -2,8 +2,8 @@
 
 A *setting* is a number, a text, a truth value or None in a plain attribute of a module or of a layer within it, under the name
 that ``named_modules`` gives the layer. Settings that stay the same are the module's own business. Of those that change, the
-record has what they were in the first step, and what they are in each step since: a replay goes by that, as it goes by the
-recorded learning rate.
+record has what they were in the first step, and what they are where each step since begins: a replay goes by that, as it goes
+by the recorded learning rate. So it does of what ``training_step`` itself counts.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Watched:
             (f"{path}.{name}" if path else name, part.__dict__, name, value)
             for path, part in parts.items()
             for name, value in {**_of_classes(part), **part.__dict__}.items()
-            if name not in others and _plain(value) is not _UNKNOWN
+            if name not in others and is_setting(value)
         ]
         self._newest = self._before = self._values()
         self._now: Settings = self._changed()
@@ -77,6 +77,11 @@ class Watched:
             self.first.setdefault(name, first)
             found[name] = value
         return found
+
+
+def is_setting(value: Any) -> bool:
+    """Whether a value can be one."""
+    return _plain(value) is not _UNKNOWN
 
 
 def set_to(module: nn.Module, settings: Settings) -> None:

@@ -8,6 +8,9 @@ training (a learning rate, a metric) and no replay knows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch import Tensor
 from lightning_acc.core.losses.batch import Batch
 from lightning_acc.core.losses.per_sample import whole_loss_of_training_step
 from lightning_acc.core.objective import Objective
+from lightning_acc.core.stand_in import is_setting, set_to
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.recorder.checks.refusals import RecordingRefused
@@ -39,14 +43,19 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
     versions = {name: leaf._version for name, leaf in leaves.items()}
     losses: list[float] = []
     tensors: list[dict[str, tuple[float, float]]] = []
+
+    def loss(at: Tensor, of: Leaves) -> float:
+        with batch.random_numbers(objective.device):
+            taken = batches.TakenApart(of, objective.structure)
+            return float(objective.call_once(at, whole_loss_of_training_step, taken).detach())
+
+    this, another = partial(loss, theta, leaves), partial(loss, 0.9 * theta, other)
     with objective.attributes.kept():
         attributes = objective.attributes.values()
         try:
-            for at, of in ((theta, leaves), (0.9 * theta, other), (theta, leaves)):
+            for call in (this, another, this):
                 tensors.append(_tensors(objective))
-                with batch.random_numbers(objective.device):
-                    taken = batches.TakenApart(of, objective.structure)
-                    losses.append(float(objective.call_once(at, whole_loss_of_training_step, taken).detach()))
+                losses.append(call())
         except Exception:  # what fails is told by those who need the loss
             return
         changed = objective.attributes.changed(attributes)
@@ -59,7 +68,8 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
     first, _, again = losses
     if not math.isfinite(first):
         refuse_read(objective)
-    if abs(again - first) > SAME[objective.dtype] * abs(first):
+    carried = {name: attributes.get(name) for name in changed}
+    if not _alike(first, again, objective) and not _counts(objective, carried, this, another):
         for name in (name for name, leaf in leaves.items() if leaf._version != versions[name]):
             raise RecordingRefused(
                 f"training_step writes to its batch, to the tensor {name!r}, and gives another loss when it is given the batch "
@@ -72,6 +82,32 @@ def refuse_carried(objective: Objective, theta: Tensor, batch: Batch) -> None:
             f"{again:.6g} after it was called on another, so that a step is no function of its batch and its parameters. Begin "
             "each step anew, or put what is carried into the batch."
         )
+
+
+def _alike(first: float, again: float, objective: Objective) -> bool:
+    return abs(again - first) <= SAME[objective.dtype] * abs(first)
+
+
+def _counts(objective: Objective, carried: Mapping[str, Any], this: Callable[[], float], another: Callable[[], float]) -> bool:
+    """Whether the loss is another the second time for settings alone, which every step changes alike: these are recorded.
+
+    Args:
+        objective: the module's losses.
+        carried: the attributes that ``training_step`` changes, as they are before.
+        this: calls it on the first batch.
+        another: on other parameters and another batch.
+    """
+    module, counters = objective.submodule(""), {name: value for name, value in carried.items() if is_setting(value)}
+    before = {name.removeprefix("self."): value for name, value in counters.items()}
+
+    def counted(call: Callable[[], float]) -> tuple[float, list[Any]]:
+        set_to(module, before)
+        found, now = call(), objective.attributes.values()
+        return found, [now[name] for name in counters]
+
+    with objective.attributes.kept():
+        (first, mine), (_, others), (again, _) = (counted(call) for call in (this, another, this))
+    return bool(counters) and mine == others and all(map(is_setting, mine)) and _alike(first, again, objective)
 
 
 def refuse_read(objective: Objective, number: int = 0) -> None:
