@@ -459,13 +459,16 @@ def test_where_every_step_uses_all_loo_is_retraining(tmp_path: Path) -> None:
         assert float((shift - truth).norm() / truth.norm()) < 1e-9
 
 
-@pytest.mark.parametrize("places", [[9], "all", [-1]], ids=["beyond", "text", "less"])
-def test_a_record_of_unused_parameters_that_are_not_there_is_refused(tmp_path: Path, places: Any) -> None:
+WRONG = {"beyond": (UNUSED, [9]), "text": (UNUSED, "all"), "less": (UNUSED, [-1]), "none": ("settings_of_batches", [])}
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG.values(), ids=WRONG)
+def test_a_record_that_says_what_cannot_be_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     run = transferred(tmp_path / "run", max_epochs=1)
     (name,) = (name for name in manifest_of(tmp_path / "run")["files"] if name.startswith("steps/"))
     tensors, metadata = unpacked((tmp_path / "run" / name).read_bytes())
     for group in metadata["groups"][1]:
-        group[UNUSED] = places
+        group[key] = value
     put(tmp_path / "run", name, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
     with pytest.raises(la.RunError, match="groups"):
         la.score(la.Run(run.path), "loo", [0], ray_address=None, save=False, check=0)

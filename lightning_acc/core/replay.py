@@ -143,8 +143,7 @@ class Replay:
     @cached_property
     def multiplications(self) -> float:
         """Of one forward pass over the run's largest batch: of its matrix products and convolutions, as torch counts them, and
-        at least one of each sample by each parameter, as some go uncounted.
-        """
+        at least one of each sample by each parameter, as some go uncounted."""
         leaves = self._largest
         with generators_kept(self.device), Multiplications() as counted:
             for batch in leaves:
@@ -214,13 +213,16 @@ class Replay:
             return self._batches(t), record.sample_ids, record.weights
         shares, weighs = self.ranks.share(record.sizes, self.divisible(record))
         parts = zip(self.run.batches(t, shares), shares, strict=True)
-        accumulated = [Batch(leaves, record.rng[i]).as_part(rows, record.sizes[i]) for leaves, (i, rows) in parts]
+        each = [Batch(leaves, record.rng[i], settings=record.settings[i]) for leaves, (i, _) in parts]
+        accumulated = [batch.as_part(rows, record.sizes[i]) for batch, (i, rows) in zip(each, shares, strict=True)]
         numbers = torch.arange(len(record.sample_ids)).split(record.sizes)
         own = torch.cat([numbers[i][rows.start : rows.stop] for i, rows in shares])
         return accumulated, record.sample_ids[own], record.weights[own] * weighs
 
     def _batches(self, t: int) -> list[Batch]:
-        return [Batch(leaves, rng) for leaves, rng in zip(self.run.batches(t), self.run.steps[t].rng, strict=True)]
+        record = self.run.steps[t]
+        each = zip(self.run.batches(t), record.rng, record.settings, strict=True)
+        return [Batch(leaves, rng, settings=settings) for leaves, rng, settings in each]
 
     def divisible(self, step: StepRecord) -> bool:
         """Whether rows can be taken out of a batch of this step, and the sum over parts is the whole."""

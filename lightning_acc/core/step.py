@@ -201,7 +201,7 @@ class Step:
         """What is computed of each accumulated batch, B along ``dim``, under the random numbers of its forward pass."""
         parts = []
         for batch in self.accumulated:
-            with batch.random_numbers(self.objective.device), self.objective.within(self._place):
+            with batch.random_numbers(self.objective.device), self.objective.within(batch.at(self._place)):
                 parts.append(evaluated(batch))
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
@@ -211,7 +211,7 @@ class Step:
 
     def single_samples(self, positions: Tensor) -> Leaves | None:
         """The samples at ``positions``, of any shape, taken out of their batches; None where that would change their loss."""
-        if not self.objective.independent_rows or any(batch.rng for batch in self.accumulated):
+        if not self.objective.independent_rows or any(batch.rng or batch.settings for batch in self.accumulated):
             return None
         if len(self.accumulated) == 1:
             return batches.rows(self.accumulated[0].leaves, positions)
@@ -255,7 +255,7 @@ class Step:
         for batch in self.accumulated:
             size = batches.batch_size(batch.leaves)
             for part, mine in batch.by_twos(positions[(first <= positions) & (positions < first + size)] - first):
-                with part.random_numbers(self.objective.device), self.objective.within(self._place), traceable():
+                with part.random_numbers(self.objective.device), self.objective.within(part.at(self._place)), traceable():
                     losses = self.objective.losses(theta, part.leaves)[: len(mine)]
                 total = total + (self.weights[(first + mine).to(self.weights.device)] * losses).sum()
             first += size

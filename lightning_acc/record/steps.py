@@ -69,6 +69,11 @@ class StepRecord:
     rng: list[dict[str, Tensor]]
 
     @property
+    def settings(self) -> list[dict[str, Any] | None]:
+        """For each of the batches what the module was set to, where that differs; see ``lightning_acc.core.stand_in``."""
+        return self.groups[0].get("settings_of_batches") or [None] * len(self.sizes)
+
+    @property
     def hyperparameters(self) -> dict[str, Any]:
         """Hyper-parameters by name; a tuple of one value per parameter group where the groups differ."""
         values = {key: tuple(group[key] for group in self.groups) for key in self.groups[0]}

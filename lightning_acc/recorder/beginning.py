@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,10 +88,11 @@ class Assembly:
 
     def step(self, groups: list[dict[str, Any]], seen: list[SeenBatch]) -> Step:
         """The step these batches, and the hyper-parameters ``groups``, make."""
+        of_each = groups[0].get(stand_in.OF_BATCHES) or [None] * len(seen)
         return Step(
             self.objective,
             self._optimizer.update,
-            [_batch(batch) for batch in seen],
+            [replace(_batch(batch), settings=one) for batch, one in zip(seen, of_each, strict=True)],
             torch.tensor([sample for batch in seen for sample in batch.ids]),
             self.weights(seen),
             groups,
@@ -124,7 +126,7 @@ def understand(
         groups: hyper-parameters of the parameter groups.
         everyone: the batches of all processes.
         number: the step.
-        settings: of the module, those that have changed by now, as they were before its forward pass.
+        settings: of the module, those that have changed by now, as they were in the first step.
         batch_norm: the recorder's argument.
 
     Returns:
@@ -149,8 +151,7 @@ def understand(
         trainer=stand_in.facts(trainer),
         settings=settings,
     )
-    if objective.trainer is not None:
-        objective.trainer.place = lambda: stand_in.place_in(groups[0])
+    objective.settle(lambda: stand_in.place_in(groups[0]))
     first_step = _FirstStep(trainer, objective, optimizer, groups, everyone, theta, optimizer.gradient(number), number)
     whole_batches = bool(refusals.batch_norms(module))
     refuse_carried(objective, theta, _batch(everyone[0]))

@@ -152,7 +152,7 @@ class Following:
             )
         batch = self._seen[-1]
         batch.counts = True
-        batch.weights = self.loss.take()
+        batch.weights, batch.settings = self.loss.take(), self.loss.settings
         now = devices.states(self.optimizer.device)
         batch.rng = {kind: state for kind, state in batch.rng.items() if not torch.equal(state, now[kind])}
 
@@ -175,13 +175,13 @@ class Following:
         # A batch whose training_step returned None has no part in the step.
         self._seen = [batch for batch in self._seen if batch.counts]
         number = self._write.own.n_steps
-        groups = self.optimizer.hyperparameters(number, self.loss.settings)
+        groups = self.optimizer.hyperparameters(number, [batch.settings for batch in self._seen])
         self._clipping.begin(groups)
         try:
             self._look(number, groups)
         except RecordingRefused as refusal:
             raise refusals.with_suspects(refusal, self._module) from refusal
-        self._write.note(optimizer=description.of_optimizer(self.optimizer), settings=self.loss.settings_at_first)
+        self._write.note(optimizer=description.of_optimizer(self.optimizer), settings=self.loss.settings_at_first())
         self._step = {
             "sample_ids": int64(batch.ids for batch in self._seen),
             "contents": [batch.contents for batch in self._seen],
@@ -290,7 +290,7 @@ class Following:
 
     def _begin(self, number: int, groups: list[dict[str, Any]], everyone: list[SeenBatch], theta: Tensor) -> None:
         options = self._options
-        seen = (self._structure, theta, groups, everyone, number, self.loss.settings_before(), options.batch_norm)
+        seen = (self._structure, theta, groups, everyone, number, self.loss.settings_at_first(), options.batch_norm)
         self._assembly: Assembly
         self._assembly, header = understand(self._trainer, self._module, self.optimizer, *seen)
         header["n_samples"] = self._tap.n_samples if self._named is None else len(self._write.own.names)

@@ -12,7 +12,7 @@ from lightning_acc.core.modules.compiled import is_compiled, plain_name
 from lightning_acc.core.modules.precision import rounded_to
 from lightning_acc.core.objective import ParameterLayout
 from lightning_acc.core.optimizers import PARAMETER_STEPS, RULES, UNUSED, State, Update
-from lightning_acc.core.stand_in import SETTINGS, Settings, place_in
+from lightning_acc.core.stand_in import OF_BATCHES, SETTINGS, Settings, place_in
 from lightning_acc.errors import RunError
 from lightning_acc.record.schema.keys import DTYPES
 from lightning_acc.record.writer import NotFinite
@@ -128,8 +128,8 @@ class TrainedOptimizer:
         """Whether any parameter has one; else ``training_step`` returned None and the optimizer does nothing."""
         return any(p.grad is not None for p in self._parameters)
 
-    def hyperparameters(self, step: int, settings: Settings) -> list[dict[str, Any]]:
-        """What step number ``step`` will use, for each parameter group; with the module's ``settings`` that have changed.
+    def hyperparameters(self, step: int, settings: list[Settings]) -> list[dict[str, Any]]:
+        """What step number ``step`` will use, for each parameter group; and the module's ``settings`` for each batch.
 
         Raises:
             RecordingRefused: a parameter moves otherwise than F moves it.
@@ -140,7 +140,8 @@ class TrainedOptimizer:
         for_all = {
             "step": step + 1,
             **place_in(self._trainer),
-            **({SETTINGS: settings} if settings else {}),
+            **({SETTINGS: settings[-1]} if settings[-1] else {}),
+            **({} if all(one == settings[-1] for one in settings) or self._trainer.world_size > 1 else {OF_BATCHES: settings}),
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),

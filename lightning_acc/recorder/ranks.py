@@ -7,12 +7,13 @@ the order of the ranks. Padding that a distributed sampler adds is one more occu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_acc.core.devices import States
+from lightning_acc.core.stand_in import Settings
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
@@ -31,6 +32,7 @@ class SeenBatch:
         rng: states of the random number generators before it; once it had a forward pass, of those that it drew from.
         counts: whether it had a backward pass.
         weights: what its samples weigh in its loss, (B,), float64, where they weigh differently and that was seen.
+        settings: what the module was set to, of what has changed since the first step.
     """
 
     ids: list[int]
@@ -39,6 +41,7 @@ class SeenBatch:
     rng: States
     counts: bool = False
     weights: Tensor | None = None
+    settings: Settings = field(default_factory=dict)
 
     @property
     def random(self) -> bool:

@@ -257,19 +257,14 @@ class LossTap:
 
         self._strategy.training_step = observed
 
-    @property
-    def settings_at_first(self) -> Settings:
-        """The same as they were in the first step."""
-        return {} if self._watched is None else self._watched.first
-
-    def settings_before(self) -> Settings:
-        """Those that have changed by now, as they were before the newest forward pass, which may have changed some itself."""
-        self.settings_now()
-        return {**self.settings_at_first, **self.settings}
-
     def settings_now(self) -> Settings:
         """Those that have changed by now, as they are."""
         return {} if self._watched is None else self._watched.now()
+
+    def settings_at_first(self) -> Settings:
+        """The same as they were in the first step, or before it, where that has changed them itself."""
+        self.settings_now()
+        return {} if self._watched is None else self._watched.first
 
     def observe(self, size: int | None) -> None:
         """Observe the next step, on a batch of ``size`` samples; None: do not."""

@@ -136,6 +136,13 @@ SETUPS: dict[str, Setup] = {
         classes,
         CountingByHand,
     ),
+    "annealing, accumulated": setup(
+        "the same where two batches make a step, each under another temperature and count",
+        Counting,
+        classes,
+        CountingByHand,
+        trainer={"accumulate_grad_batches": 2, "max_epochs": 3},
+    ),
     "a running mean of the loss": setup(
         "the loss is divided by a mean of itself over the steps so far",
         Balancing,

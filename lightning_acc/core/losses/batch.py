@@ -15,7 +15,7 @@ from lightning_acc.core.devices import States, drawing
 from lightning_acc.core.losses.drawing import AsInTheBatch, NotByRow
 from lightning_acc.core.losses.tracing import traceable
 from lightning_acc.core.objective import Objective
-from lightning_acc.core.stand_in import Place
+from lightning_acc.core.stand_in import SETTINGS, Place, Settings
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 
@@ -28,11 +28,17 @@ class Batch:
         leaves: its tensors, first dimension (B,).
         rng: states of the random number generators before the forward pass, those that it draws from.
         rows: where it is a part of a batch that draws random numbers, which rows of that, (B,), and how many there are.
+        settings: of the module, where they are others than for other batches of its step.
     """
 
     leaves: Leaves
     rng: States = field(default_factory=dict)
     rows: tuple[Tensor, int] | None = None
+    settings: Settings | None = None
+
+    def at(self, place: Place) -> Place:
+        """Where it is in the training, in the step at ``place``."""
+        return place if self.settings is None else {**place, SETTINGS: self.settings}
 
     @contextmanager
     def random_numbers(self, device: torch.device) -> Iterator[None]:
@@ -91,7 +97,7 @@ class Draws:
         some, theta = self._some()
         allowed = max(1e-3, 4 * self._eps)
         for batch, place in some:
-            with self._objective.within(place):
+            with self._objective.within(batch.at(place)):
                 losses, of_training = self._losses(theta, batch), self._losses(theta, batch, nullcontext())
             if not _near(losses, of_training, allowed):
                 return False
@@ -114,7 +120,7 @@ class Draws:
         some = batch.picked(torch.arange(min(2, batches.batch_size(batch.leaves))))
         leaves = batches.cast(some.leaves, self._objective.dtype, self._objective.device)
         leaf = theta.detach().requires_grad_()
-        with self._objective.within(place), suppress(Exception):  # what fails is told by those who need it
+        with self._objective.within(batch.at(place)), suppress(Exception):  # what fails is told by those who need it
             with some.random_numbers(self._objective.device):
                 loss = self._objective.losses(leaf, leaves).sum()
             (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
@@ -122,7 +128,7 @@ class Draws:
         return False
 
     def _by_row(self, theta: Tensor, batch: Batch, place: Place) -> bool:
-        with self._objective.within(place):
+        with self._objective.within(batch.at(place)):
             return self._are_apart(theta, batch)
 
     def _are_apart(self, theta: Tensor, batch: Batch) -> bool:

@@ -17,7 +17,7 @@ from lightning_acc.core.optimizers.rule import PARAMETER_STEPS, UNUSED, Hyperpar
 from lightning_acc.errors import RequestError, RunError
 from lightning_acc.record.schema.keys import DTYPES
 
-COUNTS = ("step", PARAMETER_STEPS, UNUSED, "global_step", "current_epoch", "settings")
+COUNTS = ("step", PARAMETER_STEPS, UNUSED, "global_step", "current_epoch", "settings", "settings_of_batches")
 """What is something else in every step, or epoch, whatever the optimizer."""
 RESTS = "rests"
 """What a parameter is ``given`` that the step leaves as it is."""

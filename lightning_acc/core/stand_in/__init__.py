@@ -10,9 +10,10 @@ there for the next.
 from lightning_acc.core.stand_in.attributes import Attributes
 from lightning_acc.core.stand_in.copying import silent_copy, trainer_of
 from lightning_acc.core.stand_in.settings import Settings, Watched, is_setting, put_into, set_to
-from lightning_acc.core.stand_in.trainer import SETTINGS, NotInReplays, Place, facts, place_at_end, place_in
+from lightning_acc.core.stand_in.trainer import OF_BATCHES, SETTINGS, NotInReplays, Place, facts, place_at_end, place_in
 
 __all__ = [
+    "OF_BATCHES",
     "SETTINGS",
     "Attributes",
     "NotInReplays",

@@ -32,7 +32,8 @@ RECORDED = (
 Place = dict[str, Any]
 """Where a training is, and so each step: ``PLACES``, as a trainer tells them; of its module the ``SETTINGS`` that change."""
 PLACES = ("global_step", "current_epoch")
-SETTINGS = "settings"
+SETTINGS, OF_BATCHES = "settings", "settings_of_batches"
+"""Under what the hyper-parameters of a step have those; and those of each accumulated batch, where these differ."""
 OF_ONE_PROCESS: dict[str, Any] = {"global_rank": 0, "local_rank": 0, "node_rank": 0, "is_global_zero": True}
 OF_TRAINING: dict[str, Any] = {"sanity_checking": False, "testing": False, "predicting": False, "is_last_batch": False}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -14,18 +14,11 @@ from lightning_acc.arguments import shown
 from lightning_acc.record import batches, seal
 from lightning_acc.record.batches import Leaves, Structure, leaf_names
 from lightning_acc.record.samples import names
+from lightning_acc.record.schema import groups
 from lightning_acc.record.schema.keys import AVERAGE, DTYPES, MOST_SAMPLES, NUMBERED, SHARED, Manifest, numel
 from lightning_acc.record.schema.kinds import (
-    LIMIT,
-    PLAIN,
-    POSITIVE,
     STRUCTURE,
-    Kind,
-    among,
-    first_fault,
-    named,
     several,
-    whole,
 )
 from lightning_acc.record.store import Store
 
@@ -50,24 +43,6 @@ NAMED: dict[str, tuple[torch.dtype, Shape]] = {
     "names": (torch.uint8, ("bytes of names",)),
     "name_ends": (torch.int64, ("names",)),
 }
-GROUP: dict[str, Kind] = {
-    "step": whole(1, 10**12),
-    "gradient_clip_val": LIMIT.or_none(),
-    "gradient_clip_algorithm": among("norm", "value"),
-}
-"""What stands in the hyper-parameters of every parameter group; those of the optimizer are beside it."""
-GROUP_WHERE_GIVEN: dict[str, Kind] = {
-    "dtypes": named(among(*DTYPES)),
-    "loss_scale": POSITIVE,
-    "global_step": whole(0, 10**12),
-    "current_epoch": whole(0, 10**12),
-    "parameter_steps": several(whole(0, 10**12)),
-    "unused": several(whole(0, 10**6)),
-    "settings": named(PLAIN),
-}
-"""Of hyper-parameters that are tensors, the dtypes; what the loss was multiplied by; what the trainer counted; of each
-parameter the number of the step, and 0 where it rests; which of these rest as the loss was not made of them; what the module
-was set to, of what has changed since the first step."""
 
 
 def unpacked(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -142,47 +117,13 @@ def _steps_faults(
     if "rng_cuda" in tensors or "rng_batches_cuda" in tensors:
         yield from _shape_faults(tensors, RANDOM_ON_GPU, {"state on a GPU": 16})  # a seed and an offset
         yield from _range_faults("rng_batches_cuda", tensors["rng_batches_cuda"], batches)
-    yield from _groups_faults(metadata.get("groups"), facts["count"], manifest)
+    yield from groups.faults(metadata.get("groups"), tensors["batch_offsets"].diff().tolist(), manifest)
     if "names" in facts:
         yield from _shape_faults(tensors, NAMED, {"names": facts["names"]})
         try:
             names.unpacked(tensors, metadata)
         except ValueError as error:
             yield str(error)
-
-
-def _groups_faults(groups: Any, count: int, manifest: Manifest) -> Iterator[str]:
-    if not (isinstance(groups, list) and len(groups) == count and all(isinstance(step, list) and step for step in groups)):
-        yield f"its groups are no list of {count:,} lists"
-        return
-    of_each = manifest.get("optimizer", {}).get("group_of", ())
-    for step in groups:
-        least = _groups_needed(step[0], of_each)
-        for group in step:
-            if not isinstance(group, dict) or group.keys() != step[0].keys() or least is None or len(step) < least:
-                yield f"its groups are {shown(step)} and not hyper-parameters of the {least or 1} groups of its parameters"
-                return
-            fault = first_fault(group, GROUP) or first_fault(group, GROUP_WHERE_GIVEN, optional=True)
-            if fault:
-                yield f"of its groups {fault}"
-            elif any(place >= len(of_each) for place in group.get("unused", ()) if of_each):
-                yield f"its groups say that of {len(of_each)} parameters those at {group['unused']} were not used"
-            for key, value in group.items():
-                if not PLAIN.holds(value):
-                    yield f"of its groups its {key} is {shown(value)} and not {PLAIN.words}"
-
-
-def _groups_needed(first: Any, of_each: Sequence[int | None]) -> int | None:
-    """How many parameter groups those are that a step moves, by its ``first`` one; None where it is not known."""
-    moved = first.get("parameter_steps", [True] * len(of_each)) if isinstance(first, dict) else None
-    if not isinstance(moved, list) or (of_each and len(moved) != len(of_each)):
-        return None
-    least = 1
-    for group, steps in zip(of_each, moved, strict=False):
-        if steps and group is None:
-            return None
-        least = max(least, 1 + (group or 0)) if steps else least
-    return least
 
 
 def _parameters_faults(
