@@ -29,9 +29,22 @@ pytestmark = pytest.mark.filterwarnings(
 DDP = {"strategy": "ddp_fork", "devices": 2}
 
 
+class Annealed(Weighted):
+    """Weighs its loss by a number that a hook sets, and raises its dropout."""
+
+    weight = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        self.weight, self.net[2].p = 1 / (1 + self.current_epoch), 0.1 * self.current_epoch
+
+    def per_sample_loss(self, batch: Any) -> Tensor:
+        return self.weight * super().per_sample_loss(batch)
+
+
 def train(kept: Tensor, *callbacks: Any, dropout: float = 0.0, ckpt_path: Path | None = None, **options: Any) -> Tensor:
     torch.manual_seed(0)
-    module = Weighted(hidden=5, activation="gelu", dropout=dropout, optimizer=options.pop("optimizer", None)).double()
+    kind = options.pop("kind", Weighted)
+    module = kind(hidden=5, activation="gelu", dropout=dropout, optimizer=options.pop("optimizer", None)).double()
     loader = DataLoader(TensorDataset(*data(n=N).tensors, kept), 5, shuffle=True)
     pl.seed_everything(1)
     trainer(*callbacks, **DDP, **options).fit(module, loader, ckpt_path=ckpt_path)
@@ -46,6 +59,7 @@ SETUPS: dict[str, dict[str, Any]] = {
         "dropout": 0.3,
     },
     "accumulated": {"optimizer": {"momentum": 0.9, "lr": 0.05}, "accumulate_grad_batches": 2},
+    "annealed": {"kind": Annealed},
 }
 
 
