@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class TrainedOptimizer:
         """Whether any parameter has one; else ``training_step`` returned None and the optimizer does nothing."""
         return any(p.grad is not None for p in self._parameters)
 
-    def hyperparameters(self, step: int, settings: list[Settings]) -> list[dict[str, Any]]:
+    def hyperparameters(self, step: int, settings: Sequence[Settings] = ()) -> list[dict[str, Any]]:
         """What step number ``step`` will use, for each parameter group; and the module's ``settings`` for each batch.
 
         Raises:
@@ -137,11 +138,12 @@ class TrainedOptimizer:
         """
         self.moved.in_groups(step)
         algorithm = self._trainer.gradient_clip_algorithm
+        alone = self._trainer.world_size == 1  # else the batches of all processes make a step
         for_all = {
             "step": step + 1,
             **place_in(self._trainer),
-            **({SETTINGS: settings[-1]} if settings[-1] else {}),
-            **({} if all(one == settings[-1] for one in settings) or self._trainer.world_size > 1 else {OF_BATCHES: settings}),
+            **({SETTINGS: settings[-1]} if any(settings) else {}),
+            **({OF_BATCHES: list(settings)} if any(one != settings[-1] for one in settings) and alone else {}),
             "gradient_clip_val": self._trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),
