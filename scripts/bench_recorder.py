@@ -4,8 +4,8 @@
 
 Batches of 128 samples of 784 features; networks whose steps take about 2 ms and 20 ms on one quiet core; SGD with momentum and
 AdamW, with ``per_sample_loss`` and without. To reach: at most 15 % added where a step takes 2 ms, 3 % where it takes 20 ms, and
-first steps of at most 3. On a core of a virtual machine in use (steps of 3 to 4 ms, and of 35 to 41 ms): ``thread`` 27 to 48 %
-and -1 to 4 %, first steps 12 to 19. What is done in a step takes 0.2 ms where it is done again and again, and three times that
+first steps of at most 3. On a core of a virtual machine (steps of 2.4 to 4.4 ms, and of 26 to 41 ms): ``thread`` 27 to 60 %
+and -1 to 6 %, first steps 6 to 24. What is done in a step takes 0.2 ms where it is done again and again, and three times that
 between the steps of a training, whose batches fill the core's cache; in the first steps a page of new memory costs 4.6 us.
 
 ``wall`` is time that passes, where the writing thread may have a core of its own and a busy machine makes everything longer;
