@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_acc as la
-from lightning_acc.core.stand_in import Watched, silent_copy
+from lightning_acc.core.stand_in import Watched, set_to, silent_copy
 from lightning_acc.recorder import RecordingRefused
 
 pytestmark = pytest.mark.filterwarnings("ignore:The run's module .* cannot be imported here")
@@ -385,3 +385,9 @@ def test_a_module_without_a_layer_whose_settings_change_is_refused(tmp_path: Pat
         la.RunError, match=r"no layer 'net.1', whose 'negative_slope' changes .*: give the one that was trained"
     ):
         la.Run(tmp_path / "run", module=module).audit()
+
+
+@pytest.mark.parametrize("name", ["0._modules", "_forward_hooks", "training"])
+def test_a_record_sets_nothing_that_is_torchs_own(name: str) -> None:
+    with pytest.raises(la.RunError, match=rf"sets '{name}', in which torch keeps what is its own: restore the run"):
+        set_to(nn.Sequential(nn.Linear(2, 2)), {name: {}})

@@ -360,19 +360,6 @@ def test_what_was_frozen_at_first_is_not_averaged_over_processes(tmp_path: Path)
         )
 
 
-@pytest.mark.parametrize("steps", [[1, 1, 1], "many", [1, 1, 1, -1], [1, 1, 1, 1]], ids=["few", "text", "less", "unknown"])
-def test_records_that_say_it_otherwise_are_refused(tmp_path: Path, steps: Any) -> None:
-    run = transferred(tmp_path / "run", max_epochs=1)
-    (name,) = (name for name in manifest_of(tmp_path / "run")["files"] if name.startswith("steps/"))
-
-    tensors, metadata = unpacked((tmp_path / "run" / name).read_bytes())
-    for group in metadata["groups"][1]:
-        group[PARAMETER_STEPS] = steps
-    put(tmp_path / "run", name, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
-    with pytest.raises(la.RunError, match="groups"):
-        la.score(la.Run(run.path), "loo", [0], ray_address=None, save=False, check=0)
-
-
 class FrozenLater(Transfer):
     """Stops training its backbone after an epoch, which needs no word."""
 
@@ -459,7 +446,16 @@ def test_where_every_step_uses_all_loo_is_retraining(tmp_path: Path) -> None:
         assert float((shift - truth).norm() / truth.norm()) < 1e-9
 
 
-WRONG = {"beyond": (UNUSED, [9]), "text": (UNUSED, "all"), "less": (UNUSED, [-1]), "none": ("settings_of_batches", [])}
+WRONG: dict[str, tuple[str, Any]] = {
+    "few steps": (PARAMETER_STEPS, [1, 1, 1]),
+    "steps in words": (PARAMETER_STEPS, "many"),
+    "steps below none": (PARAMETER_STEPS, [1, 1, 1, -1]),
+    "steps of what is in no group": (PARAMETER_STEPS, [1, 1, 1, 1]),
+    "unused beyond all": (UNUSED, [9]),
+    "unused in words": (UNUSED, "all"),
+    "unused below none": (UNUSED, [-1]),
+    "settings of no batch": ("settings_of_batches", []),
+}
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG.values(), ids=WRONG)

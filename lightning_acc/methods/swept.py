@@ -34,7 +34,7 @@ def refuse_without_derivative(replay: Replay, what: str) -> None:
 
 
 def refuse_other_losses(replay: Replay, what: str) -> None:
-    """Refuse ``what`` where it would draw other random numbers than the training did, or or compute something else.
+    """Refuse ``what`` where it would draw other random numbers than the training did, or compute something else.
 
     Raises:
         RequestError: it would.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from losses import Network, classes, numbers, setup
+from losses import classes, numbers, setup
+from schedules import CrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from wild import LeavesOut, Setup
 
 
-class Equation(Network):
+class Equation(CrossEntropy):
     """How far a network is from solving a differential equation; Lightning validates without gradients, and so not this."""
 
     outputs = 1
@@ -27,9 +28,6 @@ class Equation(Network):
         (curvature,) = torch.autograd.grad(slopes[:, 0].sum(), x, create_graph=True)
         return (curvature[:, 0] + u[:, 0] - batch[1][:, 0]).square()
 
-    def loss(self, batch: Any) -> Tensor:
-        return self.losses(batch).mean()
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """None."""
 
@@ -39,7 +37,7 @@ class EquationByHand(LeavesOut, Equation):
         return self.mean(self.losses(batch))
 
 
-class Adversarial(Network):
+class Adversarial(CrossEntropy):
     """Trains on samples moved up the slope of their own loss."""
 
     def prepare(self) -> None:
@@ -53,16 +51,13 @@ class Adversarial(Network):
             x = (x + 0.1 * slope.sign()).detach()
         return F.cross_entropy(self.net(x), y, reduction="none")
 
-    def loss(self, batch: Any) -> Tensor:
-        return self.losses(batch).mean()
-
 
 class AdversarialByHand(LeavesOut, Adversarial):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.mean(self.losses(batch))
 
 
-class Normalised(Network):
+class Normalised(CrossEntropy):
     """Convolutions under weight normalisation, as in a temporal convolutional network."""
 
     def prepare(self) -> None:
@@ -70,12 +65,6 @@ class Normalised(Network):
         self.net = nn.Sequential(
             nn.Unflatten(1, (1, 6)), first, nn.GELU(), nn.Dropout(0.1), second, nn.Flatten(), nn.Linear(24, 3)
         )
-
-    def losses(self, batch: Any) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
-
-    def loss(self, batch: Any) -> Tensor:
-        return self.losses(batch).mean()
 
 
 class NormalisedByHand(LeavesOut, Normalised):

@@ -117,6 +117,8 @@ def put_into(module: nn.Module, settings: Settings) -> Iterator[None]:
 
 def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     path, _, key = name.rpartition(".")
+    if key in OF_EVERY_MODULE | NO_SETTINGS:
+        raise RunError(f"The record sets {name!r}, in which torch keeps what is its own: restore the run, or record it again.")
     try:
         return module.get_submodule(path).__dict__, key
     except AttributeError:
