@@ -89,7 +89,7 @@ States = dict[str, Tensor]
 
 def states(device: torch.device) -> States:
     """Of the generators that what computes on ``device`` draws from: the CPU's and its own."""
-    return {place.type: _generator(place).get_state() for place in {CPU, device}}
+    return {place.type: _generator(place).get_state() for place in _places(device)}
 
 
 def in_use() -> torch.device:
@@ -127,14 +127,18 @@ def generators_kept(device: torch.device, enabled: bool = True) -> Iterator[None
     try:
         yield
     finally:
-        for place in {CPU, device} if enabled else ():
+        for place in _places(device) if enabled else ():
             _generator(place).set_state(before[place.type])
 
 
 def seed(device: torch.device, number: int) -> None:
     """What is drawn next, on the CPU and on ``device``, follows from this number alone."""
-    for place in {CPU, device}:
+    for place in _places(device):
         _generator(place).manual_seed(number)
+
+
+def _places(device: torch.device) -> tuple[torch.device, ...]:
+    return (CPU,) if device == CPU else (CPU, device)
 
 
 def _generator(device: torch.device) -> torch.Generator:

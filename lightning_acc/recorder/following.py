@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_acc.core import devices
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.steps import SeenStep, int64
+from lightning_acc.record.steps import SeenStep, numbers
 from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder import description, ranks
 from lightning_acc.recorder.beginning import Assembly, understand
@@ -127,7 +127,7 @@ class Following:
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
         self._shared.see(batches.shared(leaves), self._write.own.n_steps)
-        leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
+        leaves = {name: leaf.cpu() for name, leaf in leaves.items()}
         contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
             self._write.own.numbered()
@@ -183,7 +183,7 @@ class Following:
             raise refusals.with_suspects(refusal, self._module) from refusal
         self._write.note(optimizer=description.of_optimizer(self.optimizer), settings=self.loss.settings_at_first())
         self._step = {
-            "sample_ids": int64(batch.ids for batch in self._seen),
+            "sample_ids": [numbers(batch.ids) for batch in self._seen],
             "contents": [batch.contents for batch in self._seen],
             "weights": self._assembly.weights(self._seen),
             "groups": groups,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,9 @@ class TrainedOptimizer:
         self._parameters = [p for _, p in trained]
         self.layout = ParameterLayout([(name, list(p.shape)) for name, p in trained])
         self._rule = RULES[self.name]
+        self._values: list[Any] = []
+        """What the parameter groups had for the rule in the step before, where that can only be replaced."""
+        self._told: list[dict[str, Any]] = []
         placed = [group_of.get(id(p)) for p in self._parameters]
         self.update = Update(self.name, self.layout, placed, slots=0)
         self.update.slots = max(len(self._slots(i)) for i in range(len(placed)))
@@ -148,23 +152,38 @@ class TrainedOptimizer:
             "gradient_clip_algorithm": str(getattr(algorithm, "value", algorithm or "norm")),
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale}),
         }
-        used = [{key: group[key] for key in self._rule.hyperparameters} for group in self._optimizer.param_groups]
-        groups = [{**{key: _plain(value) for key, value in h.items()}, **for_all} for h in used]
+        groups = [{**h, **for_all} for h in self._of_groups(step)]
         own = self.moved.steps_of_each(groups, step)
-        dtypes = [{key: dtype for key, value in h.items() if (dtype := _dtype(value)) is not None} for h in used]
-        for i, (h, of_tensors) in enumerate(zip(groups, dtypes, strict=True)):
-            if any(dtypes):  # arithmetic with a tensor rounds as its dtype does
-                h["dtypes"] = of_tensors
+        for i, h in enumerate(groups):
             if own is not None:
                 h[PARAMETER_STEPS] = own
                 h[UNUSED] = self.moved.unused()
-            h.update(self.moved.numbers(i, h, step))
-        for key, value in ((key, value) for group in groups for key, value in group.items() if key not in for_all):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RunError(
-                    f"The optimizer's {key} is {value} in step {step}: give the scheduler, or the optimizer, a number."
-                )
+            if numbers := self.moved.numbers(i, h, step):
+                _refuse_not_finite(numbers, step)
+                h.update(numbers)
         return groups
+
+    def _of_groups(self, step: int) -> list[dict[str, Any]]:
+        """What each parameter group has for the rule, as plain numbers; most often that of the step before."""
+        used = [{key: group[key] for key in self._rule.hyperparameters} for group in self._optimizer.param_groups]
+        values = [value for h in used for value in h.values()]
+        if len(values) == len(self._values) and all(map(operator.is_, values, self._values)):
+            return self._told
+        self._told = [{key: _plain(value) for key, value in h.items()} for h in used]
+        for h in self._told:
+            _refuse_not_finite(h, step)
+        dtypes = [{key: dtype for key, value in h.items() if (dtype := _dtype(value)) is not None} for h in used]
+        if any(dtypes):  # arithmetic with a tensor rounds as its dtype does
+            self._told = [{**h, "dtypes": of_tensors} for h, of_tensors in zip(self._told, dtypes, strict=True)]
+        may_be_written_to = any(dtypes) or any(isinstance(value, list) for value in values)
+        self._values = [] if may_be_written_to else values
+        return self._told
+
+
+def _refuse_not_finite(h: dict[str, Any], step: int) -> None:
+    for key, value in h.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"The optimizer's {key} is {value} in step {step}: give the scheduler, or the optimizer, a number.")
 
 
 def _dense(value: Tensor) -> Tensor:

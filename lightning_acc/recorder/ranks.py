@@ -17,6 +17,7 @@ from lightning_acc.core.stand_in import Settings
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
+from lightning_acc.record.steps import Numbers, numbers
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import RunWriter
 
@@ -27,7 +28,7 @@ class SeenBatch:
 
     Attributes:
         ids: its samples.
-        contents: their numbers in this process's record, (B,), int64, which may not be there yet.
+        contents: their B numbers in this process's record, which may not be there yet.
         leaves: its tensors.
         rng: states of the random number generators before it; once it had a forward pass, of those that it drew from.
         counts: whether it had a backward pass.
@@ -36,7 +37,7 @@ class SeenBatch:
     """
 
     ids: list[int]
-    contents: Tensor
+    contents: Numbers
     leaves: Leaves
     rng: States
     counts: bool = False
@@ -90,7 +91,7 @@ def merge(writer: RunWriter, processes: int, end: int | None = None) -> int:
             seen = [writer.names.of([names[i] for i in theirs]) for names, theirs in zip(called, seen, strict=True)]
         writer.add_step(
             {
-                "sample_ids": torch.tensor([sample for theirs in seen for sample in theirs], dtype=torch.int64),
+                "sample_ids": [numbers(theirs) for theirs in seen],
                 "contents": [writer.content_ids(leaves) for run in runs for leaves in run.batches(t)],
                 "weights": torch.cat([record.weights for record in records]),
                 "groups": records[0].groups,

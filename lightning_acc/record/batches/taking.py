@@ -39,12 +39,30 @@ def flatten(batch: Any, size: int | None = None, like: Structure | None = None) 
     for whole, parts in reversed(_KNOWN.get()):
         if whole is batch:
             return dict(parts.leaves), parts.structure
+    if size is not None and like and (leaves := _as_before(batch, size, like)) is not None:
+        return leaves, like
     taking = _Taking(_size(batch) if size is None else size)
     structure = taking.part(batch, "", like)
     if not taking.has_rows:
         rows = ", ".join(f"{name!r} has {n}" for name, n in _sizes(batch, "")) or "it holds none"
         raise RunError(f"No tensor of a batch of {taking.size} samples has a row for each ({rows}): {REMEDY}, in their order.")
     return taking.leaves, structure
+
+
+def _as_before(batch: Any, size: int, like: Structure) -> Leaves | None:
+    """The leaves of a list, a tuple or a dict of tensors with a row a sample, as an earlier one was; None of all others."""
+    kind, parts = kind_of(like)
+    if kind != type(batch).__name__ or type(batch) not in (list, tuple, dict) or len(parts) != len(batch):
+        return None
+    leaves: Leaves = {}
+    for key, before in parts.items() if kind == "dict" else enumerate(parts):
+        part = batch.get(key) if kind == "dict" else batch[key]
+        if type(part) is not Tensor or "leaf" not in before or not part.ndim or len(part) != size:
+            return None
+        if part.layout != torch.strided or part.is_nested:
+            return None
+        leaves[before["leaf"]] = part.detach()
+    return leaves
 
 
 _KNOWN: ContextVar[tuple[tuple[Any, TakenApart], ...]] = ContextVar("batches that are put together", default=())

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.collecting.numbering import Signature
 from lightning_acc.record.samples import names
-from lightning_acc.record.steps import RANDOM, SeenStep
+from lightning_acc.record.steps import RANDOM, SeenStep, joined
 
 Contents = dict[Signature, list[tuple[list[int], Leaves]]]
 """Contents with their numbers, by signature."""
@@ -53,9 +53,9 @@ class Collected:
 
 def _of_steps(steps: list[SeenStep]) -> File:
     tensors = {
-        "offsets": torch.tensor([0] + [len(step["sample_ids"]) for step in steps]).cumsum(0),
-        "sample_ids": torch.cat([step["sample_ids"] for step in steps]),
-        "contents": torch.cat([numbers for step in steps for numbers in step["contents"]]),
+        "offsets": torch.tensor([0] + [sum(step["sizes"]) for step in steps]).cumsum(0),
+        "sample_ids": joined(ids for step in steps for ids in step["sample_ids"]),
+        "contents": joined(contents for step in steps for contents in step["contents"]),
         "weights": torch.cat([step["weights"] for step in steps]),
         "batch_offsets": torch.tensor([0] + [len(step["sizes"]) for step in steps]).cumsum(0),
         "batch_sizes": torch.tensor([size for step in steps for size in step["sizes"]]),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from lightning_acc.record import batches
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.collecting.background import Background
 from lightning_acc.record.collecting.collected import Contents
 from lightning_acc.record.collecting.numbering import Numbering
+from lightning_acc.record.steps import Numbers, numbers, zeros
 
 BATCHES, BYTES = 16, 8 * 2**20
 """Batches, or bytes of them, that are gathered before a thread numbers them; as many more may wait until it has."""
@@ -29,13 +30,13 @@ class Staging:
         self.numbering = Numbering()
         self.new_bytes = 0
         self._new: Contents = defaultdict(list)
-        self._waiting: list[tuple[Leaves, list[int] | None, Tensor]] = []
+        self._waiting: list[tuple[Leaves, Sequence[int] | None, Numbers]] = []
         self._bytes = 0
         self._background = Background()
         self._failed: BaseException | None = None
 
-    def add(self, leaves: Leaves, sample_ids: list[int] | None) -> Tensor:
-        """Number the rows of a batch in the CPU's memory as it is now; the numbers (B,), int64, are there after ``take``.
+    def add(self, leaves: Leaves, sample_ids: Sequence[int] | None) -> Numbers:
+        """Number the rows of a batch in the CPU's memory as it is now; their B numbers are there after ``take``.
 
         Raises:
             BaseException: what stopped the numbering of a batch before.
@@ -43,12 +44,12 @@ class Staging:
         own = {  # a copy, as a training step may write to its batch
             name: leaf.clone(memory_format=torch.contiguous_format) for name, leaf in leaves.items() if batches.has_rows(name)
         }
-        numbers = torch.empty(batches.batch_size(own), dtype=torch.int64)
-        self._waiting.append((own, sample_ids, numbers))
+        found = zeros(batches.batch_size(own))
+        self._waiting.append((own, sample_ids, found))
         self._bytes += sum(leaf.nbytes for leaf in own.values())
         if len(self._waiting) >= BATCHES or self._bytes >= BYTES:
             self._start()
-        return numbers
+        return found
 
     def take(self) -> Contents:
         """The contents that are new since this was asked last, once all batches are numbered.
@@ -68,11 +69,11 @@ class Staging:
         if waiting:
             self._background.run(lambda: self._number(waiting))
 
-    def _number(self, waiting: list[tuple[Leaves, list[int] | None, Tensor]]) -> None:
+    def _number(self, waiting: list[tuple[Leaves, Sequence[int] | None, Numbers]]) -> None:
         try:
-            for leaves, sample_ids, numbers in waiting:
+            for leaves, sample_ids, place in waiting:
                 found, new, contents = self.numbering(leaves, sample_ids)
-                numbers.numpy()[:] = found
+                place[:] = numbers(found)
                 if new:
                     stored = batches.packed(contents)
                     self._new[batches.packed_signature(stored)].append((new, stored))
