@@ -68,8 +68,10 @@ def test_bench_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 def test_bench_recorder(capsys: pytest.CaptureFixture[str]) -> None:
-    load("bench_recorder", HIDDEN={"tiny": (2,)}, STEPS={"tiny": 12}, PAIRS=1, FEATURES=20, BATCH=16, BATCHES=4).main()
-    row = r"tiny +(SGD|AdamW) +(\w+) +[\d.]+ ms +[\d.]+ ms +(?:-?[\d.]+ % +){3}-?[\d.]+ +([\d,]+)"
+    script = load("bench_recorder", PAIRS=1, BATCHES=4)
+    script.CASES = {"tiny": script.Case(16, 20, (2,), 12)}
+    script.main()
+    row = r"tiny +(SGD|AdamW) +(\w+) +[\d.]+ ms +(?:-?[\d.]+ % +){4}-?[\d.]+ +([\d,]+)"
     printed = capsys.readouterr().out
     assert len({found[:2] for found in re.findall(row, printed) if int(found[2].replace(",", "")) > 0}) == 4, printed
 

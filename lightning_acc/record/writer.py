@@ -188,6 +188,7 @@ class RunWriter:
         self._new.snapshots.append(step)
         self.snapshots.append(step)
         self._pending_bytes += theta.nbytes
+        self._flush_if_due()
 
     def add_step(self, step: SeenStep) -> None:
         """One optimizer step."""
