@@ -91,6 +91,9 @@ class Moved:
         of_each = self._update.group_of
         now = [group is not None and p.grad is not None for (_, p), group in zip(self._recorded, of_each, strict=True)]
         self._refuse(now, step)
+        if all(now) and self.parameter_steps.count(step) == len(now):  # as most often
+            self.parameter_steps, self.begins = [step + 1] * len(now), not step
+            return None
         self.begins = any(moved and not before for moved, before in zip(now, self.parameter_steps, strict=True))
         self.parameter_steps = [before + moved for moved, before in zip(now, self.parameter_steps, strict=True)]
         own = [steps if moved else 0 for moved, steps in zip(now, self.parameter_steps, strict=True)]
@@ -112,12 +115,12 @@ class Moved:
         return steps > 0 or not self._update.moves_unused(i, groups[group])
 
     def _refuse(self, now: list[bool], step: int) -> None:
-        moved = [(name, p) for (name, p), moves in zip(self._recorded, now, strict=True) if moves]
-        for name, _ in ((name, p) for name, p in moved if not p.requires_grad):
-            raise RecordingRefused(
-                f"The parameter {name!r} is frozen in step {step} but has a gradient of before, by which the optimizer moves "
-                "it: set its .grad to None when it is frozen."
-            )
+        for (name, parameter), moves in zip(self._recorded, now, strict=True):
+            if moves and not parameter.requires_grad:
+                raise RecordingRefused(
+                    f"The parameter {name!r} is frozen in step {step} but has a gradient of before, by which the optimizer "
+                    "moves it: set its .grad to None when it is frozen."
+                )
         if self._trainer.world_size > 1:
             self._refuse_not_averaged(now, step)
         known = groups_of(self._optimizer) if any(p.grad is not None for _, p in self._left_out) else {}

@@ -81,7 +81,8 @@ class TrainedOptimizer:
 
     def parameters(self) -> Tensor:
         """A copy of the flat parameters (p,)."""
-        return torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        with torch.no_grad():
+            return torch.cat([p.reshape(-1) for p in self._parameters])
 
     def state(self) -> State:
         """The parameters and the optimizer's slots as F keeps them, flat (p,) each; 0 where it has no slot yet."""
