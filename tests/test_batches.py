@@ -222,6 +222,43 @@ def test_every_kind_is_recorded_and_loo_is_real_retraining(tmp_path: Path, kind:
     torch.testing.assert_close(torch.tensor(matrix.values), torch.tensor(whole.values)[:, [0, 3]], rtol=1e-5, atol=1e-9)
 
 
+def taken(batch: Any, like: batches.Structure | None) -> Any:
+    """A batch of 4 samples as it is taken apart, or why it is refused."""
+    try:
+        leaves, structure = batches.flatten(batch, 4, like)
+    except RunError as error:
+        return str(error)
+    return {name: (leaf.tolist(), leaf.requires_grad) for name, leaf in leaves.items()}, structure
+
+
+def test_a_batch_is_taken_apart_the_same_after_another_one() -> None:
+    x, y = torch.randn(4, 3), torch.arange(4)
+    others: list[Any] = [
+        (x.clone().requires_grad_(), y),
+        (x, y, y),
+        (x,),
+        [x, y],
+        (x, y[:2]),
+        (x.T, y),
+        (x.to_sparse(), y),
+        (x, torch.tensor(1)),
+        (x, None),
+        (x, (y, y)),
+        (x.numpy(), y),
+        (nn.Parameter(x), y),
+    ]
+    as_dicts = [dict(zip("xyz", parts, strict=False)) for parts in others]
+    for first, second in [
+        ((x, y), others),
+        ([x, y], others),
+        ({"x": x, "y": y}, [*as_dicts, {"y": y, "x": x}, {"x": x, "z": y}]),
+    ]:
+        _, structure = batches.flatten(first, 4)
+        assert taken(first, structure)[1] is structure
+        for batch in second:
+            assert taken(batch, structure) == taken(batch, None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_taken_apart_is_put_together_as_it_was(kind: str) -> None:
     for batch in loader(kind, shuffle=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +182,32 @@ def test_the_rule_is_torchs_own_step(name: str, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(part, real, rtol=scale, atol=scale)
             else:
                 assert torch.equal(part, real)
+
+
+def test_what_is_written_to_is_told_anew_and_what_is_replaced_too() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    rate, pair = torch.tensor(0.5), [0.9, 0.99]
+    optimizer = torch.optim.Adam([parameter], lr=rate, capturable=False, foreach=False, betas=(0.9, 0.99))
+    (group,) = optimizer.param_groups
+    own = TrainedOptimizer(trainer_of(optimizer), nn.ParameterList([parameter]))
+
+    def told(step: int) -> tuple[Any, Any, Any]:
+        parameter.grad = torch.ones(2)
+        (h,) = own.hyperparameters(step)
+        return h["lr"], list(h["betas"]), h["weight_decay"]
+
+    assert told(0) == (0.5, [0.9, 0.99], 0)
+    rate.fill_(0.25)
+    assert told(1) == (0.25, [0.9, 0.99], 0)
+    group.update(lr=0.125, betas=pair)
+    assert told(2) == told(3) == (0.125, [0.9, 0.99], 0)
+    pair[0] = 0.5
+    assert told(4) == (0.125, [0.5, 0.99], 0)
+    group.update(betas=(0.5, 0.75), weight_decay=0.1)
+    assert told(5) == told(6) == (0.125, [0.5, 0.75], 0.1)
+    group["lr"] = math.nan
+    with pytest.raises(la.RunError, match="The optimizer's lr is nan in step 7: give the scheduler"):
+        told(7)
 
 
 def rule_at(name: str, step: int) -> tuple[Update, list[dict[str, Any]]]:

@@ -127,7 +127,7 @@ class Following:
         rows.refuse_transfer(self._trainer, first)
         self._structure = structure
         self._shared.see(batches.shared(leaves), self._write.own.n_steps)
-        leaves = {name: leaf.cpu() for name, leaf in leaves.items()}
+        leaves = {name: leaf.detach().cpu() for name, leaf in leaves.items()}
         contents = self._write.own.content_ids(leaves, ids)
         if self._identity is not None:
             self._write.own.numbered()

@@ -176,9 +176,13 @@ class TrainedOptimizer:
         dtypes = [{key: dtype for key, value in h.items() if (dtype := _dtype(value)) is not None} for h in used]
         if any(dtypes):  # arithmetic with a tensor rounds as its dtype does
             self._told = [{**h, "dtypes": of_tensors} for h, of_tensors in zip(self._told, dtypes, strict=True)]
-        may_be_written_to = any(dtypes) or any(isinstance(value, list) for value in values)
-        self._values = [] if may_be_written_to else values
+        self._values = values if all(map(_stays, values)) else []
         return self._told
+
+
+def _stays(value: Any) -> bool:
+    """Whether it can be replaced, but not written to, as a tensor and a list can."""
+    return value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and all(map(_stays, value)))
 
 
 def _refuse_not_finite(h: dict[str, Any], step: int) -> None:
