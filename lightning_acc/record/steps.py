@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from lightning_acc.record.record import Record
 
 
-Numbers: TypeAlias = "array[int]"
+Integers: TypeAlias = "array[int]"
+"""Of int64, as a step is seen: to make a tensor of the few of a batch takes ten times as long."""
 RECENT = 8
 """Steps that are kept as they were read."""
 RANDOM = {"cpu": "", "cuda": "_cuda"}
@@ -29,32 +30,31 @@ class SeenStep(TypedDict):
     """One optimizer step: its occurrences in order, their contents and loss weights, and the hyper-parameters.
 
     ``sample_ids`` and ``contents`` are those of each batch that it accumulated, of int64, with one number an occurrence; the
-    contents must be there when the step is written. ``weights`` are float64, of shape (occurrences,), ``sizes`` those of the
-    batches, ``rng`` the states of the random number generators that each of their forward passes drew from, before it, by the
-    kind of their device. ``names`` are those of the samples that are new, where batches name them.
+    contents must be there when the step is written. ``weights`` are float64, of shape (occurrences,), ``rng`` the states of the
+    random number generators that the forward pass of each batch drew from, before it, by the kind of their device. ``names``
+    are those of the samples that are new, where batches name them.
     """
 
-    sample_ids: list[Numbers]
-    contents: list[Numbers]
+    sample_ids: list[Integers]
+    contents: list[Integers]
     weights: Tensor
     groups: list[dict[str, Any]]
-    sizes: list[int]
     rng: list[dict[str, Tensor]]
     names: list[Name]
 
 
-def numbers(given: Iterable[int]) -> Numbers:
-    """The same as int64; to make a tensor of a batch's few takes ten times as long."""
+def integers(given: Iterable[int]) -> Integers:
+    """The same as int64."""
     return array("q", given)
 
 
-def zeros(n: int) -> Numbers:
-    """Room for ``n`` numbers."""
+def zeros(n: int) -> Integers:
+    """Room for ``n`` integers."""
     return array("q", bytes(8 * n))
 
 
-def joined(parts: Iterable[Numbers]) -> Tensor:
-    """Those of all parts in one tensor."""
+def joined(parts: Iterable[Integers]) -> Tensor:
+    """Those of all parts, in order, in one tensor (n,)."""
     return torch.from_numpy(np.concatenate([np.frombuffer(part, np.int64) for part in parts]))
 
 

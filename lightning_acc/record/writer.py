@@ -28,7 +28,7 @@ from lightning_acc.record.collecting.background import Background
 from lightning_acc.record.collecting.collected import Collected
 from lightning_acc.record.collecting.staging import Staging
 from lightning_acc.record.samples import names
-from lightning_acc.record.steps import Numbers, SeenStep
+from lightning_acc.record.steps import Integers, SeenStep
 from lightning_acc.record.store import Store, digest
 
 FLUSH_BYTES = 64 * 2**20
@@ -166,7 +166,7 @@ class RunWriter:
         if later:
             self.store.remove(*later)
 
-    def content_ids(self, leaves: Leaves, sample_ids: list[int] | None = None) -> Numbers:
+    def content_ids(self, leaves: Leaves, sample_ids: list[int] | None = None) -> Integers:
         """Numbers of the B samples of a batch, by content: equal contents get the same number and are stored once.
 
         Whose contents they are, where that is told, makes it quicker. They are there after ``numbered``.

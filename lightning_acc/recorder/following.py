@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_acc.core import devices
 from lightning_acc.errors import RunError
 from lightning_acc.record import batches
-from lightning_acc.record.steps import SeenStep, numbers
+from lightning_acc.record.steps import SeenStep, integers
 from lightning_acc.record.writer import NotFinite, check_finite
 from lightning_acc.recorder import description, ranks
 from lightning_acc.recorder.beginning import Assembly, understand
@@ -183,11 +183,10 @@ class Following:
             raise refusals.with_suspects(refusal, self._module) from refusal
         self._write.note(optimizer=description.of_optimizer(self.optimizer), settings=self.loss.settings_at_first())
         self._step = {
-            "sample_ids": [numbers(batch.ids) for batch in self._seen],
+            "sample_ids": [integers(batch.ids) for batch in self._seen],
             "contents": [batch.contents for batch in self._seen],
             "weights": self._assembly.weights(self._seen),
             "groups": groups,
-            "sizes": [len(batch.ids) for batch in self._seen],
             "rng": [batch.rng for batch in self._seen],
             "names": self._write.own.names.new(),
         }

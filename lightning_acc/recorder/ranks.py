@@ -8,6 +8,7 @@ the order of the ranks. Padding that a distributed sampler adds is one more occu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from lightning_acc.core.stand_in import Settings
 from lightning_acc.errors import RunError
 from lightning_acc.record.batches import Leaves
 from lightning_acc.record.record import Record
-from lightning_acc.record.steps import Numbers, numbers
+from lightning_acc.record.steps import Integers, integers
 from lightning_acc.record.store import Store
 from lightning_acc.record.writer import RunWriter
 
@@ -37,7 +38,7 @@ class SeenBatch:
     """
 
     ids: list[int]
-    contents: Numbers
+    contents: Integers
     leaves: Leaves
     rng: States
     counts: bool = False
@@ -89,13 +90,13 @@ def merge(writer: RunWriter, processes: int, end: int | None = None) -> int:
         seen = [record.sample_ids.tolist() for record in records]
         if called is not None:  # every rank has numbers of its own
             seen = [writer.names.of([names[i] for i in theirs]) for names, theirs in zip(called, seen, strict=True)]
+        of_each = [(record, iter(theirs)) for record, theirs in zip(records, seen, strict=True)]
         writer.add_step(
             {
-                "sample_ids": [numbers(theirs) for theirs in seen],
+                "sample_ids": [integers(islice(ids, size)) for record, ids in of_each for size in record.sizes],
                 "contents": [writer.content_ids(leaves) for run in runs for leaves in run.batches(t)],
                 "weights": torch.cat([record.weights for record in records]),
                 "groups": records[0].groups,
-                "sizes": [size for record in records for size in record.sizes],
                 "rng": [state for record in records for state in record.rng],
                 "names": writer.names.new(),
             }

@@ -52,13 +52,14 @@ class Collected:
 
 
 def _of_steps(steps: list[SeenStep]) -> File:
+    sizes = [[len(ids) for ids in step["sample_ids"]] for step in steps]
     tensors = {
-        "offsets": torch.tensor([0] + [sum(step["sizes"]) for step in steps]).cumsum(0),
+        "offsets": torch.tensor([0] + [sum(of_step) for of_step in sizes]).cumsum(0),
         "sample_ids": joined(ids for step in steps for ids in step["sample_ids"]),
         "contents": joined(contents for step in steps for contents in step["contents"]),
         "weights": torch.cat([step["weights"] for step in steps]),
-        "batch_offsets": torch.tensor([0] + [len(step["sizes"]) for step in steps]).cumsum(0),
-        "batch_sizes": torch.tensor([size for step in steps for size in step["sizes"]]),
+        "batch_offsets": torch.tensor([0] + [len(of_step) for of_step in sizes]).cumsum(0),
+        "batch_sizes": torch.tensor([size for of_step in sizes for size in of_step]),
     }
     drawn = [states for step in steps for states in step["rng"]]
     for device, end_of_name in RANDOM.items():

@@ -12,7 +12,7 @@ from lightning_acc.record.batches import Leaves
 from lightning_acc.record.collecting.background import Background
 from lightning_acc.record.collecting.collected import Contents
 from lightning_acc.record.collecting.numbering import Numbering
-from lightning_acc.record.steps import Numbers, numbers, zeros
+from lightning_acc.record.steps import Integers, integers, zeros
 
 BATCHES, BYTES = 16, 8 * 2**20
 """Batches, or bytes of them, that are gathered before a thread numbers them; as many more may wait until it has."""
@@ -30,12 +30,12 @@ class Staging:
         self.numbering = Numbering()
         self.new_bytes = 0
         self._new: Contents = defaultdict(list)
-        self._waiting: list[tuple[Leaves, Sequence[int] | None, Numbers]] = []
+        self._waiting: list[tuple[Leaves, Sequence[int] | None, Integers]] = []
         self._bytes = 0
         self._background = Background()
         self._failed: BaseException | None = None
 
-    def add(self, leaves: Leaves, sample_ids: Sequence[int] | None) -> Numbers:
+    def add(self, leaves: Leaves, sample_ids: Sequence[int] | None) -> Integers:
         """Number the rows of a batch in the CPU's memory as it is now; their B numbers are there after ``take``.
 
         Raises:
@@ -69,11 +69,11 @@ class Staging:
         if waiting:
             self._background.run(lambda: self._number(waiting))
 
-    def _number(self, waiting: list[tuple[Leaves, Sequence[int] | None, Numbers]]) -> None:
+    def _number(self, waiting: list[tuple[Leaves, Sequence[int] | None, Integers]]) -> None:
         try:
             for leaves, sample_ids, place in waiting:
                 found, new, contents = self.numbering(leaves, sample_ids)
-                place[:] = numbers(found)
+                place[:] = integers(found)
                 if new:
                     stored = batches.packed(contents)
                     self._new[batches.packed_signature(stored)].append((new, stored))
