@@ -13,8 +13,8 @@ over all steps. ``first`` is what the first steps take beyond those of the plain
 
 On a core of a virtual machine whose other guests make a step longer by half from one minute to the next: ``copies`` add -4 to
 20 % to steps of 2.2 to 3.3 ms, and ``thread`` is 17 to 49 % (in its quiet minutes 0.3 ms of 1.3); of steps of 28 to 34 ms it
-is 3 to 12 %; first steps are 12 to 31. Of 0.32 ms the hooks take
-0.21; the rest is what the training's own code takes to come back into the caches that they share.
+is 3 to 12 %; first steps are 12 to 31. Of 0.32 ms the hooks take 0.21; the rest is what the training's own code takes to come
+back into the caches that they share.
 """
 
 from __future__ import annotations
